@@ -1,0 +1,91 @@
+#include "driver.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+
+namespace nesterov_pp::cpu {
+namespace {
+
+// Threads meet only at multiples of this many elements: whole cache lines (256 or 512 bytes) for every dtype.
+constexpr int64_t kUnit = 64;
+// Below this many elements waking the other threads costs more than it saves.
+constexpr int64_t kParallelElements = 32768;
+// A pass that writes at least this many bytes of new weights to memory it has not read streams them past the caches.
+constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+
+std::atomic<Isa>& selected() {
+  static std::atomic<Isa> isa{best_isa()};
+  return isa;
+}
+
+int64_t units_of(const Task& task) { return (task.run.count + kUnit - 1) / kUnit; }
+
+template <class Pointer>
+Pointer advance(Pointer base, int64_t bytes) {
+  using Char = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return base == nullptr ? base : static_cast<Char*>(base) + bytes;
+}
+
+void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa isa) {
+  const int64_t size = task.is_double ? 8 : 4;
+  const int64_t offset = begin * size;
+  Run part{advance(task.run.weight, offset),  advance(task.run.weight_out, offset),
+           advance(task.run.grad, offset),    advance(task.run.exp_avg, offset),
+           advance(task.run.exp_avg_sq, offset), end - begin,
+           streaming && task.run.weight_out != task.run.weight};
+  if (task.coefficients == nullptr) {
+    carry(part.weight, part.weight_out, part.count * size);
+    return;
+  }
+  kernel(isa, task.is_double, task.adaptive)(part, *task.coefficients);
+}
+
+}  // namespace
+
+void run(const std::vector<Task>& tasks) {
+  std::vector<int64_t> first_unit(tasks.size() + 1, 0);
+  int64_t new_bytes = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    first_unit[i + 1] = first_unit[i] + units_of(tasks[i]);
+    if (tasks[i].run.weight_out != tasks[i].run.weight) new_bytes += tasks[i].run.count * (tasks[i].is_double ? 8 : 4);
+  }
+  const int64_t units = first_unit.back();
+  if (units == 0) return;
+  const bool streaming = new_bytes >= kStreamingBytes;
+  const Isa isa = selected().load(std::memory_order_relaxed);
+
+  at::parallel_for(0, units, kParallelElements / kUnit, [&](int64_t begin, int64_t end) {
+    auto it = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - 1;
+    for (auto i = static_cast<size_t>(it - first_unit.begin()); i < tasks.size() && first_unit[i] < end; ++i) {
+      const int64_t from = std::max<int64_t>(0, begin - first_unit[i]) * kUnit;
+      const int64_t to = std::min<int64_t>(tasks[i].run.count, (end - first_unit[i]) * kUnit);
+      if (from < to) run_part(tasks[i], from, to, streaming, isa);
+    }
+  });
+}
+
+std::string isa() { return isa_name(selected().load()); }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.emplace_back(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
+    if (name == isa_name(static_cast<Isa>(i))) {
+      selected().store(static_cast<Isa>(i));
+      return;
+    }
+  }
+  std::string message = "instruction set '" + name + "' is not available on this processor; choose one of:";
+  for (const auto& known : isas()) message += " " + known;
+  throw std::invalid_argument(message);
+}
+
+}  // namespace nesterov_pp::cpu

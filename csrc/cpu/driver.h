@@ -1,0 +1,27 @@
+// One parallel region over the elements of many tensors.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nesterov_pp::cpu {
+
+// One tensor's share of a step. Without coefficients the weight is carried to the next slot unchanged.
+struct Task {
+  Run run;
+  bool is_double;
+  bool adaptive;
+  const Coefficients<double>* coefficients;
+};
+
+// Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements.
+void run(const std::vector<Task>& tasks);
+
+// The instruction set in use, and the ones this processor offers. set_isa throws std::invalid_argument for others.
+std::string isa();
+std::vector<std::string> isas();
+void set_isa(const std::string& name);
+
+}  // namespace nesterov_pp::cpu

@@ -1,0 +1,22 @@
+"""The step as torch operators, ``torch.ops.nesterov_pp.step_`` and ``step_into``, with fakes for tracing.
+
+``step_(weights, grads, exp_avgs, exp_avg_sqs, coefficients, row_of)`` updates ``weights`` and both moments in place;
+``step_into(weights, weights_out, ...)`` writes the new weights to ``weights_out``. Lists of float32 or float64 CPU
+tensors; ``exp_avg_sqs`` is empty for non-adaptive rules; ``coefficients`` is a float64 CPU tensor of shape
+[rows, 9] (the fields of ``Coefficients``) and tensor ``i`` takes row ``row_of[i]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nesterov_pp.kernels import extension
+
+
+def _nothing(*_: object) -> None:
+    """The operators return nothing and change no shape."""
+
+
+if extension.load()[0] is not None:
+    torch.library.register_fake("nesterov_pp::step_")(_nothing)
+    torch.library.register_fake("nesterov_pp::step_into")(_nothing)

@@ -1,0 +1,47 @@
+"""The paper's two methods (arXiv 2505.01099)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nesterov_pp.methods.rates import CORRECTION_UPDATES, discount_by_delay
+from nesterov_pp.optim import NAdam
+from nesterov_pp.pipeline.recipe import Placement, Recipe, register
+
+_NADAM = {
+    "betas": (0.99, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "momentum_decay": 0.004,
+    "decoupled_weight_decay": True,
+}
+
+NESTEROV = register(
+    Recipe(
+        name="nesterov",
+        summary="discounted Nesterov look-ahead (NAdam, beta1 0.99) with stashed weights",
+        reference="arXiv 2505.01099, Eq. 10",
+        rule=NAdam,
+        options=_NADAM,
+    )
+)
+
+
+def _momentum_by_stage(place: Placement) -> dict[str, Any]:
+    """Eq. 13's ``gamma_i = 0.9 + 0.09 (P - i) / P``: the later the gradient, the heavier the average."""
+    return {"betas": (0.9 + 0.09 * (place.stages - place.stage) / place.stages, 0.999)}
+
+
+NESTEROV_NO_STASH = register(
+    Recipe(
+        name="nesterov-no-stash",
+        summary="the same without a stash: backward at the current weights, momentum and rate by stage",
+        reference="arXiv 2505.01099, Eq. 13",
+        rule=NAdam,
+        options={k: v for k, v in _NADAM.items() if k != "betas"},
+        backward="newest",
+        stage_options=_momentum_by_stage,
+        lr_factor=discount_by_delay,
+        correction_updates=CORRECTION_UPDATES,
+    )
+)

@@ -1,0 +1,8 @@
+"""Optimizers whose step is one pass over memory."""
+
+from nesterov_pp.optim.adamw import AdamW
+from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.nadam import NAdam
+from nesterov_pp.optim.nag import NAG, convex_schedule
+
+__all__ = ["NAG", "AdamW", "FusedOptimizer", "NAdam", "convex_schedule"]

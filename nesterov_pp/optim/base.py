@@ -1,0 +1,249 @@
+"""The step that all optimizers share: gather, compute the scalars, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan
+from nesterov_pp.stash import WeightStash
+
+
+class FusedOptimizer(Optimizer):
+    """An optimizer whose whole step is one pass over all its tensors.
+
+    Subclasses name their state and turn a parameter group and a step count into ``Coefficients``.
+    """
+
+    _adaptive: ClassVar[bool] = True
+    _has_mu_product: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        stash: WeightStash | None,
+        max_grad_norm: float | None,
+        backend: str,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0, or None for no clipping")
+        self.max_grad_norm = max_grad_norm
+        self.last_grad_norm: Tensor | None = None
+        self._stash = stash
+        self._requested_backend = backend
+        self._plan: Plan | None = None
+        self._planned: list[Tensor] = []
+        self.backend = backend
+        super().__init__(params, defaults)
+        if stash is not None:
+            stash.leaves(self._parameters())
+            stash.attach(self)
+        self.backend = choose_backend(backend, self._parameters())
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = ..., *, version: int | None = ..., microbatches: int = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float], *, version: int | None = ..., microbatches: int = ...) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        version: int | None = None,
+        microbatches: int = 1,
+    ) -> float | None:
+        """Perform one step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
+            version: with a stash: the version whose gradients are taken (and cleared). The newest weights are read and
+                version ``stash.newest + 1`` is written. Default: the newest version.
+            microbatches: how many microbatches were summed into the gradients; the step takes their mean. Default: 1.
+
+        Raises:
+            ValueError: a tensor or version does not fit; nothing has been changed.
+        """
+        if microbatches < 1:
+            raise ValueError(f"microbatches must be at least 1, not {microbatches}")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        slots = (0, 0, 0)
+        if self._stash is not None:
+            slots = self._stash.begin_step(version, microbatches)
+        elif version is not None:
+            raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
+        plan = self._current_plan()
+        classes = plan.collect(*slots)
+        scale = self._clip_factor(plan, microbatches) / microbatches
+        rows, products = [], []
+        for step_class in classes:
+            row, product = self._row(step_class, scale)
+            rows.append(row)
+            products.append(product)
+        plan.apply(rows, products)
+        if self._stash is not None:
+            self._stash.end_step(version, microbatches)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; with a stash, those of every version."""
+        if self._stash is not None:
+            self._stash.zero_grad(set_to_none)
+        else:
+            super().zero_grad(set_to_none)
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        """The scalars of step ``t`` (from 1) of a group, and the new mu product."""
+        raise NotImplementedError
+
+    def _row(self, step_class: StepClass, scale: float) -> tuple[Coefficients, float]:
+        index, steps, mu_product = step_class
+        group = self.param_groups[index]
+        sign = -1.0 if group["maximize"] else 1.0
+        return self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
+
+    def _clip_factor(self, plan: Plan, microbatches: int) -> float:
+        """``min(1, max_grad_norm / norm)`` of the mean gradient, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        if self.max_grad_norm is None:
+            return 1.0
+        norm = torch.nn.utils.get_total_norm(plan.gradients()) / microbatches
+        self.last_grad_norm = norm
+        return min(1.0, self.max_grad_norm / (float(norm) + 1e-6))
+
+    # ------------------------------------------------------------------ state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.requires_grad:
+                self._init_state(p)
+        self._plan = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._plan = None
+
+    def _init_state(self, p: Tensor) -> None:
+        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        state = self.state[p]
+        state["step"] = torch.zeros((), dtype=scalar)
+        if self._has_mu_product:
+            state["mu_product"] = torch.ones((), dtype=scalar)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self._adaptive:
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _current_plan(self) -> Plan:
+        """The plan of the parameters that have state, made anew where a framework or a checkpoint replaced any."""
+        parameters = self._parameters()
+        for p in parameters:
+            if p.grad is not None and not self.state.get(p):
+                self._init_state(p)
+                self._plan = None
+        if (
+            self._plan is None
+            or len(self._planned) != len(parameters)
+            or any(a is not b for a, b in zip(self._planned, parameters, strict=True))
+        ):
+            self._plan = self._make_plan()
+            self._planned = parameters
+        return self._plan
+
+    def _make_plan(self) -> Plan:
+        names, groups, parameters = [], [], []
+        for k, group in enumerate(self.param_groups):
+            labels: Iterable[str] = group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"])))
+            for label, p in zip(labels, group["params"], strict=False):
+                if not self.state.get(p):
+                    continue
+                names.append(label if len(self.param_groups) == 1 else f"{label} of group {k}")
+                groups.append(k)
+                parameters.append(p)
+        self.backend = choose_backend(self._requested_backend, parameters)
+        states = [self.state[p] for p in parameters]
+        return make_plan(
+            self.backend,
+            Tensors(
+                names=names,
+                groups=groups,
+                slots=self._stash.leaves(parameters) if self._stash is not None else [parameters],
+                exp_avgs=[s["exp_avg"] for s in states],
+                exp_avg_sqs=[s["exp_avg_sq"] for s in states] if self._adaptive else [],
+                steps=[s["step"] for s in states],
+                mu_products=[s["mu_product"] for s in states] if self._has_mu_product else [],
+            ),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._stash is not None:
+            raise TypeError(
+                "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
+            )
+        kept = ("max_grad_norm", "_requested_backend", "backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._planned = None, []
+        for name, value in (("_stash", None), ("last_grad_norm", None)):
+            self.__dict__.setdefault(name, value)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+
+
+def check_hyperparameters(
+    *,
+    lr: float | Tensor,
+    eps: float = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    weight_decay: float = 0.0,
+    momentum_decay: float = 0.0,
+) -> None:
+    """Refuse what ``torch.optim`` refuses, in its words.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if not momentum_decay >= 0.0:
+        raise ValueError(f"Invalid momentum_decay value: {momentum_decay}")
+
+
+def refuse(optimizer: str, **options: bool | None) -> None:
+    """Refuse options that are set and that the fused pass does not have, rather than ignore them.
+
+    Raises:
+        ValueError: an option is true.
+    """
+    for option, value in options.items():
+        if value:
+            raise ValueError(
+                f"nesterov_pp.{optimizer} does not support {option}=True; use torch.optim.{optimizer} for it"
+            )

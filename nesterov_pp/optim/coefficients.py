@@ -1,0 +1,94 @@
+"""Each rule's scalars for one step, in double precision.
+
+Step ``t`` counts from 1. ``scale`` multiplies the gradient (clipping, averaging over microbatches, -1 to maximise).
+"""
+
+from __future__ import annotations
+
+from nesterov_pp.kernels import Coefficients
+
+
+def nadam(
+    t: int,
+    mu_product: float,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float,
+    decoupled: bool,
+    scale: float = 1.0,
+) -> tuple[Coefficients, float]:
+    """NAdam as ``torch.optim.NAdam`` defines it, the practical form of the paper's Eq. 10 (arXiv 2505.01099).
+
+    With ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``, ``psi = momentum_decay``, and ``Pi_t`` the product of mu_1 ... mu_t::
+
+        c_grad = lr (1 - mu_t) / (1 - Pi_t)        c_momentum = lr mu_{t+1} / (1 - Pi_t mu_{t+1})
+
+    ``(1 - mu_t)`` is the discount of the late gradient, ``mu_{t+1} m`` the look-ahead.
+
+    Returns the coefficients and ``Pi_t``; ``mu_product`` is ``Pi_{t-1}``.
+    """
+    mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay))
+    mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
+    product = mu_product * mu
+    row = Coefficients(
+        grad_scale=scale,
+        l2=0.0 if decoupled else weight_decay,
+        beta1_complement=1.0 - beta1,
+        beta2_complement=1.0 - beta2,
+        decay=lr * weight_decay if decoupled else 0.0,
+        c_grad=lr * (1.0 - mu) / (1.0 - product),
+        c_momentum=lr * mu_next / (1.0 - product * mu_next),
+        inv_bias2=1.0 / (1.0 - beta2**t),
+        eps=eps,
+    )
+    return row, product
+
+
+def adamw(
+    t: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float = 1.0,
+) -> Coefficients:
+    """AdamW (arXiv 1711.05101) as torch defines it: ``c_grad = 0``, ``c_momentum = lr / (1 - beta1^t)``."""
+    return Coefficients(
+        grad_scale=scale,
+        l2=0.0,
+        beta1_complement=1.0 - beta1,
+        beta2_complement=1.0 - beta2,
+        decay=lr * weight_decay,
+        c_grad=0.0,
+        c_momentum=lr / (1.0 - beta1**t),
+        inv_bias2=1.0 / (1.0 - beta2**t),
+        eps=eps,
+    )
+
+
+def nag(*, lr: float, gamma: float, gamma_next: float, weight_decay: float, scale: float = 1.0) -> Coefficients:
+    """Discounted Nesterov (Eq. 10 of arXiv 2505.01099), stored in look-ahead form.
+
+    Eq. 10 with ``d_t = gamma_t (w_t - w_{t-1})`` is ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) g_t``, the gradient taken
+    at a late ``w + d``. The tensor stored is ``theta_t = w_t + d_t``, for which, with
+    ``m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t``::
+
+        theta_{t+1} = theta_t - lr ((1 - gamma_t) g_t + gamma_{t+1} m_t)
+    """
+    return Coefficients(
+        grad_scale=scale,
+        l2=0.0,
+        beta1_complement=1.0 - gamma,
+        beta2_complement=0.0,
+        decay=lr * weight_decay,
+        c_grad=lr * (1.0 - gamma),
+        c_momentum=lr * gamma_next,
+        inv_bias2=1.0,
+        eps=0.0,
+    )

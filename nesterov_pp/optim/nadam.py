@@ -1,0 +1,100 @@
+"""NAdam: discounted Nesterov momentum with Adam's preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from nesterov_pp.kernels import Coefficients
+from nesterov_pp.optim import coefficients
+from nesterov_pp.optim.base import FusedOptimizer, check_hyperparameters, refuse
+from nesterov_pp.stash import WeightStash
+
+
+class NAdam(FusedOptimizer):
+    """``torch.optim.NAdam`` in one pass over all tensors; with ``betas=(0.99, 0.999)`` the delay-corrected method of
+    "Nesterov Method for Asynchronous Pipeline Parallel Optimization" (arXiv 2505.01099).
+
+    With step ``t``, ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``, ``psi = momentum_decay``, ``Pi_t = mu_1 ... mu_t``::
+
+        m = m + (1 - beta1) (g - m)                 v = v + (1 - beta2) (g^2 - v)
+        D = sqrt(v / (1 - beta2^t)) + eps
+        p = (1 - lr wd) p - lr [ (1 - mu_t) / (1 - Pi_t) g + mu_{t+1} / (1 - Pi_{t+1}) m ] / D
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: learning rate (2e-3).
+        betas: decay rates of the two moments ((0.9, 0.999)).
+        eps: added to the denominator (1e-8).
+        weight_decay: decay rate (0).
+        momentum_decay: psi above (4e-3).
+        decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (False).
+        foreach: accepted for compatibility; the pass is always one over all tensors.
+        maximize: ascend instead of descend (False).
+        capturable, differentiable: refused when true.
+        stash: ring of weight versions to read from and write to (None: in place).
+        max_grad_norm: clip the gradients' global norm (None: no clipping); ``last_grad_norm`` holds the last norm.
+        backend: "auto", "cpu" or "reference".
+
+    ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's. State is allocated here, moments in
+    the dtype of their parameter.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, an option is not supported, the backend cannot be used, or the
+            parameters are not those of the stash.
+    """
+
+    _has_mu_product = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        stash: WeightStash | None = None,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
+        refuse("NAdam", capturable=capturable, differentiable=differentiable)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, stash=stash, max_grad_norm=max_grad_norm, backend=backend)
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        beta1, beta2 = group["betas"]
+        return coefficients.nadam(
+            t,
+            mu_product,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum_decay=group["momentum_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            scale=scale,
+        )

@@ -1,0 +1,97 @@
+"""Discounted Nesterov momentum, without a preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from nesterov_pp.kernels import Coefficients
+from nesterov_pp.optim import coefficients
+from nesterov_pp.optim.base import FusedOptimizer, check_hyperparameters
+from nesterov_pp.stash import WeightStash
+
+MomentumSchedule = Callable[[int], float]
+
+
+def convex_schedule(t: int) -> float:
+    """``gamma_t = (t - 2) / t``, and 0 at ``t = 1``: the schedule of the paper's Theorem 1 (convex objectives).
+
+    With a delay ``tau >= 2`` keep the step size below ``1 / (4 beta (tau - 1))`` for a ``beta``-smooth objective.
+    """
+    return max(0.0, (t - 2) / t)
+
+
+class NAG(FusedOptimizer):
+    """Nesterov's accelerated gradient with the delayed gradient discounted: Eq. 10 of arXiv 2505.01099.
+
+    ``d_t = gamma_t (w_t - w_{t-1})`` and ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) grad(w_{t-tau} + d_{t-tau})``. The
+    parameters hold the look-ahead point ``theta_t = w_t + d_t``, where gradients are to be taken::
+
+        m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t
+        theta_{t+1} = (1 - lr wd) theta_t - lr [ (1 - gamma_t) g_t + gamma_{t+1} m_t ]
+
+    Equal to Eq. 10 for a constant ``lr``; where it changes, ``lr`` multiplies the momentum when it is used, as in
+    ``torch.optim.SGD``.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: learning rate (1e-3).
+        momentum: gamma in [0, 1) (0.99), or a function of the step ``t`` = 1, 2, ... such as ``convex_schedule``. A
+            function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
+        weight_decay: decoupled decay rate (0).
+        maximize: ascend instead of descend (False).
+        stash, max_grad_norm, backend: as for ``NAdam``.
+
+    Raises:
+        ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
+    """
+
+    _adaptive = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float | MomentumSchedule = 0.99,
+        weight_decay: float = 0,
+        *,
+        maximize: bool = False,
+        stash: WeightStash | None = None,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_hyperparameters(lr=lr, weight_decay=weight_decay)
+        self._schedule = momentum if callable(momentum) else None
+        gamma = momentum(1) if callable(momentum) else momentum
+        _check_gamma(gamma)
+        defaults = {"lr": lr, "momentum": gamma, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, stash=stash, max_grad_norm=max_grad_norm, backend=backend)
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        gamma = gamma_next = group["momentum"]
+        if self._schedule is not None:
+            gamma, gamma_next = self._schedule(t), self._schedule(t + 1)
+            group["momentum"] = gamma
+        _check_gamma(gamma)
+        _check_gamma(gamma_next)
+        row = coefficients.nag(
+            lr=float(group["lr"]),
+            gamma=gamma,
+            gamma_next=gamma_next,
+            weight_decay=group["weight_decay"],
+            scale=scale,
+        )
+        return row, mu_product
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_schedule": self._schedule}
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0.0 <= gamma < 1.0:
+        raise ValueError(f"Invalid momentum value: {gamma}")

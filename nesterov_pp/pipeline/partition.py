@@ -1,0 +1,75 @@
+"""Cutting a model into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> list[nn.Sequential]:
+    """Cut ``model`` into stages.
+
+    Args:
+        model: the layers in order.
+        partition: the number of layers of each stage, or the number of stages, which are then cut so that the largest
+            one has as few parameters as possible.
+
+    Raises:
+        ValueError: the sizes are not positive or do not add up to the number of layers, or there are more stages than
+            layers.
+    """
+    layers = list(model)
+    if isinstance(partition, int):
+        if not 1 <= partition <= len(layers):
+            raise ValueError(f"{len(layers)} layers cannot be cut into {partition} stages; use 1 to {len(layers)}")
+        sizes = balanced_sizes([sum(p.numel() for p in layer.parameters()) for layer in layers], partition)
+    else:
+        sizes = list(partition)
+    if any(size < 1 for size in sizes) or sum(sizes) != len(layers):
+        raise ValueError(f"a partition of {len(layers)} layers needs positive sizes that add up to it, not {sizes}")
+    stages, start = [], 0
+    for size in sizes:
+        stages.append(nn.Sequential(*layers[start : start + size]))
+        start += size
+    return stages
+
+
+def balanced_sizes(costs: Sequence[int], parts: int) -> list[int]:
+    """Lengths of ``parts`` consecutive, non-empty runs of ``costs`` whose largest sum is smallest."""
+    n = len(costs)
+    total = [0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # best[k][j]: smallest possible largest sum of the first j costs in k runs; cut[k][j]: where the last run starts
+    best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
+    cut = [[0] * (n + 1) for _ in range(parts + 1)]
+    best[0][0] = 0.0
+    for k in range(1, parts + 1):
+        for j in range(k, n + 1):
+            for i in range(k - 1, j):
+                largest = max(best[k - 1][i], float(total[j] - total[i]))
+                if largest < best[k][j]:
+                    best[k][j], cut[k][j] = largest, i
+    sizes, j = [], n
+    for k in range(parts, 0, -1):
+        sizes.append(j - cut[k][j])
+        j = cut[k][j]
+    return sizes[::-1]
+
+
+def check_untied(stages: Sequence[nn.Module]) -> None:
+    """Refuse a parameter that two stages share: their copies would be updated at different times.
+
+    Raises:
+        ValueError: a parameter is in two stages.
+    """
+    home: dict[int, tuple[int, str]] = {}
+    for k, stage in enumerate(stages):
+        for name, p in stage.named_parameters():
+            owner, first = home.setdefault(id(p), (k, name))
+            if owner != k:
+                raise ValueError(
+                    f"stage {k}'s {name} is stage {owner}'s {first}: tied parameters must be in one stage; "
+                    "untie them or put both ends into the same stage"
+                )

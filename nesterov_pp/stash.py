@@ -1,0 +1,356 @@
+"""The ring of weight versions of one pipeline stage.
+
+[note: why every slot owns its leaf tensors]
+Autograd remembers a leaf *object*, not its memory. Repointing ``p.data`` between forward and backward therefore gives
+wrong gradients without a word for LayerNorm, RMSNorm, convolutions and elementwise gains. Here each slot holds its own
+parameters, and choosing a version means binding the module's ``_parameters`` entries to that slot: no copy, and a
+microbatch's forward and backward see the same objects. A slot that is overwritten too early has its version counters
+bumped, so autograd raises where it would have used the wrong weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Backward = Literal["stashed", "newest"]
+
+
+class WeightStash:
+    """Keeps the ``versions`` newest weight versions of ``module`` in a ring, without ever copying one.
+
+    Version ``v`` lives in slot ``v % versions``. An optimizer built with ``stash=`` reads the newest slot and writes
+    the next one, so a step with a stash moves as many bytes as one without.
+
+    Args:
+        module: a pipeline stage. Its trainable parameters become slot 0; the other ``versions - 1`` slots are
+            allocated here (same shapes, dtypes, devices). Frozen parameters and buffers are shared by all versions;
+            parameters tied inside the module stay tied.
+        versions: ring length, the delay ``tau`` of the stage plus one; at least 1.
+
+    Outside ``use`` the module is bound to the newest version. ``module.parameters()`` gives the leaves of the version
+    that is bound. Not safe to use from several threads at once.
+
+    Raises:
+        ValueError: ``versions`` is below 1, or a parameter cannot be kept in a ring: it shares memory with another
+            one, overlaps itself, or carries hooks (register them afterwards, on each of ``parameters(version)``).
+    """
+
+    def __init__(self, module: nn.Module, versions: int) -> None:
+        if versions < 1:
+            raise ValueError(f"versions must be at least 1 (the delay plus one), not {versions}")
+        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        _check_stashable(named)
+        self.versions = versions
+        self.newest = 0
+        self._names = list(named)
+        first = list(named.values())
+        self._slots = [first] + [[_new_leaf(p) for p in first] for _ in range(versions - 1)]
+        self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
+        self._places = _places_of(module, {id(p): i for i, p in enumerate(first)})
+        self._in_flight: Counter[int] = Counter()
+        self._entered: list[int] = []
+        self._bound_slot = 0
+        self._owner: weakref.ref[Any] | None = None
+
+    # ------------------------------------------------------------------ versions
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version that the ring still holds."""
+        return max(0, self.newest - self.versions + 1)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters in the ring, as in ``module.named_parameters()``."""
+        return list(self._names)
+
+    def parameters(self, version: int) -> dict[str, nn.Parameter]:
+        """The leaf tensors of a version, by name.
+
+        Raises:
+            ValueError: the version is not in the ring.
+        """
+        return dict(zip(self._names, self._slots[self._slot_of(version)], strict=True))
+
+    def in_flight(self, version: int) -> int:
+        """How many microbatches used the version and have not been stepped or released."""
+        return self._in_flight[version]
+
+    def release(self, version: int) -> None:
+        """Give up one microbatch in flight on the version: its gradient will never be stepped."""
+        self._retire(version, 1)
+
+    @contextmanager
+    def use(self, version: int, *, backward: Backward = "stashed") -> Iterator[None]:
+        """Run the module with the weights of ``version`` inside the block.
+
+        With gradients enabled the block counts as one microbatch in flight until ``optimizer.step(version=version)``
+        takes its gradient, or ``release(version)`` gives it up. Blocks nest.
+
+        Args:
+            version: between ``oldest`` and ``newest``.
+            backward: "stashed" (default) differentiates at ``version``. "newest" keeps the activations of ``version``
+                but linearises at the weights that are newest when backward runs, as a pipeline without a stash
+                does: autograd's saved weights are replaced by the newest ones. Weights that an operator saved as a
+                converted copy cannot be replaced, so autocast is refused.
+
+        Raises:
+            ValueError: the version is not in the ring; or ``backward="newest"`` under autocast.
+        """
+        slot = self._slot_of(version)
+        hooks: AbstractContextManager[Any] = nullcontext()
+        if backward == "newest" and torch.is_grad_enabled():
+            hooks = self._linearise_at_newest(slot)
+        counted = torch.is_grad_enabled()
+        self._in_flight[version] += counted
+        self._entered.append(version)
+        self._bind(slot)
+        try:
+            with hooks:
+                yield
+        except BaseException:
+            self._retire(version, int(counted))
+            raise
+        finally:
+            self._entered.pop()
+            self._rebind()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of every version."""
+        for slot in self._slots:
+            for leaf in slot:
+                if set_to_none:
+                    leaf.grad = None
+                elif leaf.grad is not None:
+                    leaf.grad = torch.zeros_like(leaf.grad)
+
+    # ------------------------------------------------------------------ for the optimizer
+
+    def attach(self, optimizer: object) -> None:
+        """Make ``optimizer`` the one that writes this ring.
+
+        Raises:
+            ValueError: another optimizer does.
+        """
+        if self._owner is not None and self._owner() not in (None, optimizer):
+            raise ValueError(
+                "this WeightStash already has an optimizer; a ring is written by one optimizer only, "
+                "so give all its parameters (as parameter groups, if they differ) to that one"
+            )
+        self._owner = weakref.ref(optimizer)
+
+    def leaves(self, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The ring as lists over ``parameters``, one list a slot. ``parameters`` may be leaves of any version.
+
+        Raises:
+            ValueError: ``parameters`` are not exactly the parameters in the ring.
+        """
+        order = [self._index.get(id(p), -1) for p in parameters]
+        if -1 in order:
+            shape = tuple(parameters[order.index(-1)].shape)
+            raise ValueError(
+                f"a parameter of shape {shape} is not in the WeightStash; build the stash on the module first, "
+                "then the optimizer on the same module's trainable parameters"
+            )
+        missing = sorted(set(range(len(self._names))) - set(order))
+        if missing:
+            raise ValueError(
+                f"the optimizer of a WeightStash must step all its parameters; {self._names[missing[0]]} is missing"
+            )
+        return [[slot[i] for i in order] for slot in self._slots]
+
+    def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
+        """Check a step that takes the gradients of ``version``; returns its slots (gradients, source, target).
+
+        ``None`` stands for the newest version, where that is not ambiguous. Changes nothing.
+
+        Raises:
+            ValueError: the version is not in the ring; the step would overwrite a version that other microbatches in
+                flight need; or no version was named while only an older one has gradients.
+        """
+        if version is None:
+            version = self._implied_version()
+        grads_of = self._slot_of(version)
+        leaving = self.newest + 1 - self.versions
+        waiting = self._in_flight[leaving] - (microbatches if leaving == version else 0)
+        if leaving >= 0 and waiting > 0:
+            raise ValueError(
+                f"this step would overwrite version {leaving}, which {waiting} microbatch(es) in flight still need; "
+                f"step or release them first, or keep more than {self.versions} versions"
+            )
+        return grads_of, self.newest % self.versions, (self.newest + 1) % self.versions
+
+    def end_step(self, version: int | None, microbatches: int) -> None:
+        """Count the step that ``begin_step`` checked: its gradients are taken, and the next version is the newest."""
+        version = self.newest if version is None else version
+        target = (self.newest + 1) % self.versions
+        for slot in (self._slots[version % self.versions], self._slots[target]):
+            for leaf in slot:
+                leaf.grad = None
+        self._retire(version, microbatches)
+        self._in_flight.pop(self.newest + 1 - self.versions, None)
+        self.newest += 1
+        self._rebind()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies."""
+        live = range(self.oldest, self.newest + 1)
+        return {
+            "newest": self.newest,
+            "weights": [{n: p.detach() for n, p in self.parameters(v).items()} for v in live],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
+
+        Raises:
+            ValueError: the state is of a ring of another length or of other parameters; nothing is changed.
+        """
+        newest, weights = int(state["newest"]), state["weights"]
+        if len(weights) != min(newest + 1, self.versions):
+            raise ValueError(
+                f"the saved ring holds {len(weights)} versions at version {newest}; "
+                f"this one keeps {self.versions} and needs {min(newest + 1, self.versions)}"
+            )
+        for saved in weights:
+            if list(saved) != self._names:
+                unlike = sorted(set(saved) ^ set(self._names)) or ["the order"]
+                raise ValueError(f"the saved ring is of another module: {', '.join(unlike[:3])} differ")
+            for name, leaf in zip(self._names, self._slots[0], strict=True):
+                if saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
+                    raise ValueError(
+                        f"{name} was saved as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
+                        f"but is {leaf.dtype} of shape {tuple(leaf.shape)} here"
+                    )
+        self.newest = newest
+        self._in_flight.clear()
+        for version, saved in enumerate(weights, start=self.oldest):
+            for name, leaf in self.parameters(version).items():
+                leaf.copy_(saved[name])
+                leaf.grad = None
+        self._rebind()
+
+    # ------------------------------------------------------------------ inside
+
+    def _slot_of(self, version: int) -> int:
+        if version > self.newest or version < 0:
+            raise ValueError(f"version {version} does not exist; the newest is {self.newest}")
+        if version < self.oldest:
+            raise ValueError(
+                f"version {version} has left the ring, which holds versions {self.oldest} to {self.newest}; "
+                f"keep more than {self.versions} versions to reach further back"
+            )
+        return version % self.versions
+
+    def _implied_version(self) -> int:
+        def has_gradient(version: int) -> bool:
+            return any(leaf.grad is not None for leaf in self._slots[version % self.versions])
+
+        older = [v for v in range(self.oldest, self.newest) if has_gradient(v)]
+        if older:
+            raise ValueError(
+                f"gradients are waiting on version {older[0]}, not only on the newest ({self.newest}); "
+                f"say which to take: step(version={older[0]})"
+            )
+        return self.newest
+
+    def _retire(self, version: int, microbatches: int) -> None:
+        left = self._in_flight[version] - microbatches
+        if left > 0:
+            self._in_flight[version] = left
+        else:
+            del self._in_flight[version]
+
+    def _rebind(self) -> None:
+        inside = self._entered[-1] if self._entered else self.newest
+        self._bind(max(inside, self.oldest) % self.versions)
+
+    def _bind(self, slot: int) -> None:
+        if slot == self._bound_slot:
+            return
+        leaves = self._slots[slot]
+        for container, key, i in self._places:
+            container[key] = leaves[i]
+        self._bound_slot = slot
+
+    def _linearise_at_newest(self, slot: int) -> AbstractContextManager[Any]:
+        """Hooks that swap the weights autograd saves, and views of them, for the newest ones when backward runs."""
+        leaves = self._slots[slot]
+        device_types = {leaf.device.type for leaf in leaves}
+        if any(torch.is_autocast_enabled(kind) for kind in device_types):
+            raise ValueError(
+                'backward="newest" cannot see through the weight copies that autocast makes; '
+                'leave autocast out of this stage or use backward="stashed"'
+            )
+        owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in enumerate(leaves) if leaf.numel()}
+
+        def pack(saved: Tensor) -> Any:
+            i = owner.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
+            if i is None:
+                return saved
+            return (
+                i,
+                saved.shape,
+                saved.stride(),
+                saved.storage_offset() - leaves[i].storage_offset(),
+            )
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            i, shape, stride, offset = packed
+            current = self._slots[self.newest % self.versions][i].detach()
+            offset += int(current.storage_offset())
+            return torch.as_strided(current, shape, stride, offset)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _check_stashable(named: dict[str, nn.Parameter]) -> None:
+    first_with: dict[int, str] = {}
+    for name, p in named.items():
+        dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
+        if p.layout != torch.strided or not dense:
+            raise ValueError(f"{name} is not a dense strided tensor, so it cannot be kept in a WeightStash")
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} carries hooks, which the other versions would not have; "
+                "register them after building the WeightStash, on each of stash.parameters(version)"
+            )
+        twin = first_with.setdefault(p.untyped_storage().data_ptr(), name) if p.numel() else name
+        if twin != name:
+            raise ValueError(
+                f"{name} shares memory with {twin}; tie them by using one Parameter in both places, "
+                "or give each its own memory"
+            )
+
+
+def _new_leaf(p: nn.Parameter) -> nn.Parameter:
+    leaf = nn.Parameter(torch.empty_like(p, memory_format=torch.preserve_format))
+    leaf.__dict__.update(p.__dict__)
+    return leaf
+
+
+def _places_of(module: nn.Module, index: dict[int, int]) -> list[tuple[Any, Any, int]]:
+    """Where the module keeps its parameters: (container, key, parameter index), tied ones in several places."""
+    places: list[tuple[Any, Any, int]] = []
+    for submodule in module.modules():
+        for key, p in submodule._parameters.items():
+            if p is not None and id(p) in index:
+                places.append((submodule._parameters, key, index[id(p)]))
+        # Recurrent layers read their weights from a list of their own.
+        if isinstance(submodule, nn.RNNBase):
+            for k, p in enumerate(submodule._flat_weights):
+                if p is not None and id(p) in index:
+                    places.append((submodule._flat_weights, k, index[id(p)]))
+    return places
