@@ -33,6 +33,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::arg("grads_of"), py::arg("source"), py::arg("target"))
       .def("gradients", &Plan::gradients)
-      .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"),
-           py::call_guard<py::gil_scoped_release>());
+      .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"), py::call_guard<py::gil_scoped_release>());
 }

@@ -83,9 +83,9 @@ void step(const std::vector<std::string>& names, at::TensorList weights, at::Ten
   const bool adaptive = !exp_avg_sqs.empty();
   if (weights_out.size() != n || grads.size() != n || exp_avgs.size() != n || (adaptive && exp_avg_sqs.size() != n) ||
       row_of.size() != n)
-    fail("the lists of a step differ in length: ", n, " weights, ", weights_out.size(), " next weights, ",
-         grads.size(), " gradients, ", exp_avgs.size(), " first moments, ", exp_avg_sqs.size(), " second moments, ",
-         row_of.size(), " coefficient indices");
+    fail("the lists of a step differ in length: ", n, " weights, ", weights_out.size(), " next weights, ", grads.size(),
+         " gradients, ", exp_avgs.size(), " first moments, ", exp_avg_sqs.size(), " second moments, ", row_of.size(),
+         " coefficient indices");
   for (size_t i = 0; i < n; ++i) {
     check_tensors(names[i], weights[i], weights_out[i], grads[i], exp_avgs[i],
                   adaptive ? exp_avg_sqs[i] : at::Tensor());
@@ -138,8 +138,7 @@ Plan::Plan(std::vector<std::string> names, std::vector<int64_t> groups, std::vec
       mu_products_(std::move(mu_products)) {
   const size_t n = names_.size();
   bool same = groups_.size() == n && exp_avgs_.size() == n && steps_.size() == n && !slots_.empty() &&
-              (exp_avg_sqs_.empty() || exp_avg_sqs_.size() == n) &&
-              (mu_products_.empty() || mu_products_.size() == n);
+              (exp_avg_sqs_.empty() || exp_avg_sqs_.size() == n) && (mu_products_.empty() || mu_products_.size() == n);
   for (const auto& slot : slots_) same = same && slot.size() == n;
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }

@@ -59,7 +59,7 @@ class Plan {
 
   size_t from_ = 0, to_ = 0;
   bool collected_ = false;
-  std::vector<at::Tensor> grads_;     // undefined where a parameter has none
+  std::vector<at::Tensor> grads_;  // undefined where a parameter has none
   std::vector<int64_t> class_of_;
   size_t classes_ = 0;
 };

@@ -34,8 +34,8 @@ struct Coefficients {
 
   template <class U>
   NPP_HD Coefficients<U> as() const {
-    return {U(grad_scale), U(l2),         U(beta1_complement), U(beta2_complement), U(decay),
-            U(c_grad),     U(c_momentum), U(inv_bias2),        U(eps)};
+    return {U(grad_scale), U(l2), U(beta1_complement), U(beta2_complement), U(decay), U(c_grad), U(c_momentum),
+            U(inv_bias2),  U(eps)};
   }
 };
 

@@ -33,9 +33,12 @@ Pointer advance(Pointer base, int64_t bytes) {
 void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa isa) {
   const int64_t size = task.is_double ? 8 : 4;
   const int64_t offset = begin * size;
-  Run part{advance(task.run.weight, offset),  advance(task.run.weight_out, offset),
-           advance(task.run.grad, offset),    advance(task.run.exp_avg, offset),
-           advance(task.run.exp_avg_sq, offset), end - begin,
+  Run part{advance(task.run.weight, offset),
+           advance(task.run.weight_out, offset),
+           advance(task.run.grad, offset),
+           advance(task.run.exp_avg, offset),
+           advance(task.run.exp_avg_sq, offset),
+           end - begin,
            streaming && task.run.weight_out != task.run.weight};
   if (task.coefficients == nullptr) {
     carry(part.weight, part.weight_out, part.count * size);

@@ -103,9 +103,12 @@ Isa best_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kV4: return "x86-64-v4";
-    case Isa::kV3: return "x86-64-v3";
-    default: return "baseline";
+    case Isa::kV4:
+      return "x86-64-v4";
+    case Isa::kV3:
+      return "x86-64-v3";
+    default:
+      return "baseline";
   }
 }
 

@@ -21,8 +21,8 @@ using Kernel = void (*)(const Run&, const Coefficients<double>&);
 
 enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
 
-Isa best_isa();              // the widest this processor runs
-const char* isa_name(Isa);   // "baseline", "x86-64-v3", "x86-64-v4"
+Isa best_isa();             // the widest this processor runs
+const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
 Kernel kernel(Isa, bool is_double, bool adaptive);
 
 // Copies a weight that received no gradient into the next ring slot.

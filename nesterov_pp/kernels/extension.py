@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import sys
 from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import torch  # first: the process is to load torch's OpenMP runtime, not another one
 
-_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
+_NAME = "nesterov_pp._C"
+_HOW = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
 
 
 @cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """The extension module ``nesterov_pp._C`` and None, or None and the reason why there is none."""
-    try:
-        built_with = importlib.import_module("nesterov_pp._built_with").TORCH
-    except ImportError:
-        return (
-            None,
-            f"nesterov_pp was imported without its compiled extension; build it with {_REBUILD}",
-        )
+    """The extension module ``nesterov_pp._C`` and None, or None and the reason why there is none.
+
+    It is not even opened where the running torch has another minor version than the one it was built against: C++
+    symbols change between those.
+    """
+    file = _find()
+    if file is None:
+        package = _package().__path__[0]
+        return None, f"nesterov_pp in {package} has no compiled extension for this Python; build it {_HOW}"
+    built_with = file.with_name("_built_with_torch.txt").read_text().strip()
     if _minor(built_with) != _minor(torch.__version__):
         return None, (
             f"nesterov_pp was built against torch {built_with}, but torch {torch.__version__} is running; "
-            f"rebuild it with {_REBUILD}"
+            f"rebuild it {_HOW}"
         )
     try:
-        return importlib.import_module("nesterov_pp._C"), None
+        return importlib.import_module(_NAME), None
     except ImportError as error:
-        return (
-            None,
-            f"the extension of nesterov_pp cannot be loaded ({error}); rebuild it with {_REBUILD}",
-        )
+        return None, f"{file} cannot be loaded ({error}); rebuild it {_HOW}"
+
+
+def _find() -> Path | None:
+    package = _package()
+    if PathFinder.find_spec(_NAME, package.__path__) is None:
+        # Python was started in the source folder, which hides the installed package: use what was built for that one.
+        package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
+    spec = PathFinder.find_spec(_NAME, package.__path__)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _package() -> ModuleType:
+    return sys.modules["nesterov_pp"]
 
 
 def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]
+    return version.split(".")[:2]

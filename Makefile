@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all check format bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## create .venv, install everything, build the extension
+
+# torch comes first: the extension is built against the torch it runs with.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "nesterov_pp needs Python 3.10 or newer; name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot create a virtual environment; install its venv module (on Debian and Ubuntu: python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+		{ echo "$(PYTHON) has no header files to build against; install them (on Debian and Ubuntu: python3-dev)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+		{ echo "nesterov_pp needs a C++ compiler, and $${CXX:-c++} was not found; install one (on Debian and Ubuntu: g++)" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $(TORCH): some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=77,<82" wheel ninja numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,test,dev]'
+	@touch $@
+
+demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo
+	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo
+
+test: check ## make check and the tests
+	$(BIN)/python -m pytest
+
+test-all: check ## make check and all tests, the slow ones too
+	$(BIN)/python -m pytest -m ""
+
+check: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: setup ## put Python and C++ sources into their form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: setup ## measure the step beside torch's
+	$(BIN)/python -m pytest benchmarks -m "" --benchmark-enable
+
+clean: ## remove what was built and installed; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -f nesterov_pp/*.so nesterov_pp/_built_with_torch.txt

@@ -1,0 +1,1 @@
+"""The one-pass step in Triton, installed as ``nesterov_pp.triton_kernels``."""
