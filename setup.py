@@ -50,6 +50,12 @@ def extension() -> Extension:
 class Build(BuildExtension):
     """Also leaves a note of the torch built against, which nesterov_pp.kernels.extension reads."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # What an earlier build left here looks up to date even if it was built against another torch.
+        self.force = True
+        self.build_temp = str(Path(self.build_temp) / f"torch-{torch.__version__}")
+
     def run(self) -> None:
         if shutil.which(get_cxx_compiler()) is None:
             sys.exit(

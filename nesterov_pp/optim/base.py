@@ -142,7 +142,7 @@ class FusedOptimizer(Optimizer):
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=scalar)
         if self._has_mu_product:
-            state["mu_product"] = torch.ones((), dtype=scalar)
+            state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, p.dtype))
         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if self._adaptive:
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
