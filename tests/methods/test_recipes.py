@@ -1,0 +1,44 @@
+"""The recipes' hyper-parameters against the paper's tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from nesterov_pp.methods.rates import discount_by_delay
+from nesterov_pp.pipeline import Placement, find_recipe, recipes, register
+
+
+def test_the_list():
+    assert list(recipes()) == ["nesterov", "nesterov-no-stash", "pipedream", "pipedream-lr", "gpipe", "gpipe-1"]
+
+
+def test_momentum_by_stage():
+    recipe = find_recipe("nesterov-no-stash")
+    betas = [recipe.stage_options(Placement(i, 8, 8 - i))["betas"][0] for i in range(1, 9)]
+    assert betas == pytest.approx([0.97875, 0.9675, 0.95625, 0.945, 0.93375, 0.9225, 0.91125, 0.90])
+
+
+def test_rate_by_delay():
+    horizon = 7_000
+    start = [discount_by_delay(tau, 0, horizon) for tau in (7, 6, 5, 4, 3, 2, 1, 0)]
+    assert start == pytest.approx([1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1, 1], rel=1e-3)
+    for tau in range(8):
+        rates = [discount_by_delay(tau, t, horizon) for t in range(0, horizon + 10, 50)]
+        assert rates == sorted(rates)
+        assert discount_by_delay(tau, horizon - 1, horizon) == 1.0
+        assert discount_by_delay(tau, 10 * horizon, horizon) == 1.0
+
+
+def test_overrides():
+    recipe = find_recipe("nesterov-no-stash").override({"betas": (0.5, 0.9), "correction_updates": 10})
+    assert recipe.options["betas"] == (0.5, 0.9)
+    assert recipe.stage_options(Placement(1, 8, 7)) == {}
+    assert recipe.correction_updates == 10
+    assert find_recipe("nesterov-no-stash").correction_updates == 7_000
+    with pytest.raises(ValueError, match="has no hyper-parameter 'correction_updates'"):
+        find_recipe("nesterov").override({"correction_updates": 10})
+
+
+def test_names_are_unique():
+    with pytest.raises(ValueError, match="registered already"):
+        register(find_recipe("nesterov"))

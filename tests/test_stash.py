@@ -1,0 +1,428 @@
+"""The ring: no copies, the right version for every microbatch, and no silently wrong gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import nesterov_pp as npp
+from nesterov_pp import WeightStash
+
+BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class MatMul(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Tokens(nn.Module):
+    """An embedding on the tokens found in the sign pattern of its input, so that it has a float input as the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table((x[..., 0] > 0).long()) * x
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(8, 8),
+    "linear without bias": lambda: nn.Linear(8, 8, bias=False),
+    "layernorm": lambda: nn.LayerNorm(8),
+    "rmsnorm": lambda: nn.RMSNorm(8),
+    "convolution": Convolution,
+    "gain": Gain,
+    "matmul": MatMul,
+    "embedding": Tokens,
+    "tied": Tied,
+    "lstm": Recurrent,
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+    "batchnorm": lambda: nn.Sequential(Convolution(), nn.Flatten(0, 1), nn.BatchNorm1d(8)),
+}
+
+
+def layer(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    module = LAYERS[kind]()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+    return module.double()
+
+
+def data(seed: int) -> torch.Tensor:
+    return torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def objective(y: torch.Tensor) -> torch.Tensor:
+    return (y * torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)).sum()
+
+
+def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    return list(torch.autograd.grad(objective(module(x)), [x, *module.parameters()]))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_late_backward_differentiates_at_the_version_of_its_forward(kind, compiled):
+    """Three microbatches in flight over three updates: each gradient is that of a frozen copy of its version."""
+    if compiled and kind == "lstm":
+        pytest.skip("torch.compile leaves recurrent layers to eager mode")
+    torch._dynamo.reset()
+    module = layer(kind)
+    stash = WeightStash(module, versions=4)
+    optimizer = npp.NAdam(module.parameters(), lr=0.1, stash=stash)
+    call = torch.compile(module, backend="aot_eager") if compiled else module
+    frozen, waiting = {}, {}
+    for v in range(4):
+        frozen[v] = copy.deepcopy(module)
+        x = data(v).requires_grad_()
+        with stash.use(v):
+            waiting[v] = (x, objective(call(x)))
+        if v < 3:
+            for leaf in stash.parameters(v).values():
+                leaf.grad = torch.ones_like(leaf)
+            optimizer.step(version=v)
+            for p, q in zip(module.parameters(), frozen[v].parameters(), strict=True):
+                assert not torch.equal(p, q)
+    for v, (x, loss) in waiting.items():
+        loss.backward()
+        expected = gradients(frozen[v], data(v))
+        torch.testing.assert_close(x.grad, expected[0], rtol=1e-12, atol=1e-12)
+        got = [leaf.grad for leaf in stash.parameters(v).values()]
+        torch.testing.assert_close(got, expected[1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [k for k in LAYERS if k not in ("lstm", "encoder")])
+def test_an_overwritten_version_never_gives_a_silently_wrong_gradient(kind):
+    """The ring is made to overwrite a version in flight; backward raises, or is still exact where it needs no weight."""
+    module = layer(kind)
+    stash = WeightStash(module, versions=1)
+    optimizer = npp.NAdam(module.parameters(), lr=0.1, stash=stash)
+    frozen = copy.deepcopy(module)
+    x = data(0).requires_grad_()
+    with stash.use(0):
+        loss = objective(module(x))
+    stash.release(0)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(x.grad, gradients(frozen, data(0))[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_copies_no_weights(backend):
+    """Slots keep their memory for ever, and a step reads the newest slot and writes the next: with every other slot
+    poisoned nothing is NaN, and each slot is written exactly once a round."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    versions = 3
+    stash = WeightStash(module, versions)
+    optimizer = npp.NAdam(module.parameters(), stash=stash, backend=backend)
+    slots = [stash._slots[s] for s in range(versions)]
+    addresses = [[leaf.data_ptr() for leaf in slot] for slot in slots]
+    assert len({a for slot in addresses for a in slot}) == versions * len(stash.names)
+    for update in range(7):
+        source, target = update % versions, (update + 1) % versions
+        for s, slot in enumerate(slots):
+            if s != source:
+                for leaf in slot:
+                    leaf.data.fill_(torch.nan)
+        kept = [[leaf.detach().clone() for leaf in slot] for slot in slots]
+        for leaf in slots[source]:
+            leaf.grad = torch.ones_like(leaf)
+        optimizer.step(version=update)
+        for s, slot in enumerate(slots):
+            assert [leaf.data_ptr() for leaf in slot] == addresses[s]
+            for leaf, old in zip(slot, kept[s], strict=True):
+                if s == target:
+                    assert torch.isfinite(leaf).all()
+                else:
+                    assert torch.equal(leaf.isnan(), old.isnan())
+                    assert torch.equal(leaf.nan_to_num(), old.nan_to_num())
+        assert [p.data_ptr() for p in module.parameters()] == addresses[target]
+
+
+def test_a_step_allocates_nothing():
+    module = nn.Linear(256, 256)
+    stash = WeightStash(module, 4)
+    optimizer = npp.NAdam(module.parameters(), stash=stash)
+
+    def step() -> None:
+        for leaf in stash.parameters(stash.newest).values():
+            leaf.grad = gradient[leaf.shape]
+        optimizer.step(version=stash.newest)
+
+    gradient = {leaf.shape: torch.ones_like(leaf) for leaf in module.parameters()}
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert allocated < 256 * 256 * 4 / 100, "a copy of the weights would be 256 KiB"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ring_and_no_ring_give_the_same_bits(backend):
+    plain, ringed = layer("encoder"), layer("encoder")
+    stash = WeightStash(ringed, 5)
+    one = npp.NAdam(plain.parameters(), lr=1e-2, backend=backend)
+    other = npp.NAdam(ringed.parameters(), lr=1e-2, stash=stash, backend=backend)
+    for t in range(12):
+        one.zero_grad()
+        objective(plain(data(t))).backward()
+        one.step()
+        with stash.use(stash.newest):
+            objective(ringed(data(t))).backward()
+        other.step()
+        for p, q in zip(plain.parameters(), ringed.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_frozen_parameters_buffers_and_missing_gradients():
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    module[0].weight.requires_grad_(False)
+    frozen = module[0].weight
+    stash = WeightStash(module, 3)
+    optimizer = npp.NAdam([p for p in module.parameters() if p.requires_grad], lr=0.1, stash=stash)
+    assert "0.weight" not in stash.names
+    for update in range(5):
+        before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        leaves = stash.parameters(update)
+        for name, leaf in leaves.items():
+            leaf.grad = None if name == "2.bias" and update % 2 else torch.ones_like(leaf)
+        optimizer.step(version=update)
+        assert module[0].weight is frozen
+        for name, p in module.named_parameters():
+            stays = name == "0.weight" or (name == "2.bias" and update % 2)
+            assert torch.equal(p, before[name]) == bool(stays), name
+    module(torch.randn(4, 8))
+    assert module[1].num_batches_tracked == 1
+
+
+def test_evaluation_is_not_in_flight_and_blocks_nest():
+    module = layer("linear")
+    stash = WeightStash(module, 2)
+    with torch.no_grad(), stash.use(0):
+        module(data(0))
+    assert stash.in_flight(0) == 0
+    optimizer = npp.NAdam(module.parameters(), stash=stash)
+    for leaf in stash.parameters(0).values():
+        leaf.grad = torch.ones_like(leaf)
+    optimizer.step(version=0)
+    old, new = stash.parameters(0)["weight"], stash.parameters(1)["weight"]
+    with torch.no_grad():
+        with stash.use(0):
+            assert module.weight is old
+            with stash.use(1):
+                assert module.weight is new
+            assert module.weight is old
+        assert module.weight is new
+    with pytest.raises(ZeroDivisionError), stash.use(1):
+        raise ZeroDivisionError
+    assert stash.in_flight(1) == 0, "a forward that failed is not in flight"
+
+
+def stepped(versions: int, updates: int) -> tuple[nn.Module, WeightStash, npp.NAdam]:
+    module = layer("linear")
+    stash = WeightStash(module, versions)
+    optimizer = npp.NAdam(module.parameters(), stash=stash)
+    for v in range(updates):
+        for leaf in stash.parameters(v).values():
+            leaf.grad = torch.ones_like(leaf)
+        optimizer.step(version=v)
+    return module, stash, optimizer
+
+
+def test_misuse_gives_one_clear_sentence_and_changes_nothing():
+    module, stash, optimizer = stepped(versions=3, updates=5)
+
+    def wait_on_the_oldest() -> None:
+        with stash.use(3):
+            objective(module(data(0)))
+        optimizer.step(version=5)
+
+    def overwrite() -> None:
+        with stash.use(3), stash.use(4):
+            pass
+        stash.parameters(5)["weight"].grad = torch.ones_like(module.weight)
+        optimizer.step(version=5)
+
+    def unnamed() -> None:
+        stash.parameters(4)["weight"].grad = torch.ones_like(module.weight)
+        optimizer.step()
+
+    cases = [
+        (lambda: stash.use(2).__enter__(), "version 2 has left the ring, which holds versions 3 to 5"),
+        (lambda: stash.use(6).__enter__(), "version 6 does not exist; the newest is 5"),
+        (lambda: stash.use(-1).__enter__(), "version -1 does not exist"),
+        (lambda: optimizer.step(version=2), "version 2 has left the ring"),
+        (wait_on_the_oldest, "would overwrite version 3, which 1 microbatch(es) in flight still need"),
+        (overwrite, "would overwrite version 3, which 2 microbatch(es) in flight still need"),
+        (unnamed, "say which to take: step(version=4)"),
+        (lambda: npp.NAdam(module.parameters(), stash=stash), "already has an optimizer"),
+        (lambda: npp.NAdam([module.weight], stash=stash), "bias is missing"),
+        (lambda: npp.NAdam([nn.Parameter(torch.ones(2))], stash=stash), "is not in the WeightStash"),
+        (lambda: WeightStash(module, 0), "versions must be at least 1"),
+    ]
+    for misuse, sentence in cases:
+        before = [{n: t.clone() for n, t in w.items()} for w in stash.state_dict()["weights"]]
+        with pytest.raises(ValueError) as error:
+            misuse()
+        assert sentence in str(error.value)
+        assert "\n" not in str(error.value)
+        assert stash.newest == 5
+        for saved, now in zip(before, stash.state_dict()["weights"], strict=True):
+            assert all(torch.equal(saved[n], now[n]) for n in saved)
+        assert float(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]) == 5
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+
+
+def test_parameters_that_cannot_be_kept_in_a_ring():
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = nn.Parameter(shared[0].weight.data)
+    with pytest.raises(ValueError, match=r"1\.weight shares memory with 0\.weight; tie them"):
+        WeightStash(shared, 2)
+    hooked = nn.Linear(4, 4)
+    hooked.weight.register_hook(lambda g: g)
+    with pytest.raises(ValueError, match="weight carries hooks"):
+        WeightStash(hooked, 2)
+    expanded = nn.Linear(4, 4)
+    expanded.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    with pytest.raises(ValueError, match="weight is not a dense strided tensor"):
+        WeightStash(expanded, 2)
+
+
+def test_a_checkpoint_restores_every_live_version(tmp_path):
+    module, stash, optimizer = stepped(versions=3, updates=4)
+    torch.save({"stash": stash.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "stage.pt")
+    saved = torch.load(tmp_path / "stage.pt", weights_only=True)
+    again = layer("linear", seed=9)
+    restored = WeightStash(again, 3)
+    resumed = npp.NAdam(again.parameters(), stash=restored)
+    restored.load_state_dict(saved["stash"])
+    resumed.load_state_dict(saved["optimizer"])
+    for v in (2, 3, 4):
+        for name, leaf in stash.parameters(v).items():
+            assert torch.equal(leaf, restored.parameters(v)[name])
+    for v in (4, 5, 6):
+        for s, o in ((stash, optimizer), (restored, resumed)):
+            for leaf in s.parameters(v).values():
+                leaf.grad = torch.full_like(leaf, 0.5)
+            o.step(version=v)
+    assert torch.equal(module.weight, again.weight)
+
+    for other, sentence in (
+        (WeightStash(layer("linear"), 2), "holds 3 versions at version 4"),
+        (WeightStash(layer("layernorm"), 3), "weight was saved as"),
+        (WeightStash(layer("linear without bias"), 3), "of another module: bias differ"),
+    ):
+        before = {n: p.detach().clone() for n, p in other.parameters(0).items()}
+        with pytest.raises(ValueError, match=sentence):
+            other.load_state_dict(saved["stash"])
+        assert other.newest == 0
+        assert all(torch.equal(before[n], p) for n, p in other.parameters(0).items())
+
+
+@pytest.mark.parametrize("kind", [k for k in LAYERS if k not in ("encoder", "lstm", "tied")])
+def test_backward_at_the_newest_weights(kind):
+    """Activations of the old version, weights of the newest: what backward computes when nothing is stashed.
+
+    The judge is the same layer whose weights are overwritten behind autograd's back between forward and backward.
+    """
+    module, overwritten = layer(kind), layer(kind)
+    stash = WeightStash(module, 3)
+    optimizer = npp.NAdam(module.parameters(), lr=0.5, stash=stash)
+    x, y = data(0).requires_grad_(), data(0).requires_grad_()
+    with stash.use(0, backward="newest"):
+        loss = objective(module(x))
+    expected = objective(overwritten(y))
+    for _ in range(2):
+        for leaf in stash.parameters(stash.newest).values():
+            leaf.grad = torch.ones_like(leaf)
+        optimizer.step(version=stash.newest)
+    for leaf in stash.parameters(0).values():
+        leaf.grad = None
+    for p, q in zip(overwritten.parameters(), module.parameters(), strict=True):
+        p.data.copy_(q)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    got = [leaf.grad for leaf in stash.parameters(0).values()]
+    torch.testing.assert_close(got, [p.grad for p in overwritten.parameters()], rtol=1e-12, atol=1e-12)
+    if kind in ("linear", "matmul", "gain", "layernorm"):
+        stashed = gradients(layer(kind), data(0))[0]
+        assert not torch.allclose(x.grad, stashed), "the old weights would have given another gradient"
+
+
+def test_backward_at_the_newest_weights_refuses_autocast():
+    stash = WeightStash(nn.Linear(8, 8), 2)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="cannot see through"),
+        stash.use(0, backward="newest"),
+    ):
+        pass
+    assert stash.in_flight(0) == 0
+
+
+def test_memory_is_versions_times_the_weights():
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    one = sum(p.untyped_storage().nbytes() for p in module.parameters())
+    stash = WeightStash(module, 5)
+    total = sum(leaf.untyped_storage().nbytes() for v in range(5) for leaf in stash._slots[v])
+    assert total == 5 * one
+    assert F.linear(torch.ones(1, 8), module[0].weight).shape == (1, 8)
