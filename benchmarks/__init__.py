@@ -1,0 +1,1 @@
+"""Measurements of the step; ratios in one run, never absolute bars."""

@@ -1,0 +1,131 @@
+"""Parameter lists and the optimizers that are measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import nesterov_pp as npp
+
+Shapes = list[tuple[int, ...]]
+BYTES_PER_PARAMETER = 28  # fp32: reads p, g, m, v and writes p, m, v
+
+
+def gpt2_small() -> Shapes:
+    """148 tensors, 124M parameters."""
+    width, block = 768, []
+    for _ in range(12):
+        block += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        block += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(50257, width), (1024, width), *block, (width,), (width,)]
+
+
+def tiny_tensors() -> Shapes:
+    """1,000 tensors of 64 elements: what a step costs beside memory."""
+    return [(64,)] * 1000
+
+
+WORKLOADS: dict[str, Callable[[], Shapes]] = {"gpt2-small": gpt2_small, "tiny": tiny_tensors}
+
+
+class Problem:
+    """Parameters with random values and gradients, made once and shared by the peers one after the other."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.grads = [torch.randn(shape, generator=generator) * 1e-2 for shape in shapes]
+        self.elements = sum(w.numel() for w in self.weights)
+
+    def parameters(self) -> list[nn.Parameter]:
+        parameters = [nn.Parameter(w.clone()) for w in self.weights]
+        for p, g in zip(parameters, self.grads, strict=True):
+            p.grad = g
+        return parameters
+
+
+Step = Callable[[], Any]
+
+
+def torch_nadam(problem: Problem) -> Step:
+    """What the paper's released code runs."""
+    return torch.optim.NAdam(problem.parameters(), foreach=True, decoupled_weight_decay=True, weight_decay=0.01).step
+
+
+def torch_nadam_with_stash(problem: Problem) -> Step:
+    """Its stash: load the old weights, load the new ones, step, and clone the result: three copies around a step."""
+    parameters = problem.parameters()
+    optimizer = torch.optim.NAdam(parameters, foreach=True, decoupled_weight_decay=True, weight_decay=0.01)
+    versions = [[p.detach().clone() for p in parameters] for _ in range(2)]
+
+    @torch.no_grad()
+    def load(version: list[torch.Tensor]) -> None:
+        for p, saved in zip(parameters, version, strict=True):
+            p.copy_(saved)
+
+    def step() -> None:
+        load(versions[0])
+        load(versions[1])
+        optimizer.step()
+        versions.append([p.detach().clone() for p in parameters])
+        versions.pop(0)
+
+    return step
+
+
+def torch_adamw_fused(problem: Problem) -> Step:
+    """Another method that moves the same bytes: the bandwidth to reach."""
+    return torch.optim.AdamW(problem.parameters(), fused=True).step
+
+
+def ours(problem: Problem) -> Step:
+    return npp.NAdam(problem.parameters(), decoupled_weight_decay=True, weight_decay=0.01).step
+
+
+def ours_with_ring(problem: Problem, versions: int) -> Step:
+    """A step that reads one ring slot and writes the next; the gradients are handed over outside the measurement."""
+    module = nn.ParameterList(problem.parameters())
+    stash = npp.WeightStash(module, versions)
+    optimizer = npp.NAdam(module.parameters(), stash=stash, decoupled_weight_decay=True, weight_decay=0.01)
+
+    def give_gradients() -> None:
+        for leaf, grad in zip(stash.parameters(stash.newest).values(), problem.grads, strict=True):
+            leaf.grad = grad
+
+    def step() -> None:
+        optimizer.step(version=stash.newest)
+
+    step.prepare = give_gradients  # type: ignore[attr-defined]
+    for _ in range(versions):
+        give_gradients()
+        step()
+    return step
+
+
+PEERS: dict[str, Callable[[Problem], Step]] = {
+    "nesterov_pp.NAdam": ours,
+    "nesterov_pp.NAdam, ring of 2": lambda problem: ours_with_ring(problem, 2),
+    "nesterov_pp.NAdam, ring of 8": lambda problem: ours_with_ring(problem, 8),
+    "torch.optim.NAdam(foreach=True)": torch_nadam,
+    "torch.optim.NAdam(foreach=True) + stash by copies": torch_nadam_with_stash,
+    "torch.optim.AdamW(fused=True)": torch_adamw_fused,
+}
+
+
+def prepare(step: Step) -> None:
+    """What a peer needs before each step, outside the measurement."""
+    getattr(step, "prepare", lambda: None)()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
