@@ -1,0 +1,9 @@
+"""``python -m nesterov_pp``."""
+
+from __future__ import annotations
+
+import sys
+
+from nesterov_pp.cli import main
+
+sys.exit(main())

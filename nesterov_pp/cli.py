@@ -1,0 +1,238 @@
+"""The command line: ``python -m nesterov_pp train | compare | methods | info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import nesterov_pp
+from nesterov_pp.kernels import available_backends, extension
+from nesterov_pp.pipeline import Recipe, recipes
+
+_PROGRAM = "nesterov_pp"
+COMPARED: dict[str, Any] = {"methods": ["nesterov", "pipedream", "gpipe", "gpipe-1"], "seeds": [0, 1, 2]}
+"""What ``compare`` compares by default."""
+
+PRESETS: dict[str, dict[str, Any]] = {"demo": {"microbatches": 2000}}
+"""Settings of ``compare`` under a name; a flag that is given wins over the preset's."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a bad flag."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{_PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 (bad input), 1 (a run failed), or 128 + signal."""
+    from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.signals import InterruptionError
+
+    try:
+        arguments = vars(_parser().parse_args(argv))
+        command: Callable[[dict[str, Any]], None] = arguments.pop("command")
+        command(arguments)
+    except (UserError, InterruptionError) as error:
+        return _complain(str(error), error.status)
+    except KeyboardInterrupt:
+        return _complain("stopped at once by Ctrl-C; what was written is kept, and --resume goes on from there", 130)
+    except BrokenPipeError:
+        # Nobody reads the output any more; the interpreter is not to trip over it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"{_PROGRAM}: {'error' if status < 128 else 'stopped'}: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from nesterov_pp.training.config import Config
+
+    parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    shown = {f.name: f for f in fields(Config)}
+
+    def command(name: str, run: Callable[[dict[str, Any]], None], help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help_text, description=help_text, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        sub.set_defaults(command=run)
+        return sub
+
+    def add_settings(sub: argparse.ArgumentParser, *left_out: str) -> None:
+        for name, setting in shown.items():
+            if name not in left_out:
+                default = "" if setting.default is None else f" (default: {setting.default})"
+                sub.add_argument(
+                    "--" + name.replace("_", "-"),
+                    type=_typed(setting.metadata["parse"]),
+                    help=setting.metadata["help"] + default,
+                    metavar="X",
+                )
+        sub.add_argument(
+            "--out", type=Path, metavar="DIR", help="folder of results; default: runs/METHOD or runs/compare"
+        )
+        sub.add_argument("--resume", action="store_true", help="go on with what is in that folder; if empty, begin")
+
+    add_settings(command("train", _train, "train a small language model through a virtual pipeline"))
+    sub = command("compare", _compare, "train with several methods and seeds, and put them into one table")
+    sub.add_argument("--methods", type=_typed(_names), metavar="A,B,...", help="methods; default: those of the demo")
+    sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
+    sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
+    sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
+    add_settings(sub, "method", "seed")
+    command("methods", _methods, "list the methods")
+    command("info", _info, "versions, and which backends are available and why")
+    return parser
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse``, whose ``ValueError`` becomes argparse's message."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"needs different names with commas between them, not {text!r}")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(name.isdecimal() for name in _names(text)):
+        raise ValueError(f"needs whole numbers of at least 0 with commas between them, not {text!r}")
+    return [int(name) for name in _names(text)]
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"needs a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _preset(text: str) -> dict[str, Any]:
+    if text not in PRESETS:
+        raise ValueError(f"needs one of {', '.join(PRESETS)}, not {text!r}")
+    return PRESETS[text]
+
+
+def _require(*packages: str) -> None:
+    """Raises: UserError: an optional package is not installed."""
+    from nesterov_pp.training.config import UserError
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this command needs {' and '.join(missing)}; run `pip install 'nesterov-pp[train]'`")
+
+
+def _train(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.training.config import Config
+    from nesterov_pp.training.trainer import train
+
+    resume = arguments.pop("resume", False)
+    out = arguments.pop("out", None) or Path("runs") / arguments.get("method", Config.method)
+    train(arguments, out, resume=resume)
+
+
+def _compare(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.training.compare import compare
+
+    preset = arguments.pop("preset", {})
+    given = {**COMPARED, **preset, **arguments}
+    own = {name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume") if name in given}
+    compare(
+        given,
+        own["methods"],
+        own["seeds"],
+        own.get("jobs", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
+        own.get("out", Path("runs/compare")),
+        resume=own.get("resume", False),
+    )
+
+
+def _methods(_: dict[str, Any]) -> None:
+    _require("rich")
+    from rich.table import Table
+
+    from nesterov_pp.training.report import make_console
+
+    table = Table(title="Methods: an update every K microbatches; P stages, numbered i = 1 ... P")
+    table.add_column("Name", no_wrap=True)
+    for heading in ("What", "Optimizer", "K", "Extra weights", "Reference"):
+        table.add_column(heading)
+    for recipe in recipes().values():
+        table.add_row(
+            recipe.name,
+            recipe.summary,
+            getattr(recipe.rule, "__name__", str(recipe.rule)),
+            str(recipe.microbatches_per_update),
+            _extra_versions(recipe),
+            recipe.reference,
+        )
+    console = make_console()
+    console.print(table)
+    console.print(
+        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline."
+    )
+
+
+def _extra_versions(recipe: Recipe) -> str:
+    return "P - i" if recipe.delayed and recipe.backward == "stashed" else "none"
+
+
+def _info(_: dict[str, Any]) -> None:
+    _require("rich")
+    from rich.table import Table
+
+    from nesterov_pp.training.report import make_console
+
+    module, _reason = extension.load()
+    console = make_console()
+    rows = {
+        "nesterov_pp": nesterov_pp.__version__,
+        "torch": torch.__version__,
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
+        "compiled extension": str(module.__file__) if module is not None else "none",
+        "instruction set": f"{module.isa()} (of {', '.join(module.isas())})" if module is not None else "none",
+    }
+    table = Table(title="Versions", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    table = Table(title="Backends of the optimizer step")
+    for heading in ("Backend", "Available", "Why"):
+        table.add_column(heading, overflow="fold")
+    for name, reason in available_backends().items():
+        table.add_row(name, "yes" if reason is None else "no", reason or _WHAT[name])
+    console.print(table)
+
+
+_WHAT = {
+    "cuda": "one launch for all tensors of a device and dtype",
+    "triton": "the same pass in Triton",
+    "cpu": "C++ for float32 and float64 on the CPU",
+    "reference": "plain torch: every device and dtype",
+}

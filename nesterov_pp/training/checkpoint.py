@@ -1,0 +1,95 @@
+"""Checkpoints that are either whole or not there, and files written the same way."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from nesterov_pp.training.config import RunError, UserError
+
+KEPT = 2
+_FORMAT = "nesterov_pp run 1"
+_PREFIX = "checkpoint-"
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that at any moment ``path`` is the old file or the whole new one, also after a power cut.
+
+    Raises:
+        RunError: the disk is full, the folder cannot be written, ...; ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with _readable_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_atomic`` for text."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob(f"{_PREFIX}*.pt"))
+
+
+def save(folder: Path, microbatch: int, state: dict[str, Any]) -> None:
+    """Write the checkpoint after ``microbatch`` microbatches and drop all but the newest two.
+
+    Raises:
+        RunError: it cannot be written; the others are kept.
+    """
+    path = folder / f"{_PREFIX}{microbatch:09d}.pt"
+    write_atomic(path, lambda file: torch.save({"format": _FORMAT, "microbatch": microbatch, **state}, file))
+    with _readable_errors(folder):
+        for old in checkpoints(folder)[:-KEPT]:
+            old.unlink()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What ``save`` wrote, and ``microbatch``. Nothing in the file is executed.
+
+    Raises:
+        UserError: the file is truncated, damaged, or something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        state = None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        others = [p.name for p in checkpoints(path.parent) if p < path]
+        then = f"continue from {others[-1]}" if others else "start from the beginning"
+        raise UserError(f"{path} is truncated or damaged; remove it, and --resume will {then}")
+    return state

@@ -1,0 +1,134 @@
+"""The folder of a run: what is in it, and whose turn it is to write."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from nesterov_pp.training.config import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of a run's files. Files whose names begin with a dot are leftovers of interrupted writes."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def sample(self) -> Path:
+        return self.path / "sample.txt"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def recorded(self, *, resume: bool) -> dict[str, Any] | None:
+        """The configuration file of the run to go on with; None where a new run may begin.
+
+        With ``resume`` a folder that is absent or empty begins a new run too. Changes nothing.
+
+        Raises:
+            UserError: the folder holds a run and ``resume`` is False, or it holds something else.
+        """
+        if is_fresh(self.path):
+            return None
+        if not self.config.exists():
+            raise UserError(f"{self.path} holds other files and no run; give an empty or new folder with --out")
+        if not resume:
+            raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
+        return read_object(self.config)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Create the folder, and keep other processes from training in it inside the block.
+
+        Raises:
+            UserError: it cannot be created or written, or another process trains in it.
+        """
+        make_folder(self.path)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            # The lock ends with the process, however it ends.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(f"another process is training in {self.path}; wait for it, or give another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            for leftover in self.path.glob(".*.part"):
+                leftover.unlink()
+            yield
+        finally:
+            os.close(handle)
+
+
+def is_fresh(path: Path) -> bool:
+    """Whether a folder is absent or empty.
+
+    Raises:
+        UserError: it is not a folder, or cannot be looked into.
+    """
+    try:
+        return all(name.startswith(".") for name in os.listdir(path))
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used: {error.strerror}") from None
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder to write in.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be created: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path} cannot be written to; give a folder of your own")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of ours with one JSON object.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; give another --out")
+    return cast(dict[str, Any], value)

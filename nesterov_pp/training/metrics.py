@@ -1,0 +1,103 @@
+"""What a run measured: one JSON object a line, and the same for TensorBoard.
+
+A line is ``{"microbatch": m, "loss": ..., "lr": ...}`` for the m-th microbatch (from 1), or
+``{"microbatch": m, "validation_loss": ...}`` for the weights after it. Losses are means in nats a token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nesterov_pp.training.config import RunError, UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_FLUSH_EVERY = 10
+
+
+class MetricsLog:
+    """Appends to a file, of which the first ``keep`` bytes are kept.
+
+    Raises:
+        UserError: the file has fewer bytes.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path = path
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep:
+            raise UserError(f"{path} has lost lines that its checkpoint counts on; the run cannot go on")
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+        self._lines = 0
+
+    def write(self, **values: float) -> None:
+        """Raises: RunError: the disk is full, ..."""
+        try:
+            self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
+            self._lines += 1
+            if self._lines % _FLUSH_EVERY == 0:
+                self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    def sync(self) -> int:
+        """Put every line on the disk; returns the bytes up to here."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Losses of a run against microbatches: ``train[i]`` is that of microbatch ``i + 1``."""
+
+    train: list[float]
+    validation: list[tuple[int, float]]
+
+
+def read_curves(path: Path) -> Curves:
+    """The whole lines of a metrics file; an unfinished last one is left out.
+
+    Raises:
+        UserError: the file cannot be read or is not a metrics file.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        rows = [json.loads(line) for line in lines]
+        train = [float(row["loss"]) for row in rows if "loss" in row]
+        validation = [(int(row["microbatch"]), float(row["validation_loss"])) for row in rows if "loss" not in row]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged") from None
+    return Curves(train, validation)
+
+
+def microbatches_done(path: Path) -> int:
+    """The microbatch of the last whole line of a metrics file; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["microbatch"]) if lines else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def tensorboard_writer(folder: Path, microbatch: int) -> SummaryWriter:
+    """A writer whose earlier scalars after ``microbatch`` are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=microbatch + 1)

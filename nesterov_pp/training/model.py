@@ -1,0 +1,109 @@
+"""A GPT cut into pipeline stages: the paper's shape, of any size (arXiv 2505.01099, Section 5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nesterov_pp.training.config import derived_seed
+
+INIT_STD = 0.02
+
+
+class Embedding(nn.Module):
+    """Token and learned position embeddings: ``(batch, context)`` int64 to ``(batch, context, width)``."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(context, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.dropout(self.tokens(tokens) + self.positions[: tokens.shape[1]])
+        return hidden
+
+
+class Block(nn.Module):
+    """Causal attention and a ReLU feed-forward layer, each on a normalised input and added to the stream."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed_in = nn.Linear(width, 4 * width)
+        self.feed_out = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention_out(self._attend(self.attention_norm(x))))
+        out: Tensor = x + self.dropout(self.feed_out(F.relu(self.feed_in(self.feed_norm(x)))))
+        return out
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        split = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+        rate = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+        return mixed.transpose(1, 2).reshape(batch, length, width)
+
+
+class Head(nn.Module):
+    """The last norm and an untied output layer: ``(batch, context, width)`` to logits."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.norm(x))
+        return logits
+
+
+def build_stages(
+    *, vocabulary: int, stages: int, layers: int, width: int, heads: int, context: int, dropout: float, seed: int
+) -> list[nn.Module]:
+    """The model as ``stages`` modules; the embedding is in the first, the head in the last, blocks spread evenly.
+
+    Each layer's first weights depend on ``seed`` and the layer alone, whatever the number of stages. The global random
+    state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        blocks = [_initialised(Block(width, heads, dropout), layers, seed, k) for k in range(layers)]
+        embedding = _initialised(Embedding(vocabulary, context, width, dropout), layers, seed, "embedding")
+        head = _initialised(Head(vocabulary, width), layers, seed, "head")
+    result: list[nn.Module] = []
+    for k in range(stages):
+        parts = blocks[k * layers // stages : (k + 1) * layers // stages]
+        if k == 0:
+            parts = [embedding, *parts]
+        if k == stages - 1:
+            parts = [*parts, head]
+        result.append(nn.Sequential(*parts))
+    return result
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats: ``(batch, context, vocabulary)`` and ``(batch, context)`` int64 to a 0-d tensor."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def _initialised(layer: nn.Module, layers: int, seed: int, place: object) -> nn.Module:
+    """Weights N(0, 0.02), smaller by sqrt(2 layers) where they write to the residual stream; biases 0, gains 1."""
+    torch.manual_seed(derived_seed("layer", seed, place))
+    for name, p in layer.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+        else:
+            writes_stream = name in ("attention_out.weight", "feed_out.weight")
+            nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * layers) if writes_stream else INIT_STD)
+    return layer

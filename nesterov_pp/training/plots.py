@@ -1,0 +1,66 @@
+"""Plots as PNG files, drawn to stay readable in black-and-white print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from nesterov_pp.training.metrics import Curves
+
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+# Colours that people with any colour vision tell apart, of different lightness (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
+_SIZE = (8.0, 5.0)
+_DPI = 150
+
+
+def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
+    """A run's train loss (faint), its moving average, and the validation points."""
+    figure, axes = _figure()
+    train = np.asarray(curves.train)
+    steps = np.arange(1, len(train) + 1)
+    window = max(1, len(train) // 50)
+    axes.plot(steps, train, color="0.8", linewidth=0.6, label="train, each microbatch")
+    smooth = np.convolve(train, np.ones(window) / window, mode="valid")
+    axes.plot(steps[window - 1 :], smooth, color=_COLOURS[0], linewidth=1.5, label=f"train, mean over {window}")
+    where, losses = zip(*curves.validation, strict=True)
+    axes.plot(where, losses, "o", color=_COLOURS[1], markersize=4, label="validation")
+    axes.set_title(f"{method}: validation loss {losses[-1]:.3f} at the end")
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> None:
+    """Validation loss of each method: the mean over its runs as a line, lowest to highest as a band."""
+    figure, axes = _figure()
+    for k, (method, curves) in enumerate(runs.items()):
+        steps = [m for m, _ in curves[0].validation]
+        losses = np.array([[loss for _, loss in c.validation] for c in curves])
+        mean = losses.mean(axis=0)
+        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _LINES[k % len(_LINES)]}
+        axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
+        if len(curves) > 1:
+            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, lw=0)
+    seeds = max(len(curves) for curves in runs.values())
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_title("Validation loss" + (f": mean of {seeds} seeds, lowest to highest shaded" if seeds > 1 else ""))
+    axes.legend(frameon=False, title="method (loss at the end)", handlelength=3.5)
+    _save(figure, file)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("microbatches")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, file: IO[bytes]) -> None:
+    figure.savefig(file, format="png")

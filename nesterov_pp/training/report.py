@@ -1,0 +1,154 @@
+"""What people see of a run: the lines before it, its progress, the table after it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text as RichText
+
+from nesterov_pp.training.config import Config
+from nesterov_pp.training.metrics import Curves
+
+TRAIN_LOSS_OVER = 100
+"""The train loss in a table is the mean over this many last microbatches."""
+
+_PLAIN_WIDTH = 120
+_SMOOTHING = 0.95
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def size(bytes_: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if bytes_ < 1024:
+            return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.1f} {unit}"
+        bytes_ /= 1024
+    return f"{bytes_:.2f} GiB"
+
+
+def memory_line(memory: Mapping[str, int], delays: Sequence[int]) -> str:
+    """The bytes a pipeline holds, and the delays that decide how many."""
+    parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "stash", "moments"))
+    total = size(sum(memory.values()))
+    return f"Memory: {parts} = {total}. Delays of the stages, in updates: {' '.join(map(str, delays))}."
+
+
+def make_bar(console: Console, total: int, done: int) -> Progress:
+    """A running progress bar with one task, counted in microbatches."""
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    bar.add_task("", total=total, completed=done)
+    bar.start()
+    return bar
+
+
+class RunProgress:
+    """A bar on a terminal; elsewhere a line at each validation."""
+
+    def __init__(self, console: Console, start: int, total: int) -> None:
+        self._console, self._start, self._done, self._total = console, start, start, total
+        self._loss = self._rate = math.nan
+        self._validation = ""
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = make_bar(console, total, start)
+
+    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
+        """Show a microbatch's loss (smoothed) and the speed."""
+        self._done, self._rate = done, tokens_per_second
+        self._loss = loss if math.isnan(self._loss) else _SMOOTHING * self._loss + (1.0 - _SMOOTHING) * loss
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, description=self._text())
+
+    def validated(self, loss: float) -> None:
+        """Show a validation loss."""
+        self._validation = f"  validation {loss:.3f}"
+        if self._bar is None:
+            left = (time.monotonic() - self._began) / (self._done - self._start) * (self._total - self._done)
+            eta = f"{int(left) // 60}:{int(left) % 60:02d}"
+            self._console.print(f"microbatch {self._done}/{self._total}  {self._text()}  ETA {eta}", soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _text(self) -> str:
+        return f"loss {self._loss:.3f}{self._validation}  {self._rate:,.0f} tokens/s"
+
+
+def summarise(
+    config: Config,
+    curves: Curves,
+    *,
+    delays: Sequence[int],
+    memory: Mapping[str, int],
+    seconds: float,
+    optimizer_seconds: float,
+    peak_memory: int,
+) -> dict[str, Any]:
+    """The numbers of a finished run. Losses are in nats a token, memory in bytes."""
+    last = curves.train[-TRAIN_LOSS_OVER:]
+    validation_loss = curves.validation[-1][1]
+    return {
+        "method": config.method,
+        "stages": config.stages,
+        "delays": list(delays),
+        "seed": config.seed,
+        "microbatches": config.microbatches,
+        "updates": config.updates,
+        "train_loss": math.fsum(last) / len(last),
+        "validation_loss": validation_loss,
+        "perplexity": perplexity(validation_loss),
+        "tokens_per_second": config.microbatches * config.batch * config.context / seconds,
+        "optimizer_share": optimizer_seconds / seconds,
+        "seconds": seconds,
+        "peak_memory": peak_memory,
+        "pipeline_memory": dict(memory),
+    }
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, the largest float where that is too large."""
+    return math.exp(min(loss, 700.0))
+
+
+def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """The final table of a run."""
+    table = Table(title=f"{summary['method']}, {summary['stages']} stages, {summary['microbatches']} microbatches")
+    for heading in ("Train loss", "Validation loss", "Perplexity", "Tokens/s", "Optimizer's time", "Peak memory"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        f"{summary['train_loss']:.4f}",
+        f"{summary['validation_loss']:.4f}",
+        f"{summary['perplexity']:.2f}",
+        f"{summary['tokens_per_second']:,.0f}",
+        f"{100.0 * summary['optimizer_share']:.1f} %",
+        size(summary["peak_memory"]),
+    )
+    console.print(table)
+
+
+def print_sample(console: Console, sample: str) -> None:
+    """Generated text in a frame."""
+    console.print(Panel(RichText(sample), title=escape("Sample (it continues the start of the validation text)")))

@@ -1,0 +1,110 @@
+"""Text to tokens and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.training.config import UserError
+
+_PIECE = 1 << 16
+
+
+class Tokenizer(Protocol):
+    """``size`` tokens, numbered from 0. ``digest`` tells two tokenizers apart."""
+
+    size: int
+    digest: str
+
+    def encode(self, documents: Sequence[bytes]) -> Tensor:
+        """The tokens of the documents one after the other, a 1-d integer tensor."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text; what is not UTF-8 becomes U+FFFD."""
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    size = 256
+    digest = "bytes"
+
+    def encode(self, documents: Sequence[bytes]) -> Tensor:
+        joined = bytearray(b"".join(documents))
+        return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+class BpeTokenizer:
+    """Byte-level byte-pair encoding; ``definition`` is the JSON of the ``tokenizers`` package."""
+
+    def __init__(self, definition: str) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self.definition = definition
+        self.size: int = self._tokenizer.get_vocab_size()
+        self.digest = hashlib.sha256(definition.encode()).hexdigest()
+
+    @classmethod
+    def train(cls, documents: Sequence[bytes], vocab_size: int) -> BpeTokenizer:
+        """A vocabulary of at most ``vocab_size`` tokens; the same for the same documents.
+
+        Raises:
+            UserError: a document is not UTF-8.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(_pieces(documents), trainer)
+        return cls(tokenizer.to_str())
+
+    @classmethod
+    def load(cls, path: Path) -> BpeTokenizer:
+        """Raises: UserError: the file is not there, or not a tokenizer."""
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; without it the run cannot go on") from None
+        except Exception:  # the package raises bare Exception
+            raise UserError(f"{path} is damaged; without it the run cannot go on") from None
+
+    def encode(self, documents: Sequence[bytes]) -> Tensor:
+        ids = [i for e in self._tokenizer.encode_batch(list(_pieces(documents))) for i in e.ids]
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def _pieces(documents: Sequence[bytes]) -> Iterator[str]:
+    """The documents as text, cut at line ends into pieces of moderate size."""
+    for document in documents:
+        try:
+            text = document.decode("utf-8")
+        except UnicodeDecodeError as error:
+            start = document[max(0, error.start - 20) : error.start].decode("utf-8", errors="replace")
+            raise UserError(
+                f"a BPE needs UTF-8 text, and the byte after {start!r} is not; use --tokenizer bytes"
+            ) from None
+        piece: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            piece.append(line)
+            size += len(line)
+            if size >= _PIECE:
+                yield "".join(piece)
+                piece, size = [], 0
+        if piece:
+            yield "".join(piece)
