@@ -33,8 +33,8 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,test,dev]'
 	@touch $@
 
-demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo
-	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo
+demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo (again: goes on, or shows them)
+	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo --resume
 
 test: check ## make check and the tests
 	$(BIN)/python -m pytest

@@ -54,7 +54,7 @@ class Build(BuildExtension):
         super().finalize_options()
         # What an earlier build left here looks up to date even if it was built against another torch.
         self.force = True
-        self.build_temp = str(Path(self.build_temp) / f"torch-{torch.__version__}")
+        self.build_temp += f"/torch-{torch.__version__}"
 
     def run(self) -> None:
         if shutil.which(get_cxx_compiler()) is None:

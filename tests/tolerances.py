@@ -1,7 +1,7 @@
 """How far results may be apart: one table for all tests.
 
-One step: four roundings of a value of order one (four machine epsilons), where terms cancel; a run: a hundred. Chosen from the machine epsilon
-(1.2e-7 for float32, 2.2e-16 for float64), not from results.
+One step: four roundings of a value of order one (four machine epsilons), where terms cancel; a run: a hundred. Chosen
+from the machine epsilon (1.2e-7 for float32, 2.2e-16 for float64), not from results.
 """
 
 from __future__ import annotations

@@ -95,8 +95,14 @@ Kernel choose(Isa isa) {
 Isa best_isa() {
 #if NPP_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return Isa::kV4;
-  if (__builtin_cpu_supports("x86-64-v3")) return Isa::kV3;
+  // By feature, not by level: GCC 11 does not know the names of the levels here.
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4) return Isa::kV4;
+  if (v3) return Isa::kV3;
 #endif
   return Isa::kBaseline;
 }

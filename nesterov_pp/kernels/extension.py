@@ -13,6 +13,7 @@ from types import ModuleType
 import torch  # first: the process is to load torch's OpenMP runtime, not another one
 
 _NAME = "nesterov_pp._C"
+_NOTE = "_built_with_torch.txt"
 _HOW = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
 
 
@@ -24,10 +25,10 @@ def load() -> tuple[ModuleType | None, str | None]:
     symbols change between those.
     """
     file = _find()
-    if file is None:
+    if file is None or not file.with_name(_NOTE).exists():
         package = _package().__path__[0]
         return None, f"nesterov_pp in {package} has no compiled extension for this Python; build it {_HOW}"
-    built_with = file.with_name("_built_with_torch.txt").read_text().strip()
+    built_with = file.with_name(_NOTE).read_text().strip()
     if _minor(built_with) != _minor(torch.__version__):
         return None, (
             f"nesterov_pp was built against torch {built_with}, but torch {torch.__version__} is running; "

@@ -123,9 +123,7 @@ def test_threads_streaming_and_alignment_change_nothing(threads, offset):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        torch.ops.nesterov_pp.step_into(
-            t["weights"], out, t["grads"], t["exp_avgs"], t["exp_avg_sqs"], rows, row_of
-        )
+        torch.ops.nesterov_pp.step_into(t["weights"], out, t["grads"], t["exp_avgs"], t["exp_avg_sqs"], rows, row_of)
         torch.set_num_threads(1)
         torch.ops.nesterov_pp.step_(
             alone["weights"], alone["grads"], alone["exp_avgs"], alone["exp_avg_sqs"], rows, row_of
@@ -152,9 +150,7 @@ def test_operators_refuse_what_does_not_fit_and_write_nothing():
     for changed, coefficients, sentence in cases:
         a = {**t, **changed}
         with pytest.raises((ValueError, RuntimeError), match=sentence):
-            torch.ops.nesterov_pp.step_(
-                a["weights"], a["grads"], a["exp_avgs"], a["exp_avg_sqs"], coefficients, [0, 0]
-            )
+            torch.ops.nesterov_pp.step_(a["weights"], a["grads"], a["exp_avgs"], a["exp_avg_sqs"], coefficients, [0, 0])
         assert torch.equal(t["weights"][0], before)
 
 

@@ -199,7 +199,7 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
     ],
 )
 def test_bad_arguments_give_one_clear_sentence(make, sentence):
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError) as error:
         make(parameters())
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)

@@ -55,6 +55,11 @@ def test_without_an_extension_the_reason_says_how_to_build_one(package: Path) ->
     assert "pip install --no-build-isolation" in reason
 
 
+def test_an_extension_without_its_note_is_not_opened(package: Path) -> None:
+    (package / "_C.py").write_text("raise AssertionError('opened')")
+    assert "has no compiled extension" in refusal()
+
+
 @pytest.mark.parametrize("version", ["2.9.1", "99.0.0+cpu"])
 def test_an_extension_built_against_another_torch_is_not_opened(package: Path, version: str) -> None:
     built(package, torch_version=version, source="raise AssertionError('opened')")

@@ -1,0 +1,84 @@
+"""Settings: ranges, contradictions, the learning rate, and what may differ when a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from nesterov_pp.pipeline import recipes
+from nesterov_pp.training.config import Config, UserError, derived_seed, settle
+
+
+def test_the_defaults_are_usable_with_every_method() -> None:
+    for method in recipes():
+        replace(Config(), method=method).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": 9}, "8 layers cannot fill 9 stages"),
+        ({"width": 66}, "--width must be a multiple of --heads"),
+        ({"method": "gpipe", "microbatches": 2001}, "must be a multiple of 4, not 2001"),
+        ({"method": "adam"}, "unknown method 'adam'; choose one of nesterov, "),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(**changes).check()  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    config = Config(lr=1.0, warmup=10, microbatches=110)
+    rates = [config.learning_rate(m) for m in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1, abs=1e-3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize(("warmup", "microbatches"), [(0, 1), (0, 5), (5, 5), (10, 5)])
+def test_short_runs_have_a_learning_rate_too(warmup: int, microbatches: int) -> None:
+    config = Config(lr=1.0, warmup=warmup, microbatches=microbatches)
+    assert all(0.0 < config.learning_rate(m) <= 1.0 for m in range(microbatches))
+
+
+def test_the_learning_rate_counts_data_so_it_is_the_same_for_every_method() -> None:
+    rates = {m: [Config(method=m).learning_rate(k) for k in range(0, 2000, 100)] for m in recipes()}
+    assert all(r == rates["nesterov"] for r in rates.values())
+
+
+def test_eq_13_takes_a_seventh_of_the_run_as_the_paper_has_it() -> None:
+    assert Config(method="nesterov-no-stash", microbatches=50_000).overrides() == {"correction_updates": 7_000}
+    assert Config(method="pipedream-lr", microbatches=1).overrides() == {"correction_updates": 1}
+    assert Config(method="nesterov").overrides() == {}
+
+
+def test_what_is_not_given_is_as_the_run_began() -> None:
+    recorded = asdict(Config(lr=0.5, data="/there"))
+    assert settle({}, recorded) == Config(lr=0.5, data="/there")
+    assert settle({"lr": 0.5, "checkpoint_every": 7}, recorded) == Config(lr=0.5, data="/there", checkpoint_every=7)
+
+
+def test_another_setting_is_refused() -> None:
+    recorded = asdict(Config())
+    with pytest.raises(UserError, match=r"this run has --lr 0\.001, not 0\.5"):
+        settle({"lr": 0.5}, recorded)
+    with pytest.raises(UserError, match="this run has --flush-every unset, not 5"):
+        settle({"flush_every": 5}, recorded)
+
+
+@pytest.mark.parametrize("recorded", [{}, {"lr": 0.001}, {**asdict(Config()), "new_setting": 1}])
+def test_settings_of_another_version_are_refused(recorded: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="another version"):
+        settle({}, recorded)
+
+
+def test_derived_seeds_are_stable_and_unrelated() -> None:
+    seeds = {derived_seed(name, a, b) for name in ("batch", "layer") for a in range(20) for b in range(20)}
+    assert len(seeds) == 800
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert derived_seed("batch", 1, 12) != derived_seed("batch", 11, 2)
+    assert derived_seed("batch", 0, 0) == derived_seed("batch", 0, 0)

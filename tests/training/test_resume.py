@@ -1,0 +1,85 @@
+"""Real processes that are stopped and killed at any moment, and go on with the same losses."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nesterov_pp.cli import main
+from nesterov_pp.training.metrics import microbatches_done
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def wait_for_lines(process: subprocess.Popen[str], out: Path, microbatch: int) -> None:
+    """Until the run has written the line of a microbatch."""
+    while microbatches_done(out / "metrics.jsonl") < microbatch:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def losses(out: Path) -> bytes:
+    return (out / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_stopped_process_says_how_to_go_on_and_does(
+    tiny: list[str], tmp_path: Path, start: Start, number: int, word: str
+) -> None:
+    run = [*tiny, "--microbatches", "1500"]
+    out = tmp_path / "run"
+    process = start("train", *run, "--out", str(out))
+    wait_for_lines(process, out, 100)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (sentence,) = errors.splitlines()
+    assert sentence.startswith(f"nesterov_pp: stopped: stopped by {word} after microbatch ")
+    assert sentence.endswith(f"go on with: python -m nesterov_pp train --resume --out {out}")
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
+    assert losses(out) == losses(tmp_path / "undisturbed")
+
+
+def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tiny: list[str], tmp_path: Path, start: Start) -> None:
+    """A checkpoint after every update, so that most kills arrive while one is being written."""
+    run = [*tiny, "--microbatches", "400", "--checkpoint-every", "1", "--dropout", "0.1"]
+    out = tmp_path / "run"
+    draw = random.Random(1)
+    for target in (1, 60, 200):
+        process = start("train", *run, "--out", str(out), "--resume")
+        wait_for_lines(process, out, target)
+        time.sleep(draw.uniform(0.0, 0.02))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
+    assert losses(out) == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_many_kills(tiny: list[str], tmp_path: Path, start: Start) -> None:
+    """As above, with moments drawn from the whole life of the process, start and end included."""
+    run = [*tiny, "--microbatches", "400", "--checkpoint-every", "3"]
+    draw = random.Random(2)
+    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
+    for k in range(6):
+        out = tmp_path / f"run{k}"
+        kills = 0
+        while not (out / "summary.json").exists():
+            process = start("train", *run, "--out", str(out), "--resume")
+            try:
+                process.wait(timeout=draw.uniform(1.0, 6.0 + kills))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+            else:
+                assert process.returncode == 0, process.communicate()
+        assert losses(out) == losses(tmp_path / "undisturbed")
