@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -39,6 +40,7 @@ class FusedOptimizer(Optimizer):
         self._requested_backend = backend
         self._plan: Plan | None = None
         self._planned: list[Tensor] = []
+        self._stateless: list[Tensor] = []
         self.backend = backend
         super().__init__(params, defaults)
         if stash is not None:
@@ -153,17 +155,19 @@ class FusedOptimizer(Optimizer):
     def _current_plan(self) -> Plan:
         """The plan of the parameters that have state, made anew where a framework or a checkpoint replaced any."""
         parameters = self._parameters()
+        if (
+            self._plan is not None
+            and len(parameters) == len(self._planned)
+            and all(map(is_, parameters, self._planned))
+            and all(p.grad is None for p in self._stateless)
+        ):
+            return self._plan
         for p in parameters:
             if p.grad is not None and not self.state.get(p):
                 self._init_state(p)
-                self._plan = None
-        if (
-            self._plan is None
-            or len(self._planned) != len(parameters)
-            or any(a is not b for a, b in zip(self._planned, parameters, strict=True))
-        ):
-            self._plan = self._make_plan()
-            self._planned = parameters
+        self._plan = self._make_plan()
+        self._planned = parameters
+        self._stateless = [p for p in parameters if not self.state.get(p)]
         return self._plan
 
     def _make_plan(self) -> Plan:
@@ -201,7 +205,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._planned = None, []
+        self._plan, self._planned, self._stateless = None, [], []
         for name, value in (("_stash", None), ("last_grad_norm", None)):
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:

@@ -18,10 +18,11 @@ from rich.console import Console
 
 from nesterov_pp.training import checkpoint, comparison, plots, report
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, differs, flag, settle
-from nesterov_pp.training.data import read_text
+from nesterov_pp.training.data import read_text, tokenize
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder, read_object
 from nesterov_pp.training.metrics import Curves, microbatches_done, read_curves
 from nesterov_pp.training.signals import InterruptionError, StopRequest
+from nesterov_pp.training.tokenizer import ByteTokenizer, check_text
 
 _POLL_SECONDS = 0.2
 
@@ -79,7 +80,7 @@ def compare(
     plan = [_job({**given, "method": m, "seed": s}, out) for s in seeds for m in methods]
     for job in plan:
         job.config.check()
-    read_text(plan[0].config.data)
+    _check_data(plan[0].config)
     make_folder(out)
     waiting = [job for job in plan if not job.finished]
     console.print(
@@ -92,6 +93,14 @@ def compare(
     _report({m: runs for m, runs in finished.items() if runs}, out, console, [f"{j.name}: {r}" for j, r in failed])
     if failed:
         raise RunError("; ".join(f"{job.name} failed ({reason})" for job, reason in failed))
+
+
+def _check_data(config: Config) -> None:
+    """Raises: UserError: no run could train on it."""
+    text = read_text(config.data)
+    tokenize(text, ByteTokenizer(), config.context)
+    if config.tokenizer == "bpe":
+        check_text(text.train + text.validation)
 
 
 def _job(given: Mapping[str, Any], out: Path) -> Job:

@@ -12,6 +12,7 @@ from nesterov_pp.training.metrics import Curves
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 # Colours that people with any colour vision tell apart, of different lightness (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
+_FALL = 8  # A comparison shows the height reached after an eighth of the run.
 _SIZE = (8.0, 5.0)
 _DPI = 150
 
@@ -35,6 +36,7 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
 def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> None:
     """Validation loss of each method: the mean over its runs as a line, lowest to highest as a band."""
     figure, axes = _figure()
+    highest, lowest = -np.inf, np.inf
     for k, (method, curves) in enumerate(runs.items()):
         steps = [m for m, _ in curves[0].validation]
         losses = np.array([[loss for _, loss in c.validation] for c in curves])
@@ -42,7 +44,11 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
         style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _LINES[k % len(_LINES)]}
         axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
         if len(curves) > 1:
-            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, lw=0)
+            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)
+        highest = max(highest, losses[:, len(steps) // _FALL].max())
+        lowest = min(lowest, losses.min())
+    # The first fall is much the same for all; what differs comes after it.
+    axes.set_ylim(lowest - 0.05 * (highest - lowest + 0.1), highest + 0.05 * (highest - lowest + 0.1))
     seeds = max(len(curves) for curves in runs.values())
     axes.set_ylabel("validation loss (nats a token)")
     axes.set_title("Validation loss" + (f": mean of {seeds} seeds, lowest to highest shaded" if seeds > 1 else ""))

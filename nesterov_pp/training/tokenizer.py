@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from nesterov_pp.training.config import UserError
 
-_PIECE = 1 << 16
+_PIECE = 1 << 14  # characters encoded in one call, and
+_BATCH = 64  # such calls at a time: enough for every core, and little memory
 
 
 class Tokenizer(Protocol):
@@ -81,11 +83,21 @@ class BpeTokenizer:
             raise UserError(f"{path} is damaged; without it the run cannot go on") from None
 
     def encode(self, documents: Sequence[bytes]) -> Tensor:
-        ids = [i for e in self._tokenizer.encode_batch(list(_pieces(documents))) for i in e.ids]
-        return torch.tensor(ids, dtype=torch.int32)
+        pieces = _pieces(documents)
+        parts = [torch.empty(0, dtype=torch.int32)]
+        while batch := list(islice(pieces, _BATCH)):
+            ids = [i for encoding in self._tokenizer.encode_batch(batch) for i in encoding.ids]
+            parts.append(torch.tensor(ids, dtype=torch.int32))
+        return torch.cat(parts)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def check_text(documents: Sequence[bytes]) -> None:
+    """Raises: UserError: a document is not UTF-8."""
+    for _ in _pieces(documents):
+        pass
 
 
 def _pieces(documents: Sequence[bytes]) -> Iterator[str]:

@@ -28,14 +28,21 @@ def losses(out: Path) -> bytes:
     return (out / "metrics.jsonl").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 600 microbatches that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(["train", *tiny, "--microbatches", "600", "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_a_stopped_process_says_how_to_go_on_and_does(
-    tiny: list[str], tmp_path: Path, start: Start, number: int, word: str
+    tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path, number: int, word: str
 ) -> None:
-    run = [*tiny, "--microbatches", "1500"]
     out = tmp_path / "run"
-    process = start("train", *run, "--out", str(out))
-    wait_for_lines(process, out, 100)
+    process = start("train", *tiny, "--microbatches", "600", "--out", str(out))
+    wait_for_lines(process, out, 30)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -43,32 +50,31 @@ def test_a_stopped_process_says_how_to_go_on_and_does(
     assert sentence.startswith(f"nesterov_pp: stopped: stopped by {word} after microbatch ")
     assert sentence.endswith(f"go on with: python -m nesterov_pp train --resume --out {out}")
     assert main(["train", "--resume", "--out", str(out)]) == 0
-    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
-    assert losses(out) == losses(tmp_path / "undisturbed")
+    assert losses(out) == losses(undisturbed)
 
 
-def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(tiny: list[str], tmp_path: Path, start: Start) -> None:
+def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(
+    tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path
+) -> None:
     """A checkpoint after every update, so that most kills arrive while one is being written."""
-    run = [*tiny, "--microbatches", "400", "--checkpoint-every", "1", "--dropout", "0.1"]
     out = tmp_path / "run"
     draw = random.Random(1)
-    for target in (1, 60, 200):
-        process = start("train", *run, "--out", str(out), "--resume")
+    for target in (1, 40, 120):
+        often = ["--checkpoint-every", "1", "--resume"]
+        process = start("train", *tiny, "--microbatches", "600", "--out", str(out), *often)
         wait_for_lines(process, out, target)
         time.sleep(draw.uniform(0.0, 0.02))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    assert main(["train", "--resume", "--out", str(out)]) == 0
-    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
-    assert losses(out) == losses(tmp_path / "undisturbed")
+    assert main(["train", "--resume", "--checkpoint-every", "500", "--out", str(out)]) == 0
+    assert losses(out) == losses(undisturbed)
 
 
 @pytest.mark.slow
-def test_many_kills(tiny: list[str], tmp_path: Path, start: Start) -> None:
+def test_many_kills(tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path) -> None:
     """As above, with moments drawn from the whole life of the process, start and end included."""
-    run = [*tiny, "--microbatches", "400", "--checkpoint-every", "3"]
+    run = [*tiny, "--microbatches", "600", "--checkpoint-every", "5"]
     draw = random.Random(2)
-    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
     for k in range(6):
         out = tmp_path / f"run{k}"
         kills = 0
@@ -82,4 +88,4 @@ def test_many_kills(tiny: list[str], tmp_path: Path, start: Start) -> None:
                 kills += 1
             else:
                 assert process.returncode == 0, process.communicate()
-        assert losses(out) == losses(tmp_path / "undisturbed")
+        assert losses(out) == losses(undisturbed)

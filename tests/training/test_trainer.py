@@ -61,7 +61,8 @@ def test_a_run_leaves_its_results(given: Given, tmp_path: Path, capsys: pytest.C
     assert summary["delays"] == [2, 1, 0]
     assert 0.0 < summary["optimizer_share"] < 1.0
     assert summary["peak_memory"] > 50 * 2**20
-    assert Image.open(out / "loss.png").size == (1200, 750)
+    with Image.open(out / "loss.png") as plot:
+        assert plot.size == (1200, 750)
     assert len((out / "sample.txt").read_text()) >= 16
     printed = capsys.readouterr().out
     for part in ("stash", "Delays of the stages, in updates: 2 1 0", "tokens/s", "ETA", "Perplexity", "Peak memory"):

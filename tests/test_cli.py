@@ -1,0 +1,198 @@
+"""The command line: what it refuses and how, what it lists."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nesterov_pp
+from nesterov_pp.cli import main
+from nesterov_pp.kernels import available_backends
+from nesterov_pp.pipeline import recipes
+
+TEXT = "some words to learn from, again and again\n" * 200
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with good and bad data, a folder with files in it, and a file where a folder should be."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "latin.txt").write_bytes(TEXT.encode() + b"caf\xe9\n" + TEXT.encode())
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0\0" * 100)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "image.png").write_bytes(b"\0" * 100)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SMALL = "--data text.txt --stages 2 --layers 2 --width 8 --heads 1 --context 8 --batch 2 --microbatches 4"
+
+BAD = [
+    ("", "required: COMMAND"),
+    ("tarin", "invalid choice: 'tarin'"),
+    ("train --lr x", "argument --lr: needs a number above 0, not 'x'"),
+    ("train --lr -1", "argument --lr: needs a number above 0, not '-1'"),
+    ("train --lr nan", "argument --lr: needs a number above 0, not 'nan'"),
+    ("train --lr", "argument --lr: expected one argument"),
+    ("train --stages 0", "argument --stages: needs a whole number of at least 1, not '0'"),
+    ("train --microbatches 1.5", "argument --microbatches: needs a whole number of at least 1, not '1.5'"),
+    ("train --dropout 1", "argument --dropout: needs a number from 0 to below 1, not '1'"),
+    ("train --tokenizer words", "argument --tokenizer: needs one of bytes, bpe, not 'words'"),
+    ("train --vocab-size 256", "argument --vocab-size: needs a whole number of at least 257"),
+    ("train --flush-every 0", "argument --flush-every"),
+    ("train --max-grad-norm 0", "argument --max-grad-norm"),
+    ("train --checkpoint-every -1", "argument --checkpoint-every"),
+    ("train --seed -1", "argument --seed"),
+    ("train --batch 0", "argument --batch"),
+    ("train --backend gpu", "argument --backend: needs one of auto, "),
+    ("train --backend cuda --data text.txt", "backend 'cuda' cannot be used: "),
+    ("train --stag 4", "unrecognized arguments: --stag"),
+    ("train --learning-rate 1", "unrecognized arguments: --learning-rate"),
+    ("train surplus", "unrecognized arguments: surplus"),
+    ("train --method adam", "unknown method 'adam'; choose one of nesterov, nesterov-no-stash, pipedream"),
+    ("train --stages 9", "8 layers cannot fill 9 stages"),
+    ("train --heads 5", "--width must be a multiple of --heads"),
+    ("train --method gpipe --microbatches 10", "must be a multiple of 4, not 10"),
+    ("train --data nowhere.txt", "--data nowhere.txt does not exist"),
+    ("train --data empty.txt", "empty.txt is empty"),
+    ("train --data image.png", "image.png is binary"),
+    ("train --data nothing", "nothing holds no text (it has no files)"),
+    ("train --data pictures", "pictures holds no text (its 1 files are empty or binary)"),
+    ("train --data text.txt --context 5000", "--context 5000 needs 5001 tokens of validation text"),
+    ("train --data latin.txt --tokenizer bpe", "a BPE needs UTF-8 text"),
+    ("train --data text.txt --width 4194304 --heads 1", "not enough memory"),
+    (f"train {SMALL} --out text.txt", "--out text.txt cannot be used: Not a directory"),
+    (f"train {SMALL} --out text.txt/deep", "--out text.txt/deep cannot be used: Not a directory"),
+    (f"train {SMALL} --out /proc/nowhere", "--out /proc/nowhere cannot be created"),
+    (f"train {SMALL} --out thesis", "thesis holds other files and no run"),
+    (f"train {SMALL} --out thesis --resume", "thesis holds other files and no run"),
+    ("compare --methods nesterov,adam --data text.txt", "unknown method 'adam'"),
+    ("compare --methods nesterov,nesterov", "argument --methods: needs different names"),
+    ("compare --methods ,", "argument --methods: needs different names"),
+    ("compare --seeds 0,one", "argument --seeds: needs whole numbers"),
+    ("compare --seeds -1", "argument --seeds"),
+    ("compare --jobs 0", "argument --jobs: needs a whole number of at least 1"),
+    ("compare --preset huge", "argument --preset: needs one of demo"),
+    ("compare --method nesterov", "unrecognized arguments: --method"),
+    ("compare --data empty.txt", "empty.txt is empty"),
+    ("compare --data text.txt --context 5000", "--context 5000 needs 5001 tokens"),
+    ("compare --data latin.txt --tokenizer bpe", "a BPE needs UTF-8 text"),
+    ("compare --data text.txt --out thesis", "thesis already holds something"),
+    ("compare --data text.txt --out text.txt", "--out text.txt cannot be used"),
+    ("methods --all", "unrecognized arguments: --all"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[line or "nothing" for line, _ in BAD])
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    before = snapshot(place)
+    try:
+        status = main(line.split())
+    except SystemExit as exit_:  # argparse
+        status = int(exit_.code or 0)
+    printed = capsys.readouterr()
+    assert status == 2
+    (sentence,) = printed.err.splitlines()
+    assert sentence.startswith("nesterov_pp: error: ")
+    assert message in sentence
+    assert printed.out == ""
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    "line", ["train --lr x", "train --data empty.txt", f"train {SMALL} --out thesis", "compare --data nowhere.txt"]
+)
+def test_a_real_process_refuses_alike(place: Path, line: str) -> None:
+    before = snapshot(place)
+    result = python_m(*line.split(), cwd=place)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("nesterov_pp: error: ")
+    assert snapshot(place) == before
+
+
+def python_m(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nesterov_pp", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_a_real_process_trains(place: Path) -> None:
+    """``--out`` is ``runs/METHOD`` where it is not given."""
+    result = python_m("train", *SMALL.split(), "--sample-length", "4", "--method", "pipedream", cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert "Validation loss" in result.stdout
+    assert {"config.json", "metrics.jsonl", "loss.png", "summary.json", "sample.txt"} <= {
+        path.name for path in (place / "runs" / "pipedream").iterdir()
+    }
+
+
+def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:
+    reader = "import sys; sys.stdin.readline()"
+    result = subprocess.run(
+        f'"{sys.executable}" -m nesterov_pp methods | "{sys.executable}" -c "{reader}"',
+        shell=True,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_shows_every_setting_with_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--lr X", "peak learning rate (default: 0.001)", "--checkpoint-every X", "--resume", "--out DIR"):
+        assert part in text
+
+
+def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    listed = {cells[1].strip(): [cell.strip() for cell in cells] for cells in rows if cells[1].strip()}
+    assert list(listed) == list(recipes())
+    assert listed["nesterov"][3:6] == ["NAdam", "1", "P - i"]
+    assert listed["nesterov-no-stash"][5] == "none"
+    assert listed["gpipe"][3:6] == ["AdamW", "4", "none"]
+
+
+def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for part in (nesterov_pp.__version__, torch.__version__, f"{sys.version_info.major}.{sys.version_info.minor}"):
+        assert part in printed
+    for name, reason in available_backends().items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
+        assert ("no" if reason else "yes") in line
+        assert reason is None or reason.split()[0] in line
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find_spec = importlib.util.find_spec
+
+    def without_matplotlib(name: str, *rest: Any) -> Any:
+        return None if name == "matplotlib" else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
+    assert main(["train"]) == 2
+    assert "needs matplotlib; run `pip install 'nesterov-pp[train]'`" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""A comparison of real processes: its files, its failures, and going on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nesterov_pp.cli import main
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.metrics import microbatches_done
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def test_a_comparison_its_failures_and_going_on(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["compare", *tiny, "--microbatches", "40", "--jobs", "2", "--out", str(out)]
+    two = [*flags, "--methods", "nesterov,pipedream", "--seeds", "0"]
+    assert main(two) == 0
+    printed = capsys.readouterr().out
+    assert "Validation loss: nesterov is" in printed
+    result = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in result["methods"]] == ["nesterov", "pipedream"]
+    assert result["failed"] == []
+    for row in result["methods"]:
+        summary = json.loads((out / row["method"] / "seed-0" / "summary.json").read_text())
+        assert row["validation_losses"] == [summary["validation_loss"]]
+    assert (out / "compare.md").read_text().count("\n| ") == 2
+    assert (out / "compare.png").stat().st_size > 10_000
+
+    assert main(two) == 2
+    assert "add --resume" in capsys.readouterr().err
+
+    # One more method; one run unfinished with a checkpoint that is damaged; one finished.
+    unfinished = out / "pipedream" / "seed-0"
+    (unfinished / "summary.json").unlink()
+    (newest,) = checkpoint.checkpoints(unfinished)
+    os.truncate(newest, 1000)
+    finished = (out / "nesterov" / "seed-0" / "summary.json").stat().st_mtime_ns
+    assert main([*flags, "--methods", "nesterov,pipedream,gpipe", "--seeds", "0", "--resume"]) == 1
+    complaint = capsys.readouterr().err.strip()
+    assert complaint.startswith("nesterov_pp: error: pipedream seed 0 failed (")
+    assert "truncated or damaged; remove it" in complaint
+    assert (out / "nesterov" / "seed-0" / "summary.json").stat().st_mtime_ns == finished
+    result = json.loads((out / "compare.json").read_text())
+    assert [row["method"] for row in result["methods"]] == ["nesterov", "gpipe"]
+    assert len(result["failed"]) == 1
+
+    newest.unlink()
+    assert main([*flags, "--methods", "nesterov,pipedream,gpipe", "--seeds", "0", "--resume"]) == 0
+    rows = json.loads((out / "compare.json").read_text())["methods"]
+    assert [row["method"] for row in rows] == ["nesterov", "pipedream", "gpipe"]
+
+
+def test_a_run_of_another_configuration_stops_a_comparison_before_it_starts(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run = out / "nesterov" / "seed-0"
+    assert main(["train", *tiny, "--microbatches", "5", "--out", str(run)]) == 0
+    before = sorted(out.rglob("*"))
+    flags = ["--methods", "pipedream,nesterov", "--seeds", "0", "--microbatches", "8", "--resume"]
+    assert main(["compare", *tiny, *flags, "--out", str(out)]) == 2
+    assert f"{run}: this run has --microbatches 5, not 8" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_stopped_comparison_goes_on_with_its_runs(tiny: list[str], tmp_path: Path, start: Start) -> None:
+    out = tmp_path / "out"
+    run = [*tiny, "--microbatches", "600"]
+    flags = ["compare", *run, "--methods", "nesterov", "--seeds", "0", "--out", str(out), "--resume"]
+    process = start(*flags)
+    metrics = out / "nesterov" / "seed-0" / "metrics.jsonl"
+    while microbatches_done(metrics) < 50:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    (sentence,) = errors.splitlines()
+    assert "--resume goes on" in sentence
+    (saved,) = checkpoint.checkpoints(metrics.parent)
+    assert 0 < checkpoint.load(saved)["microbatch"] < 600
+    assert main(flags) == 0
+    assert main(["train", *run, "--out", str(tmp_path / "undisturbed")]) == 0
+    assert metrics.read_bytes() == (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux ends a run whose comparison is killed")
+def test_a_killed_comparison_takes_its_runs_with_it(tiny: list[str], tmp_path: Path, start: Start) -> None:
+    out = tmp_path / "out"
+    flags = ["--methods", "nesterov", "--seeds", "0", "--microbatches", "1000000", "--out", str(out)]
+    process = start("compare", *tiny, *flags)
+    run = out / "nesterov" / "seed-0"
+    while microbatches_done(run / "metrics.jsonl") < 20:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while not checkpoint.checkpoints(run):
+        assert time.monotonic() < deadline, "the run did not stop"
+        time.sleep(0.05)
