@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = vars(_parser().parse_args(argv))
         command: Callable[[dict[str, Any]], None] = arguments.pop("command")
         command(arguments)
+        sys.stdout.flush()
     except (UserError, InterruptionError) as error:
         return _complain(str(error), error.status)
     except KeyboardInterrupt:
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str, status: int) -> int:
-    print(f"{_PROGRAM}: {'error' if status < 128 else 'stopped'}: {' '.join(sentence.split())}", file=sys.stderr)
+    kind = "error: " if status < 128 else ""
+    print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 

@@ -18,7 +18,7 @@ _HEADINGS = (
     "Perplexity",
     "Train loss",
     "Tokens/s",
-    "Optimizer's time",
+    "Optimizer time",
     "Peak memory",
 )
 
@@ -60,7 +60,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """For the terminal."""
     result = Table(title="Comparison")
     for heading in _HEADINGS:
-        result.add_column(heading, justify="left" if heading == "Method" else "right")
+        result.add_column(
+            heading, justify="left" if heading == "Method" else "right", no_wrap=heading in ("Method", "Each seed")
+        )
     for row in rows:
         result.add_row(*_cells(row))
     return result

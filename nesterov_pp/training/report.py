@@ -136,7 +136,7 @@ def perplexity(loss: float) -> float:
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The final table of a run."""
     table = Table(title=f"{summary['method']}, {summary['stages']} stages, {summary['microbatches']} microbatches")
-    for heading in ("Train loss", "Validation loss", "Perplexity", "Tokens/s", "Optimizer's time", "Peak memory"):
+    for heading in ("Train loss", "Validation loss", "Perplexity", "Tokens/s", "Optimizer time", "Peak memory"):
         table.add_column(heading, justify="right")
     table.add_row(
         f"{summary['train_loss']:.4f}",

@@ -79,8 +79,8 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool = False, console:
             "data_digest": text.digest,
             "tokenizer_digest": tokenizer.digest,
         }
+        run = _Run(config, corpus, tokenizer, folder, record, console)
         with folder.claimed():
-            run = _Run(config, corpus, tokenizer, folder, record, console)
             state = _newest_checkpoint(folder, record) if recorded is not None else None
             if recorded is None:
                 checkpoint.write_text(folder.config, json.dumps(record, indent=2) + "\n")

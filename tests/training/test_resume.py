@@ -47,7 +47,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     (sentence,) = errors.splitlines()
-    assert sentence.startswith(f"nesterov_pp: stopped: stopped by {word} after microbatch ")
+    assert sentence.startswith(f"nesterov_pp: stopped by {word} after microbatch ")
     assert sentence.endswith(f"go on with: python -m nesterov_pp train --resume --out {out}")
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert losses(out) == losses(undisturbed)
