@@ -45,12 +45,20 @@ static_assert(sizeof(Coefficients<double>) == kCoefficients * sizeof(double), "p
 NPP_HD float square_root(float x) { return __builtin_sqrtf(x); }
 NPP_HD double square_root(double x) { return __builtin_sqrt(x); }
 
-// Returns the new weight; m and, for adaptive rules, v are updated in place.
-template <bool kAdaptive, class T>
-NPP_HD T update(const Coefficients<T>& c, T w, T grad, T& m, T& v) {
-  const T g = c.grad_scale * grad + c.l2 * w;
+// Of a vector, lane by lane, which the compiler turns into one instruction: GCC has no square root of vectors.
+template <class V>
+NPP_HD V square_root(const V& x) {
+  V root;
+  for (unsigned k = 0; k < sizeof(V) / sizeof(x[0]); ++k) root[k] = square_root(x[k]);
+  return root;
+}
+
+// Returns the new weight; m and, for adaptive rules, v are updated in place. `V` is the scalar `T` or a vector of them.
+template <bool kAdaptive, class T, class V>
+NPP_HD V update(const Coefficients<T>& c, const V& w, const V& grad, V& m, V& v) {
+  const V g = c.grad_scale * grad + c.l2 * w;
   m = m + c.beta1_complement * (g - m);
-  T direction = c.c_grad * g + c.c_momentum * m;
+  V direction = c.c_grad * g + c.c_momentum * m;
   if constexpr (kAdaptive) {
     v = v + c.beta2_complement * (g * g - v);
     direction = direction / (square_root(v * c.inv_bias2) + c.eps);

@@ -1,5 +1,8 @@
 // No torch and no standard-library templates here: a weak symbol compiled for AVX-512 could be chosen by the linker for
 // every caller, and crash older processors.
+// Wide vectors are passed between inlined functions only, so no calling convention is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,35 +17,53 @@ namespace {
 
 #define NPP_INLINE static inline __attribute__((always_inline))
 
-// Elements computed in the first-level cache before they are streamed out.
-constexpr long long kTile = 512;
+template <class T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
 
-template <class T, bool kAdaptive>
-NPP_INLINE void compute(const T* w, T* out, const T* grad, T* m, T* v, long long n, const Coefficients<T>& c) {
-  // `out` is `w` or disjoint from it: either way element i depends on element i alone.
-#pragma GCC ivdep
-  for (long long i = 0; i < n; ++i) {
-    T mi = m[i];
-    T vi = kAdaptive ? v[i] : T(0);
-    out[i] = update<kAdaptive, T>(c, w[i], grad[i], mi, vi);
-    m[i] = mi;
-    if constexpr (kAdaptive) v[i] = vi;
-  }
+template <class V>
+NPP_INLINE V load(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
 }
 
-NPP_INLINE void stream_out(void* to, const void* from, long long bytes) {
-  auto* destination = static_cast<char*>(to);
-  const auto* source = static_cast<const char*>(from);
-  long long i = 0;
+template <class V>
+NPP_INLINE void store(void* to, const V& value) {
+  __builtin_memcpy(to, &value, sizeof(V));
+}
+
+// Past the caches, to an address aligned to 16 bytes. The processor joins the parts of a cache line.
+template <class V>
+NPP_INLINE void stream(void* to, const V& value) {
 #if NPP_X86
-  for (; i + 16 <= bytes; i += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(destination + i),
-                     _mm_load_si128(reinterpret_cast<const __m128i*>(source + i)));
+  __m128i parts[sizeof(V) / 16];
+  __builtin_memcpy(parts, &value, sizeof(V));
+  for (unsigned k = 0; k < sizeof(V) / 16; ++k) _mm_stream_si128(static_cast<__m128i*>(to) + k, parts[k]);
+#else
+  store(to, value);
 #endif
-  __builtin_memcpy(destination + i, source + i, static_cast<unsigned long>(bytes - i));
 }
 
-template <class T, bool kAdaptive>
+// The elements that whole vectors cover; `out` is `w` or disjoint from it. Returns their number.
+template <class T, bool kAdaptive, int kBytes, bool kStreaming>
+NPP_INLINE long long vectors(const T* w, T* out, const T* grad, T* m, T* v, long long n, const Coefficients<T>& c) {
+  using V = typename VectorOf<T, kBytes>::type;
+  constexpr long long kLanes = kBytes / static_cast<int>(sizeof(T));
+  long long i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    V mi = load<V>(m + i);
+    V vi = kAdaptive ? load<V>(v + i) : mi;
+    const V next = update<kAdaptive>(c, load<V>(w + i), load<V>(grad + i), mi, vi);
+    store(m + i, mi);
+    if constexpr (kAdaptive) store(v + i, vi);
+    kStreaming ? stream(out + i, next) : store(out + i, next);
+  }
+  return i;
+}
+
+template <class T, bool kAdaptive, int kBytes>
 NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   const Coefficients<T> c = coefficients.as<T>();
   const auto* w = static_cast<const T*>(r.weight);
@@ -50,33 +71,32 @@ NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   auto* out = static_cast<T*>(r.weight_out);
   auto* m = static_cast<T*>(r.exp_avg);
   auto* v = static_cast<T*>(r.exp_avg_sq);
+  long long i = 0;
 #if NPP_X86
   if (r.streaming && reinterpret_cast<unsigned long>(out) % 16 == 0) {
-    alignas(64) T tile[kTile];
-    for (long long i = 0; i < r.count; i += kTile) {
-      const long long n = r.count - i < kTile ? r.count - i : kTile;
-      compute<T, kAdaptive>(w + i, tile, grad + i, m + i, kAdaptive ? v + i : v, n, c);
-      stream_out(out + i, tile, n * static_cast<long long>(sizeof(T)));
-    }
+    i = vectors<T, kAdaptive, kBytes, true>(w, out, grad, m, v, r.count, c);
     _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
-    return;
   }
 #endif
-  compute<T, kAdaptive>(w, out, grad, m, v, r.count, c);
+  if (i == 0) i = vectors<T, kAdaptive, kBytes, false>(w, out, grad, m, v, r.count, c);
+  for (; i < r.count; ++i) {
+    T unused = T(0);
+    out[i] = update<kAdaptive>(c, w[i], grad[i], m[i], kAdaptive ? v[i] : unused);
+  }
 }
 
 template <class T, bool kAdaptive>
 void pass_baseline(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive>(r, c);
+  pass<T, kAdaptive, 16>(r, c);
 }
 #if NPP_X86
 template <class T, bool kAdaptive>
 NPP_TARGET_V3 void pass_v3(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive>(r, c);
+  pass<T, kAdaptive, 32>(r, c);
 }
 template <class T, bool kAdaptive>
 NPP_TARGET_V4 void pass_v4(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive>(r, c);
+  pass<T, kAdaptive, 64>(r, c);
 }
 #endif
 
