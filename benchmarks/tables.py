@@ -26,8 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def record_demo(folder: Path) -> None:
     """Keep a finished demo's table and plot, with the machine they were measured on."""
     found = json.loads((folder / "compare.json").read_text())
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/summary.json"))]
-    config = runs[0]["config"]
+    config = json.loads(next(folder.glob("*/*/config.json")).read_text())["config"]
     found["conditions"] = (
         f"{config['stages']} stages, {config['layers']} layers of width {config['width']}, "
         f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "

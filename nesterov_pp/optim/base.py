@@ -136,7 +136,27 @@ class FusedOptimizer(Optimizer):
         self._plan = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        """Load ours or torch's ``state_dict``, keeping the dtypes of the state that was saved.
+
+        ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
+        and moments of low-precision parameters and make a resumed run differ.
+        """
+        loaded: dict[str, Any] = {}
+
+        def note(_: Optimizer, state: dict[str, Any]) -> None:
+            loaded.update(state)  # after all hooks that may change it
+
+        handle = self.register_load_state_dict_pre_hook(note)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        for key, p in zip(keys, self._parameters(), strict=True):
+            for name, saved in loaded["state"].get(key, {}).items():
+                now = self.state[p][name]
+                if isinstance(saved, Tensor) and now.dtype != saved.dtype:
+                    self.state[p][name] = saved.to(device=now.device, copy=True)
         self._plan = None
 
     def _init_state(self, p: Tensor) -> None:
