@@ -55,10 +55,10 @@ def sections() -> dict[str, str]:
 def fill(readme: str, parts: dict[str, str]) -> str:
     """The README with every part between its markers, ``<!-- name -->`` and ``<!-- /name -->``."""
     for name, text in parts.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(readme):
             raise ValueError(f"the README has no place for {name}: add <!-- {name} --> and <!-- /{name} -->")
-        readme = pattern.sub(lambda match, text=text: match[1] + text + match[2], readme)  # type: ignore[misc]
+        readme = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], readme)  # type: ignore[misc]
     return readme
 
 
