@@ -32,6 +32,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return classes;
           },
           py::arg("grads_of"), py::arg("source"), py::arg("target"))
-      .def("gradients", &Plan::gradients)
+      .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
+      .def("nonfinite_parameter", &Plan::nonfinite_parameter)
       .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"), py::call_guard<py::gil_scoped_release>());
 }

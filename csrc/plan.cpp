@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
 
 #include <algorithm>
 #include <sstream>
@@ -178,11 +179,17 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   return classes;
 }
 
-std::vector<at::Tensor> Plan::gradients() const {
-  std::vector<at::Tensor> defined;
+double Plan::gradient_norm() const {
+  std::vector<cpu::Values> values;
   for (const auto& grad : grads_)
-    if (grad.defined()) defined.push_back(grad);
-  return defined;
+    if (grad.defined()) values.push_back({grad.const_data_ptr(), grad.numel(), grad.scalar_type() == at::kDouble});
+  return cpu::norm(values);
+}
+
+std::string Plan::nonfinite_parameter() const {
+  for (size_t i = 0; i < grads_.size(); ++i)
+    if (grads_[i].defined() && !at::isfinite(grads_[i]).all().item<bool>()) return names_[i];
+  return "";
 }
 
 void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products) {

@@ -45,8 +45,11 @@ class Plan {
   // the classes of the parameters that have a gradient. Changes nothing.
   std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to);
 
-  // The gradients collected, of the parameters that have one.
-  std::vector<at::Tensor> gradients() const;
+  // Euclidean norm of all gradients collected, reading each once.
+  double gradient_norm() const;
+
+  // The first parameter whose gradient is not finite everywhere; empty if there is none.
+  std::string nonfinite_parameter() const;
 
   // Runs the step collected, with one row and one new mu_product for each class, and counts it.
   void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 
@@ -69,6 +70,30 @@ void run(const std::vector<Task>& tasks) {
       if (from < to) run_part(tasks[i], from, to, streaming, isa);
     }
   });
+}
+
+double norm(const std::vector<Values>& tensors) {
+  // Chunks of fixed size with a sum each, added in order, so that the split over threads leaves no trace.
+  constexpr int64_t kChunk = 16 * kSquaresRun;
+  std::vector<int64_t> first_chunk(tensors.size() + 1, 0);
+  for (size_t i = 0; i < tensors.size(); ++i)
+    first_chunk[i + 1] = first_chunk[i] + (tensors[i].count + kChunk - 1) / kChunk;
+  std::vector<double> sums(static_cast<size_t>(first_chunk.back()), 0.0);
+  const Isa isa = selected().load(std::memory_order_relaxed);
+  at::parallel_for(0, first_chunk.back(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      auto it = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - 1;
+      const auto i = static_cast<size_t>(it - first_chunk.begin());
+      const Values& t = tensors[i];
+      const int64_t from = (chunk - first_chunk[i]) * kChunk;
+      const int64_t count = std::min<int64_t>(kChunk, t.count - from);
+      sums[static_cast<size_t>(chunk)] =
+          squares(isa, t.is_double)(advance(t.data, from * (t.is_double ? 8 : 4)), count);
+    }
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return std::sqrt(total);
 }
 
 std::string isa() { return isa_name(selected().load()); }

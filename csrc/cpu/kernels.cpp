@@ -85,6 +85,49 @@ NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   }
 }
 
+// Sixteen partial sums whatever the vectors' width, so that the order of additions does not depend on it.
+template <class T>
+NPP_INLINE double sum_of_squares(const void* values, long long count) {
+  constexpr int kSums = 16;
+  const auto* x = static_cast<const T*>(values);
+  double total = 0;
+  for (long long begin = 0; begin < count; begin += kSquaresRun) {
+    const long long n = count - begin < kSquaresRun ? count - begin : kSquaresRun;
+    T sums[kSums] = {};
+    long long i = begin;
+    for (; i + kSums <= begin + n; i += kSums)
+      for (int k = 0; k < kSums; ++k) sums[k] += x[i + k] * x[i + k];
+    for (int k = 0; i < begin + n; ++i, ++k) sums[k] += x[i] * x[i];
+    for (int k = 0; k < kSums; ++k) total += static_cast<double>(sums[k]);
+  }
+  return total;
+}
+
+template <class T>
+double squares_baseline(const void* values, long long count) {
+  return sum_of_squares<T>(values, count);
+}
+#if NPP_X86
+template <class T>
+NPP_TARGET_V3 double squares_v3(const void* values, long long count) {
+  return sum_of_squares<T>(values, count);
+}
+template <class T>
+NPP_TARGET_V4 double squares_v4(const void* values, long long count) {
+  return sum_of_squares<T>(values, count);
+}
+#endif
+
+template <class T>
+Squares choose_squares(Isa isa) {
+#if NPP_X86
+  if (isa == Isa::kV4) return squares_v4<T>;
+  if (isa == Isa::kV3) return squares_v3<T>;
+#endif
+  (void)isa;
+  return squares_baseline<T>;
+}
+
 template <class T, bool kAdaptive>
 void pass_baseline(const Run& r, const Coefficients<double>& c) {
   pass<T, kAdaptive, 16>(r, c);
@@ -141,6 +184,10 @@ const char* isa_name(Isa isa) {
 Kernel kernel(Isa isa, bool is_double, bool adaptive) {
   if (is_double) return adaptive ? choose<double, true>(isa) : choose<double, false>(isa);
   return adaptive ? choose<float, true>(isa) : choose<float, false>(isa);
+}
+
+Squares squares(Isa isa, bool is_double) {
+  return is_double ? choose_squares<double>(isa) : choose_squares<float>(isa);
 }
 
 void carry(const void* from, void* to, long long bytes) {

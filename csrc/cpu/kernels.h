@@ -25,6 +25,12 @@ Isa best_isa();             // the widest this processor runs
 const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
 Kernel kernel(Isa, bool is_double, bool adaptive);
 
+// Sum of squares of a contiguous run, in partial sums of the element type over at most kSquaresRun elements: the same
+// bits for every instruction set.
+using Squares = double (*)(const void* values, long long count);
+constexpr long long kSquaresRun = 4096;
+Squares squares(Isa, bool is_double);
+
 // Copies a weight that received no gradient into the next ring slot.
 void carry(const void* from, void* to, long long bytes);
 

@@ -43,8 +43,11 @@ class Plan(Protocol):
             ValueError: a tensor does not fit its parameter (shape, dtype, device, layout).
         """
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients collected, of the parameters that have one."""
+    def gradient_norm(self) -> float:
+        """Euclidean norm of all gradients collected, reading each once; 0 where there is none."""
+
+    def nonfinite_parameter(self) -> str:
+        """The first parameter whose gradient is not finite everywhere; empty if there is none."""
 
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         """Run the step collected, with one row and one new mu product for each class, and count it."""

@@ -66,8 +66,14 @@ class ReferencePlan:
         self._slots, self._grads, self._class_of = (source, target), grads, class_of
         return list(classes)
 
-    def gradients(self) -> list[Tensor]:
-        return [grad for grad in self._grads if grad is not None]
+    def gradient_norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm([grad for grad in self._grads if grad is not None]))
+
+    def nonfinite_parameter(self) -> str:
+        for name, grad in zip(self._tensors.names, self._grads, strict=True):
+            if grad is not None and not bool(grad.isfinite().all()):
+                return name
+        return ""
 
     @torch.no_grad()
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:

@@ -28,7 +28,7 @@ class AdamW(FusedOptimizer):
         maximize: ascend instead of descend (False).
         foreach, fused: accepted for compatibility; the pass is always one over all tensors.
         amsgrad, capturable, differentiable: refused when true.
-        stash, max_grad_norm, backend: as for ``NAdam``.
+        stash, max_grad_norm, on_nonfinite, backend: as for ``NAdam``.
 
     ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
 
@@ -52,6 +52,7 @@ class AdamW(FusedOptimizer):
         fused: bool | None = None,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
+        on_nonfinite: str = "ignore",
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
@@ -69,7 +70,9 @@ class AdamW(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, defaults, stash=stash, max_grad_norm=max_grad_norm, backend=backend)
+        super().__init__(
+            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+        )
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

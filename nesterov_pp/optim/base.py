@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -13,6 +14,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan
 from nesterov_pp.stash import WeightStash
 
+ON_NONFINITE = ("ignore", "raise")
+
 
 class FusedOptimizer(Optimizer):
     """An optimizer whose whole step is one pass over all its tensors.
@@ -20,6 +23,8 @@ class FusedOptimizer(Optimizer):
     Subclasses name their state and turn a parameter group and a step count into ``Coefficients``.
     """
 
+    # torch.amp.GradScaler then leaves unscaling to the step: it sets grad_scale and found_inf around it.
+    _step_supports_amp_scaling = True
     _adaptive: ClassVar[bool] = True
     _has_mu_product: ClassVar[bool] = False
 
@@ -30,11 +35,15 @@ class FusedOptimizer(Optimizer):
         *,
         stash: WeightStash | None,
         max_grad_norm: float | None,
+        on_nonfinite: str,
         backend: str,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0, or None for no clipping")
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; choose one of {', '.join(ON_NONFINITE)}")
         self.max_grad_norm = max_grad_norm
+        self.on_nonfinite = on_nonfinite
         self.last_grad_norm: Tensor | None = None
         self._stash = stash
         self._requested_backend = backend
@@ -74,6 +83,10 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: a tensor or version does not fit; nothing has been changed.
+            FloatingPointError: a gradient is not finite, with ``on_nonfinite="raise"``; nothing has been changed.
+
+        Under ``torch.amp.GradScaler`` the gradients are unscaled inside the pass and not rewritten; a step with
+        overflowed gradients changes nothing, the step count included.
         """
         if microbatches < 1:
             raise ValueError(f"microbatches must be at least 1, not {microbatches}")
@@ -88,7 +101,9 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         plan = self._current_plan()
         classes = plan.collect(*slots)
-        scale = self._clip_factor(plan, microbatches) / microbatches
+        if self._overflowed():
+            return loss
+        scale = self._gradient_scale(plan, microbatches)
         rows, products = [], []
         for step_class in classes:
             row, product = self._row(step_class, scale)
@@ -118,13 +133,25 @@ class FusedOptimizer(Optimizer):
         sign = -1.0 if group["maximize"] else 1.0
         return self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
 
-    def _clip_factor(self, plan: Plan, microbatches: int) -> float:
-        """``min(1, max_grad_norm / norm)`` of the mean gradient, as ``torch.nn.utils.clip_grad_norm_`` has it."""
-        if self.max_grad_norm is None:
-            return 1.0
-        norm = torch.nn.utils.get_total_norm(plan.gradients()) / microbatches
-        self.last_grad_norm = norm
-        return min(1.0, self.max_grad_norm / (float(norm) + 1e-6))
+    def _overflowed(self) -> bool:
+        """Whether a ``GradScaler`` found gradients that are not finite."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and float(found_inf) > 0.0
+
+    def _gradient_scale(self, plan: Plan, microbatches: int) -> float:
+        """What the gradients are multiplied by: mean over microbatches, loss scale, and clipping by the global norm.
+
+        The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
+        """
+        loss_scale = getattr(self, "grad_scale", None)
+        scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
+        if self.max_grad_norm is None and self.on_nonfinite == "ignore":
+            return scale
+        norm = plan.gradient_norm() * scale
+        if self.on_nonfinite == "raise" and not math.isfinite(norm) and (name := plan.nonfinite_parameter()):
+            raise FloatingPointError(f"the gradient of {name} is not finite; nothing has been updated")
+        self.last_grad_norm = torch.tensor(norm, dtype=torch.float64)
+        return scale if self.max_grad_norm is None else scale * min(1.0, self.max_grad_norm / (norm + 1e-6))
 
     # ------------------------------------------------------------------ state
 
@@ -220,7 +247,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
             )
-        kept = ("max_grad_norm", "_requested_backend", "backend")
+        kept = ("max_grad_norm", "on_nonfinite", "_requested_backend", "backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

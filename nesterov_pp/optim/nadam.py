@@ -35,7 +35,9 @@ class NAdam(FusedOptimizer):
         maximize: ascend instead of descend (False).
         capturable, differentiable: refused when true.
         stash: ring of weight versions to read from and write to (None: in place).
-        max_grad_norm: clip the gradients' global norm (None: no clipping); ``last_grad_norm`` holds the last norm.
+        max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
+            ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
+        on_nonfinite: "ignore" goes on as torch does; "raise" names the parameter before anything is written ("ignore").
         backend: "auto", "cpu" or "reference".
 
     ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's. State is allocated here, moments in
@@ -64,6 +66,7 @@ class NAdam(FusedOptimizer):
         differentiable: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
+        on_nonfinite: str = "ignore",
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
@@ -80,7 +83,9 @@ class NAdam(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, stash=stash, max_grad_norm=max_grad_norm, backend=backend)
+        super().__init__(
+            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+        )
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

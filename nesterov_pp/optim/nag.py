@@ -43,7 +43,7 @@ class NAG(FusedOptimizer):
             function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
         weight_decay: decoupled decay rate (0).
         maximize: ascend instead of descend (False).
-        stash, max_grad_norm, backend: as for ``NAdam``.
+        stash, max_grad_norm, on_nonfinite, backend: as for ``NAdam``.
 
     Raises:
         ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
@@ -61,6 +61,7 @@ class NAG(FusedOptimizer):
         maximize: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
+        on_nonfinite: str = "ignore",
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, weight_decay=weight_decay)
@@ -68,7 +69,9 @@ class NAG(FusedOptimizer):
         gamma = momentum(1) if callable(momentum) else momentum
         _check_gamma(gamma)
         defaults = {"lr": lr, "momentum": gamma, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, stash=stash, max_grad_norm=max_grad_norm, backend=backend)
+        super().__init__(
+            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+        )
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

@@ -198,3 +198,26 @@ def test_microbatches_are_averaged(backend):
         p.grad = g
     npp.AdamW(parameters, backend=backend).step(microbatches=4)
     torch.testing.assert_close([p.detach() for p in parameters], expected, **ONE_STEP[torch.float64])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_is_exact_and_the_same_for_any_number_of_threads(backend):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (0, 1, 17, 4096, 65_537, 300_001)]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    exact = torch.cat([p.grad.double() for p in parameters]).norm()
+    optimizer = npp.NAdam(parameters, max_grad_norm=1e9, backend=backend)
+    norms = set()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            optimizer.step()
+            norms.add(float(optimizer.last_grad_norm))
+    finally:
+        torch.set_num_threads(before)
+    for norm in norms:
+        assert norm == pytest.approx(float(exact), rel=MANY_STEPS[torch.float32]["rtol"])
+    if backend == "cpu":
+        assert len(norms) == 1

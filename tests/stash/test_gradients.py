@@ -8,6 +8,7 @@ import pytest
 import torch
 from layers import LAYERS, data, gradients, layer, objective
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import nesterov_pp as npp
 from nesterov_pp import WeightStash
@@ -118,7 +119,7 @@ def test_backward_at_the_newest_weights_refuses_autocast():
 @pytest.mark.slow
 def test_rotating_slots_compile_once():
     """The slots are parameters of one kind, so the compiler's guards hold for all of them."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     torch._dynamo.reset()
     module, plain = layer("encoder").float(), layer("encoder").float()
     stash, other = WeightStash(module, 4), WeightStash(plain, 4)
