@@ -94,6 +94,12 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._one_pass(version, microbatches)
+        return loss
+
+    # One call into C++: a compiler has nothing to fuse in it, and would recompile whenever lr changes.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _one_pass(self, version: int | None, microbatches: int) -> None:
         slots = (0, 0, 0)
         if self._stash is not None:
             slots = self._stash.begin_step(version, microbatches)
@@ -102,7 +108,7 @@ class FusedOptimizer(Optimizer):
         plan = self._current_plan()
         classes = plan.collect(*slots)
         if self._overflowed():
-            return loss
+            return
         scale = self._gradient_scale(plan, microbatches)
         rows, products = [], []
         for step_class in classes:
@@ -112,7 +118,6 @@ class FusedOptimizer(Optimizer):
         plan.apply(rows, products)
         if self._stash is not None:
             self._stash.end_step(version, microbatches)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with a stash, those of every version."""
