@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import nesterov_pp as npp
-from benchmarks.workloads import BYTES_PER_PARAMETER, PEERS, WORKLOADS, Problem, prepare, threads
+from benchmarks.workloads import PEERS, WORKLOADS, Problem, prepare, threads
 
 BASE = "torch.optim.NAdam(foreach=True)"
 
@@ -55,7 +55,7 @@ def result(problem: Problem, workload: str, seconds: dict[str, list[float]]) -> 
         rows[name] = {
             "samples_ms": [round(s * 1e3, 4) for s in samples],
             "quartiles_ms": [round(s * 1e3, 4) for s in (low, median, high)],
-            "gb_per_s": round(BYTES_PER_PARAMETER * problem.elements / median / 1e9, 2),
+            "gb_per_s": round(problem.bytes_per_parameter * problem.elements / median / 1e9, 2),
             "times_faster": round(base / median, 3),
         }
     _, reason = npp.kernels.extension.load()
@@ -63,6 +63,8 @@ def result(problem: Problem, workload: str, seconds: dict[str, list[float]]) -> 
         "workload": workload,
         "tensors": len(problem.weights),
         "parameters": problem.elements,
+        "dtype": str(problem.weights[0].dtype).removeprefix("torch."),
+        "bytes_per_parameter": problem.bytes_per_parameter,
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "isa": "none: " + str(reason) if reason else npp.kernels.extension.load()[0].isa(),  # type: ignore[union-attr]
@@ -75,10 +77,10 @@ def result(problem: Problem, workload: str, seconds: dict[str, list[float]]) -> 
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['workload']}: {found['tensors']} tensors, {found['parameters'] / 1e6:.1f}M parameters, fp32, "
-        f"{found['threads']} threads, {found['processor']} ({found['isa']}), torch {found['torch']}",
+        f"{found['workload']}: {found['tensors']} tensors, {found['parameters'] / 1e6:.1f}M parameters, "
+        f"{found['dtype']}, {found['threads']} threads, {found['processor']} ({found['isa']}), torch {found['torch']}",
         "",
-        f"| step | median ms (quartiles) | GB/s of {BYTES_PER_PARAMETER} B/parameter | against {BASE} |",
+        f"| step | median ms (quartiles) | GB/s of {found['bytes_per_parameter']} B/parameter | against {BASE} |",
         "|---|---|---|---|",
     ]
     for name, row in found["rows"].items():
@@ -92,11 +94,12 @@ def table(found: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--workload", choices=list(WORKLOADS), default="gpt2-small")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each peer (default: 20)")
     parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
     parser.add_argument("--json", type=Path, help="also write every sample to this file")
     options = parser.parse_args(arguments)
-    problem = Problem(WORKLOADS[options.workload]())
+    problem = Problem(WORKLOADS[options.workload](), getattr(torch, options.dtype))
     with threads(options.threads):
         found = result(problem, options.workload, measure(problem, list(PEERS), options.rounds))
     print(table(found))

@@ -12,7 +12,7 @@ from torch import nn
 import nesterov_pp as npp
 
 Shapes = list[tuple[int, ...]]
-BYTES_PER_PARAMETER = 28  # fp32: reads p, g, m, v and writes p, m, v
+STREAMS = 7  # reads p, g, m, v and writes p, m, v: 28 bytes a parameter in float32
 
 
 def gpt2_small() -> Shapes:
@@ -35,10 +35,11 @@ WORKLOADS: dict[str, Callable[[], Shapes]] = {"gpt2-small": gpt2_small, "tiny": 
 class Problem:
     """Parameters with random values and gradients, made once and shared by the peers one after the other."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.weights = [torch.randn(shape, generator=generator) for shape in shapes]
-        self.grads = [torch.randn(shape, generator=generator) * 1e-2 for shape in shapes]
+        self.weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        self.grads = [(torch.randn(shape, generator=generator) * 1e-2).to(dtype) for shape in shapes]
+        self.bytes_per_parameter = STREAMS * dtype.itemsize
         self.elements = sum(w.numel() for w in self.weights)
 
     def parameters(self) -> list[nn.Parameter]:

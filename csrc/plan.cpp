@@ -5,6 +5,7 @@
 #include <ATen/ops/isfinite.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -26,12 +27,37 @@ void check_beside(const std::string& name, const char* what, const at::Tensor& w
     fail("the ", what, " of ", name, " has layout ", other.layout(), ", but the parameter is ", weight.layout());
   if (other.device() != weight.device())
     fail("the ", what, " of ", name, " is on ", other.device(), ", but the parameter is on ", weight.device());
-  if (other.scalar_type() != weight.scalar_type())
-    fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
   if (other.sizes() != weight.sizes())
     fail("the ", what, " of ", name, " has shape ", other.sizes(), ", but the parameter has ", weight.sizes());
   if (other.strides() != weight.strides() && weight.numel() > 1)
     fail("the ", what, " of ", name, " has strides ", other.strides(), ", but the parameter has ", weight.strides());
+}
+
+std::optional<cpu::Dtype> dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return cpu::Dtype::kFloat;
+    case at::kDouble:
+      return cpu::Dtype::kDouble;
+    case at::kBFloat16:
+      return cpu::Dtype::kBFloat16;
+    case at::kHalf:
+      return cpu::Dtype::kHalf;
+    default:
+      return std::nullopt;
+  }
+}
+
+void check_dtype(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
+  if (other.scalar_type() != weight.scalar_type())
+    fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
+}
+
+void check_moment(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& moment) {
+  const auto dtype = dtype_of(moment);
+  if (!dtype || cpu::kernel(cpu::Isa::kBaseline, {*dtype_of(weight), *dtype}, true) == nullptr)
+    fail("the ", what, " of ", name, " is ", moment.scalar_type(), ", which does not go with a ", weight.scalar_type(),
+         " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
 }
 
 double read_scalar(const at::Tensor& t) {
@@ -64,17 +90,26 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
 
 void check_tensors(const std::string& name, const at::Tensor& weight, const at::Tensor& weight_out,
                    const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq) {
-  const auto dtype = weight.scalar_type();
-  if (weight.layout() != at::kStrided || !weight.device().is_cpu() || (dtype != at::kFloat && dtype != at::kDouble))
-    fail(name, " is a ", weight.layout(), " ", dtype, " tensor on ", weight.device(),
-         "; the cpu backend takes strided float32 and float64 tensors on the CPU");
+  if (weight.layout() != at::kStrided || !weight.device().is_cpu() || !dtype_of(weight))
+    fail(name, " is a ", weight.layout(), " ", weight.scalar_type(), " tensor on ", weight.device(),
+         "; the cpu backend takes strided tensors of float32, float64, bfloat16 and float16 on the CPU");
   if (!weight.is_non_overlapping_and_dense())
     fail(name, " has strides ", weight.strides(), " for shape ", weight.sizes(),
          "; the cpu backend takes dense tensors without overlap");
-  if (!weight_out.is_same(weight)) check_beside(name, "next version", weight, weight_out);
-  if (grad.defined()) check_beside(name, "gradient", weight, grad);
+  if (!weight_out.is_same(weight)) {
+    check_beside(name, "next version", weight, weight_out);
+    check_dtype(name, "next version", weight, weight_out);
+  }
+  if (grad.defined()) {
+    check_beside(name, "gradient", weight, grad);
+    check_dtype(name, "gradient", weight, grad);
+  }
   check_beside(name, "first moment", weight, exp_avg);
-  if (exp_avg_sq.defined()) check_beside(name, "second moment", weight, exp_avg_sq);
+  check_moment(name, "first moment", weight, exp_avg);
+  if (!exp_avg_sq.defined()) return;
+  check_beside(name, "second moment", weight, exp_avg_sq);
+  if (exp_avg_sq.scalar_type() != exp_avg.scalar_type())
+    fail("the second moment of ", name, " is ", exp_avg_sq.scalar_type(), ", but the first is ", exp_avg.scalar_type());
 }
 
 void step(const std::vector<std::string>& names, at::TensorList weights, at::TensorList weights_out,
@@ -107,7 +142,7 @@ void step(const std::vector<std::string>& names, at::TensorList weights, at::Ten
     task.run.weight = weights[i].const_data_ptr();
     task.run.weight_out = weights_out[i].mutable_data_ptr();
     task.run.count = weights[i].numel();
-    task.is_double = weights[i].scalar_type() == at::kDouble;
+    task.dtypes = {*dtype_of(weights[i]), *dtype_of(exp_avgs[i])};
     task.adaptive = adaptive;
     if (grads[i].defined()) {
       task.run.grad = grads[i].const_data_ptr();
@@ -182,7 +217,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
 double Plan::gradient_norm() const {
   std::vector<cpu::Values> values;
   for (const auto& grad : grads_)
-    if (grad.defined()) values.push_back({grad.const_data_ptr(), grad.numel(), grad.scalar_type() == at::kDouble});
+    if (grad.defined()) values.push_back({grad.const_data_ptr(), grad.numel(), *dtype_of(grad)});
   return cpu::norm(values);
 }
 

@@ -15,7 +15,8 @@ namespace nesterov_pp {
 using Row = std::array<double, kCoefficients>;
 
 // Throws std::invalid_argument naming `name` unless the four (non-adaptive: three) tensors can be passed over as one
-// flat run beside `weight`: CPU, float32 or float64, dense, same dtype, shape and strides.
+// flat run beside `weight`: CPU, dense, same shape and strides, the gradient in the weight's dtype (float32, float64,
+// bfloat16 or float16), both moments in one that goes with it.
 void check_tensors(const std::string& name, const at::Tensor& weight, const at::Tensor& weight_out,
                    const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq);
 

@@ -11,7 +11,7 @@
 namespace nesterov_pp::cpu {
 namespace {
 
-// Threads meet only at multiples of this many elements: whole cache lines (256 or 512 bytes) for every dtype.
+// Threads meet only at multiples of this many elements: whole cache lines (128 to 512 bytes) for every dtype.
 constexpr int64_t kUnit = 64;
 // Below this many elements waking the other threads costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
@@ -32,20 +32,19 @@ Pointer advance(Pointer base, int64_t bytes) {
 }
 
 void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa isa) {
-  const int64_t size = task.is_double ? 8 : 4;
-  const int64_t offset = begin * size;
-  Run part{advance(task.run.weight, offset),
-           advance(task.run.weight_out, offset),
-           advance(task.run.grad, offset),
-           advance(task.run.exp_avg, offset),
-           advance(task.run.exp_avg_sq, offset),
+  const int64_t weights = begin * size_of(task.dtypes.weight), moments = begin * size_of(task.dtypes.moment);
+  Run part{advance(task.run.weight, weights),
+           advance(task.run.weight_out, weights),
+           advance(task.run.grad, weights),
+           advance(task.run.exp_avg, moments),
+           advance(task.run.exp_avg_sq, moments),
            end - begin,
            streaming && task.run.weight_out != task.run.weight};
   if (task.coefficients == nullptr) {
-    carry(part.weight, part.weight_out, part.count * size);
+    carry(part.weight, part.weight_out, part.count * size_of(task.dtypes.weight));
     return;
   }
-  kernel(isa, task.is_double, task.adaptive)(part, *task.coefficients);
+  kernel(isa, task.dtypes, task.adaptive)(part, *task.coefficients);
 }
 
 }  // namespace
@@ -55,7 +54,8 @@ void run(const std::vector<Task>& tasks) {
   int64_t new_bytes = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
     first_unit[i + 1] = first_unit[i] + units_of(tasks[i]);
-    if (tasks[i].run.weight_out != tasks[i].run.weight) new_bytes += tasks[i].run.count * (tasks[i].is_double ? 8 : 4);
+    if (tasks[i].run.weight_out != tasks[i].run.weight)
+      new_bytes += tasks[i].run.count * size_of(tasks[i].dtypes.weight);
   }
   const int64_t units = first_unit.back();
   if (units == 0) return;
@@ -87,8 +87,7 @@ double norm(const std::vector<Values>& tensors) {
       const Values& t = tensors[i];
       const int64_t from = (chunk - first_chunk[i]) * kChunk;
       const int64_t count = std::min<int64_t>(kChunk, t.count - from);
-      sums[static_cast<size_t>(chunk)] =
-          squares(isa, t.is_double)(advance(t.data, from * (t.is_double ? 8 : 4)), count);
+      sums[static_cast<size_t>(chunk)] = squares(isa, t.dtype)(advance(t.data, from * size_of(t.dtype)), count);
     }
   });
   double total = 0;

@@ -11,7 +11,7 @@ namespace nesterov_pp::cpu {
 // One tensor's share of a step. Without coefficients the weight is carried to the next slot unchanged.
 struct Task {
   Run run;
-  bool is_double;
+  Dtypes dtypes;
   bool adaptive;
   const Coefficients<double>* coefficients;
 };
@@ -23,7 +23,7 @@ void run(const std::vector<Task>& tasks);
 struct Values {
   const void* data;
   long long count;
-  bool is_double;
+  Dtype dtype;
 };
 
 // Euclidean norm of all values together, read once; the same bits for any number of threads.

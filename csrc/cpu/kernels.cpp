@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+#include "lanes.h"
+
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #define NPP_X86 1
@@ -15,142 +17,166 @@
 namespace nesterov_pp::cpu {
 namespace {
 
-#define NPP_INLINE static inline __attribute__((always_inline))
-
-template <class T, int kBytes>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kBytes)));
-};
-
-template <class V>
-NPP_INLINE V load(const void* from) {
-  V value;
-  __builtin_memcpy(&value, from, sizeof(V));
-  return value;
+template <class S, int N>
+NPP_INLINE typename Element<S, N>::Value load(const S* from) {
+  typename Element<S, N>::Stored stored;
+  __builtin_memcpy(&stored, from, sizeof(stored));
+  return Element<S, N>::widen(stored);
 }
 
-template <class V>
-NPP_INLINE void store(void* to, const V& value) {
-  __builtin_memcpy(to, &value, sizeof(V));
+template <class S, int N>
+NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
+  const auto stored = Element<S, N>::narrow(value);
+  __builtin_memcpy(to, &stored, sizeof(stored));
 }
 
 // Past the caches, to an address aligned to 16 bytes. The processor joins the parts of a cache line.
-template <class V>
-NPP_INLINE void stream(void* to, const V& value) {
+template <class S, int N>
+NPP_INLINE void stream(S* to, const typename Element<S, N>::Value& value) {
 #if NPP_X86
-  __m128i parts[sizeof(V) / 16];
-  __builtin_memcpy(parts, &value, sizeof(V));
-  for (unsigned k = 0; k < sizeof(V) / 16; ++k) _mm_stream_si128(static_cast<__m128i*>(to) + k, parts[k]);
-#else
-  store(to, value);
-#endif
-}
-
-// The elements that whole vectors cover; `out` is `w` or disjoint from it. Returns their number.
-template <class T, bool kAdaptive, int kBytes, bool kStreaming>
-NPP_INLINE long long vectors(const T* w, T* out, const T* grad, T* m, T* v, long long n, const Coefficients<T>& c) {
-  using V = typename VectorOf<T, kBytes>::type;
-  constexpr long long kLanes = kBytes / static_cast<int>(sizeof(T));
-  long long i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    V mi = load<V>(m + i);
-    V vi = kAdaptive ? load<V>(v + i) : mi;
-    const V next = update<kAdaptive>(c, load<V>(w + i), load<V>(grad + i), mi, vi);
-    store(m + i, mi);
-    if constexpr (kAdaptive) store(v + i, vi);
-    kStreaming ? stream(out + i, next) : store(out + i, next);
+  const auto stored = Element<S, N>::narrow(value);
+  if constexpr (sizeof(stored) % 16 == 0) {
+    __m128i parts[sizeof(stored) / 16];
+    __builtin_memcpy(parts, &stored, sizeof(stored));
+    for (unsigned k = 0; k < sizeof(stored) / 16; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, parts[k]);
+    return;
   }
-  return i;
+#endif
+  store<S, N>(to, value);
 }
 
-template <class T, bool kAdaptive, int kBytes>
-NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
-  const Coefficients<T> c = coefficients.as<T>();
-  const auto* w = static_cast<const T*>(r.weight);
-  const auto* grad = static_cast<const T*>(r.grad);
-  auto* out = static_cast<T*>(r.weight_out);
-  auto* m = static_cast<T*>(r.exp_avg);
-  auto* v = static_cast<T*>(r.exp_avg_sq);
+template <class W, class M, bool kAdaptive, int N, bool kStreaming, class T>
+NPP_INLINE void block(const W* w, W* out, const W* grad, M* m, M* v, const Coefficients<T>& c) {
+  auto mi = load<M, N>(m);
+  auto vi = kAdaptive ? load<M, N>(v) : mi;
+  const auto next = update<kAdaptive>(c, load<W, N>(w), load<W, N>(grad), mi, vi);
+  store<M, N>(m, mi);
+  if constexpr (kAdaptive) store<M, N>(v, vi);
+  if constexpr (kStreaming)
+    stream<W, N>(out, next);
+  else
+    store<W, N>(out, next);
+}
+
+// `out` is `w` or disjoint from it.
+template <class W, class M, bool kAdaptive, int N, bool kStreaming, class T>
+NPP_INLINE void blocks(const W* w, W* out, const W* grad, M* m, M* v, long long n, const Coefficients<T>& c) {
   long long i = 0;
+  for (; i + N <= n; i += N)
+    block<W, M, kAdaptive, N, kStreaming>(w + i, out + i, grad + i, m + i, kAdaptive ? v + i : v, c);
+  if (i == n) return;
+  // The rest as a block of its own, filled up with zeros.
+  W w_rest[N] = {}, grad_rest[N] = {};
+  M m_rest[N] = {}, v_rest[N] = {};
+  const auto count = static_cast<unsigned long>(n - i);
+  __builtin_memcpy(w_rest, w + i, count * sizeof(W));
+  __builtin_memcpy(grad_rest, grad + i, count * sizeof(W));
+  __builtin_memcpy(m_rest, m + i, count * sizeof(M));
+  if constexpr (kAdaptive) __builtin_memcpy(v_rest, v + i, count * sizeof(M));
+  block<W, M, kAdaptive, N, false>(w_rest, w_rest, grad_rest, m_rest, v_rest, c);
+  __builtin_memcpy(out + i, w_rest, count * sizeof(W));
+  __builtin_memcpy(m + i, m_rest, count * sizeof(M));
+  if constexpr (kAdaptive) __builtin_memcpy(v + i, v_rest, count * sizeof(M));
+}
+
+template <class W, class M, bool kAdaptive, int kBytes>
+NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
+  using T = typename Compute<W>::type;
+  constexpr int N = kBytes / static_cast<int>(sizeof(T));
+  const Coefficients<T> c = coefficients.as<T>();
+  const auto* w = static_cast<const W*>(r.weight);
+  const auto* grad = static_cast<const W*>(r.grad);
+  auto* out = static_cast<W*>(r.weight_out);
+  auto* m = static_cast<M*>(r.exp_avg);
+  auto* v = static_cast<M*>(r.exp_avg_sq);
 #if NPP_X86
   if (r.streaming && reinterpret_cast<unsigned long>(out) % 16 == 0) {
-    i = vectors<T, kAdaptive, kBytes, true>(w, out, grad, m, v, r.count, c);
+    blocks<W, M, kAdaptive, N, true>(w, out, grad, m, v, r.count, c);
     _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
+    return;
   }
 #endif
-  if (i == 0) i = vectors<T, kAdaptive, kBytes, false>(w, out, grad, m, v, r.count, c);
-  for (; i < r.count; ++i) {
-    T unused = T(0);
-    out[i] = update<kAdaptive>(c, w[i], grad[i], m[i], kAdaptive ? v[i] : unused);
-  }
+  blocks<W, M, kAdaptive, N, false>(w, out, grad, m, v, r.count, c);
 }
 
 // Sixteen partial sums whatever the vectors' width, so that the order of additions does not depend on it.
-template <class T>
+template <class S>
 NPP_INLINE double sum_of_squares(const void* values, long long count) {
-  constexpr int kSums = 16;
-  const auto* x = static_cast<const T*>(values);
+  constexpr int N = 16;
+  using V = typename Element<S, N>::Value;
+  const auto* x = static_cast<const S*>(values);
   double total = 0;
   for (long long begin = 0; begin < count; begin += kSquaresRun) {
-    const long long n = count - begin < kSquaresRun ? count - begin : kSquaresRun;
-    T sums[kSums] = {};
+    const long long end = count - begin < kSquaresRun ? count : begin + kSquaresRun;
+    V sums{};
     long long i = begin;
-    for (; i + kSums <= begin + n; i += kSums)
-      for (int k = 0; k < kSums; ++k) sums[k] += x[i + k] * x[i + k];
-    for (int k = 0; i < begin + n; ++i, ++k) sums[k] += x[i] * x[i];
-    for (int k = 0; k < kSums; ++k) total += static_cast<double>(sums[k]);
+    for (; i + N <= end; i += N) {
+      const V value = load<S, N>(x + i);
+      sums += value * value;
+    }
+    if (i < end) {
+      S rest[N] = {};
+      __builtin_memcpy(rest, x + i, static_cast<unsigned long>(end - i) * sizeof(S));
+      const V value = load<S, N>(rest);
+      sums += value * value;
+    }
+    for (int k = 0; k < N; ++k) total += static_cast<double>(sums[k]);
   }
   return total;
 }
 
-template <class T>
-double squares_baseline(const void* values, long long count) {
-  return sum_of_squares<T>(values, count);
-}
-#if NPP_X86
-template <class T>
-NPP_TARGET_V3 double squares_v3(const void* values, long long count) {
-  return sum_of_squares<T>(values, count);
-}
-template <class T>
-NPP_TARGET_V4 double squares_v4(const void* values, long long count) {
-  return sum_of_squares<T>(values, count);
-}
-#endif
-
-template <class T>
-Squares choose_squares(Isa isa) {
-#if NPP_X86
-  if (isa == Isa::kV4) return squares_v4<T>;
-  if (isa == Isa::kV3) return squares_v3<T>;
-#endif
-  (void)isa;
-  return squares_baseline<T>;
-}
-
-template <class T, bool kAdaptive>
+template <class W, class M, bool kAdaptive>
 void pass_baseline(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive, 16>(r, c);
+  pass<W, M, kAdaptive, 16>(r, c);
+}
+template <class S>
+double squares_baseline(const void* values, long long count) {
+  return sum_of_squares<S>(values, count);
 }
 #if NPP_X86
-template <class T, bool kAdaptive>
+template <class W, class M, bool kAdaptive>
 NPP_TARGET_V3 void pass_v3(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive, 32>(r, c);
+  pass<W, M, kAdaptive, 32>(r, c);
 }
-template <class T, bool kAdaptive>
+template <class S>
+NPP_TARGET_V3 double squares_v3(const void* values, long long count) {
+  return sum_of_squares<S>(values, count);
+}
+template <class W, class M, bool kAdaptive>
 NPP_TARGET_V4 void pass_v4(const Run& r, const Coefficients<double>& c) {
-  pass<T, kAdaptive, 64>(r, c);
+  pass<W, M, kAdaptive, 64>(r, c);
+}
+template <class S>
+NPP_TARGET_V4 double squares_v4(const void* values, long long count) {
+  return sum_of_squares<S>(values, count);
 }
 #endif
 
-template <class T, bool kAdaptive>
-Kernel choose(Isa isa) {
+template <class W, class M>
+Kernel by_isa(Isa isa, bool adaptive) {
 #if NPP_X86
-  if (isa == Isa::kV4) return pass_v4<T, kAdaptive>;
-  if (isa == Isa::kV3) return pass_v3<T, kAdaptive>;
+  if (isa == Isa::kV4) return adaptive ? pass_v4<W, M, true> : pass_v4<W, M, false>;
+  if (isa == Isa::kV3) return adaptive ? pass_v3<W, M, true> : pass_v3<W, M, false>;
 #endif
   (void)isa;
-  return pass_baseline<T, kAdaptive>;
+  return adaptive ? pass_baseline<W, M, true> : pass_baseline<W, M, false>;
+}
+
+template <class W>
+Kernel by_moment(Isa isa, Dtype moment, bool adaptive) {
+  if (moment == Dtype::kFloat) return by_isa<W, float>(isa, adaptive);
+  if (moment == Dtype::kBFloat16) return by_isa<W, BFloat16>(isa, adaptive);
+  return nullptr;
+}
+
+template <class S>
+Squares squares_by_isa(Isa isa) {
+#if NPP_X86
+  if (isa == Isa::kV4) return squares_v4<S>;
+  if (isa == Isa::kV3) return squares_v3<S>;
+#endif
+  (void)isa;
+  return squares_baseline<S>;
 }
 
 }  // namespace
@@ -181,13 +207,32 @@ const char* isa_name(Isa isa) {
   }
 }
 
-Kernel kernel(Isa isa, bool is_double, bool adaptive) {
-  if (is_double) return adaptive ? choose<double, true>(isa) : choose<double, false>(isa);
-  return adaptive ? choose<float, true>(isa) : choose<float, false>(isa);
+Kernel kernel(Isa isa, Dtypes dtypes, bool adaptive) {
+  switch (dtypes.weight) {
+    case Dtype::kDouble:
+      return dtypes.moment == Dtype::kDouble ? by_isa<double, double>(isa, adaptive) : nullptr;
+    case Dtype::kFloat:
+      return by_moment<float>(isa, dtypes.moment, adaptive);
+    case Dtype::kBFloat16:
+      return by_moment<BFloat16>(isa, dtypes.moment, adaptive);
+    case Dtype::kHalf:
+      if (dtypes.moment == Dtype::kHalf) return by_isa<Half, Half>(isa, adaptive);
+      return by_moment<Half>(isa, dtypes.moment, adaptive);
+  }
+  return nullptr;
 }
 
-Squares squares(Isa isa, bool is_double) {
-  return is_double ? choose_squares<double>(isa) : choose_squares<float>(isa);
+Squares squares(Isa isa, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return squares_by_isa<double>(isa);
+    case Dtype::kBFloat16:
+      return squares_by_isa<BFloat16>(isa);
+    case Dtype::kHalf:
+      return squares_by_isa<Half>(isa);
+    default:
+      return squares_by_isa<float>(isa);
+  }
 }
 
 void carry(const void* from, void* to, long long bytes) {

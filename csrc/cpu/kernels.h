@@ -1,4 +1,4 @@
-// Single-threaded passes over contiguous elements, one per (dtype, rule, instruction set).
+// Single-threaded passes over contiguous elements, one per (dtypes, rule, instruction set).
 #pragma once
 
 #include "../update.h"
@@ -19,17 +19,30 @@ struct Run {
 
 using Kernel = void (*)(const Run&, const Coefficients<double>&);
 
+enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+
+constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+
+// Of weights and gradients, and of the moments.
+struct Dtypes {
+  Dtype weight;
+  Dtype moment;
+};
+
 enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
 
 Isa best_isa();             // the widest this processor runs
 const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
-Kernel kernel(Isa, bool is_double, bool adaptive);
 
-// Sum of squares of a contiguous run, in partial sums of the element type over at most kSquaresRun elements: the same
-// bits for every instruction set.
+// Null where there is no such pass: moments are in the dtype of the weights or, for all but float64, in float32 or
+// bfloat16. Everything but float64 is computed in float32.
+Kernel kernel(Isa, Dtypes, bool adaptive);
+
+// Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every
+// instruction set.
 using Squares = double (*)(const void* values, long long count);
 constexpr long long kSquaresRun = 4096;
-Squares squares(Isa, bool is_double);
+Squares squares(Isa, Dtype);
 
 // Copies a weight that received no gradient into the next ring slot.
 void carry(const void* from, void* to, long long bytes);

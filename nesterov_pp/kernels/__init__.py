@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-_CPU_DTYPES = (torch.float32, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -49,7 +49,7 @@ def _cpu_refusal(tensors: Iterable[Tensor]) -> str | None:
     for t in tensors:
         if t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in _CPU_DTYPES:
             kind = f"{str(t.layout).removeprefix('torch.')} {str(t.dtype).removeprefix('torch.')}"
-            return f"it takes strided float32 and float64 tensors on the CPU, not a {kind} on {t.device}"
+            return f"it takes strided float32, float64, bfloat16 or float16 on the CPU, not {kind} on {t.device}"
         if type(t) not in (Tensor, torch.nn.Parameter):
             return f"it takes plain tensors, not {type(t).__name__}"
         if not _is_dense(t):

@@ -1,9 +1,10 @@
 """The step as torch operators, ``torch.ops.nesterov_pp.step_`` and ``step_into``, with fakes for tracing.
 
 ``step_(weights, grads, exp_avgs, exp_avg_sqs, coefficients, row_of)`` updates ``weights`` and both moments in place;
-``step_into(weights, weights_out, ...)`` writes the new weights to ``weights_out``. Lists of float32 or float64 CPU
-tensors; ``exp_avg_sqs`` is empty for non-adaptive rules; ``coefficients`` is a float64 CPU tensor of shape
-[rows, 9] (the fields of ``Coefficients``) and tensor ``i`` takes row ``row_of[i]``.
+``step_into(weights, weights_out, ...)`` writes the new weights to ``weights_out``. Lists of CPU tensors: weights in
+float32, float64, bfloat16 or float16, gradients in the dtype of their weights, moments in that dtype, float32 or
+bfloat16 (float64 goes with float64 only). ``exp_avg_sqs`` is empty for non-adaptive rules; ``coefficients`` is a
+float64 CPU tensor of shape [rows, 9] (the fields of ``Coefficients``) and tensor ``i`` takes row ``row_of[i]``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -28,7 +29,7 @@ class AdamW(FusedOptimizer):
         maximize: ascend instead of descend (False).
         foreach, fused: accepted for compatibility; the pass is always one over all tensors.
         amsgrad, capturable, differentiable: refused when true.
-        stash, max_grad_norm, on_nonfinite, backend: as for ``NAdam``.
+        stash, max_grad_norm, on_nonfinite, state_dtype, backend: as for ``NAdam``.
 
     ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
 
@@ -53,6 +54,7 @@ class AdamW(FusedOptimizer):
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
@@ -71,7 +73,13 @@ class AdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(
-            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+            params,
+            defaults,
+            stash=stash,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            state_dtype=state_dtype,
+            backend=backend,
         )
 
     def _coefficients(

@@ -15,6 +15,7 @@ from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_b
 from nesterov_pp.stash import WeightStash
 
 ON_NONFINITE = ("ignore", "raise")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 class FusedOptimizer(Optimizer):
@@ -36,12 +37,16 @@ class FusedOptimizer(Optimizer):
         stash: WeightStash | None,
         max_grad_norm: float | None,
         on_nonfinite: str,
+        state_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0, or None for no clipping")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; choose one of {', '.join(ON_NONFINITE)}")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"Invalid state_dtype: {state_dtype}; choose one of {', '.join(map(str, STATE_DTYPES))}")
+        self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self.on_nonfinite = on_nonfinite
         self.last_grad_norm: Tensor | None = None
@@ -163,6 +168,10 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
+            if p.dtype == torch.float64 and self.state_dtype is not None:
+                del self.param_groups[-1]
+                raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of float64 parameters")
+        for p in self.param_groups[-1]["params"]:
             if p.requires_grad:
                 self._init_state(p)
         self._plan = None
@@ -197,9 +206,10 @@ class FusedOptimizer(Optimizer):
         state["step"] = torch.zeros((), dtype=scalar)
         if self._has_mu_product:
             state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, p.dtype))
-        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        dtype = self.state_dtype or p.dtype
+        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if self._adaptive:
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -252,7 +262,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
             )
-        kept = ("max_grad_norm", "on_nonfinite", "_requested_backend", "backend")
+        kept = ("max_grad_norm", "on_nonfinite", "state_dtype", "_requested_backend", "backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

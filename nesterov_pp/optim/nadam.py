@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -38,10 +39,11 @@ class NAdam(FusedOptimizer):
         max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
             ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
         on_nonfinite: "ignore" goes on as torch does; "raise" names the parameter before anything is written ("ignore").
+        state_dtype: dtype of the moments, float32 or bfloat16 (None: that of the parameter).
         backend: "auto", "cpu" or "reference".
 
-    ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's. State is allocated here, moments in
-    the dtype of their parameter.
+    Parameters are float32, float64, bfloat16 or float16; the last two are computed in float32. State is allocated
+    here. ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's.
 
     Raises:
         ValueError: a hyper-parameter is out of range, an option is not supported, the backend cannot be used, or the
@@ -67,6 +69,7 @@ class NAdam(FusedOptimizer):
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
@@ -84,7 +87,13 @@ class NAdam(FusedOptimizer):
             "differentiable": differentiable,
         }
         super().__init__(
-            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+            params,
+            defaults,
+            stash=stash,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            state_dtype=state_dtype,
+            backend=backend,
         )
 
     def _coefficients(

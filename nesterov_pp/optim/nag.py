@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -43,7 +44,7 @@ class NAG(FusedOptimizer):
             function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
         weight_decay: decoupled decay rate (0).
         maximize: ascend instead of descend (False).
-        stash, max_grad_norm, on_nonfinite, backend: as for ``NAdam``.
+        stash, max_grad_norm, on_nonfinite, state_dtype, backend: as for ``NAdam``.
 
     Raises:
         ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
@@ -62,6 +63,7 @@ class NAG(FusedOptimizer):
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, weight_decay=weight_decay)
@@ -70,7 +72,13 @@ class NAG(FusedOptimizer):
         _check_gamma(gamma)
         defaults = {"lr": lr, "momentum": gamma, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, defaults, stash=stash, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, backend=backend
+            params,
+            defaults,
+            stash=stash,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            state_dtype=state_dtype,
+            backend=backend,
         )
 
     def _coefficients(

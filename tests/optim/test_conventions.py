@@ -192,7 +192,12 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
         (lambda ps: npp.NAdam(ps, max_grad_norm=0.0), "max_grad_norm"),
         (lambda ps: npp.NAdam(ps, backend="gpu"), "unknown backend 'gpu'; choose one of auto, cuda"),
         (lambda ps: npp.NAdam(ps, backend="cuda"), "backend 'cuda' cannot be used: "),
-        (lambda ps: npp.NAdam([ps[0].detach().half()], backend="cpu"), "not a strided float16 on cpu"),
+        (lambda ps: npp.NAdam([ps[0].detach().cfloat()], backend="cpu"), "not strided complex64 on cpu"),
+        (lambda ps: npp.NAdam(ps, state_dtype=torch.float16), "Invalid state_dtype: torch.float16; choose one of None"),
+        (
+            lambda ps: npp.NAdam([ps[0].detach().double()], state_dtype=torch.float32),
+            "state_dtype=torch.float32 cannot hold the moments of float64 parameters",
+        ),
         (lambda ps: npp.NAdam([]), "empty parameter list"),
         (lambda ps: npp.NAdam(ps).step(version=0), "needs an optimizer built with stash="),
         (lambda ps: npp.NAdam(ps).step(microbatches=0), "microbatches must be at least 1, not 0"),

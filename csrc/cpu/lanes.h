@@ -1,0 +1,111 @@
+// How N elements of a stored type become a vector to compute with, and back. No torch or standard headers.
+#pragma once
+
+namespace nesterov_pp::cpu {
+
+#define NPP_INLINE static inline __attribute__((always_inline))
+
+struct BFloat16 {
+  unsigned short bits;
+};
+struct Half {
+  unsigned short bits;
+};
+
+template <int N>
+struct Lanes {
+  typedef float F __attribute__((vector_size(4 * N)));
+  typedef double D __attribute__((vector_size(8 * N)));
+  typedef unsigned int U __attribute__((vector_size(4 * N)));
+  typedef unsigned short H __attribute__((vector_size(2 * N)));
+};
+
+template <class To, class From>
+NPP_INLINE To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// `mask` has all bits of a lane set or none.
+template <class U>
+NPP_INLINE U choose_lanes(const U& mask, const U& yes, const U& no) {
+  return (mask & yes) | (~mask & no);
+}
+
+// The scalar that elements of type S are computed in.
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <class S, int N>
+struct Element;
+
+template <int N>
+struct Element<float, N> {
+  using Value = typename Lanes<N>::F;
+  using Stored = Value;
+  NPP_INLINE Value widen(const Stored& x) { return x; }
+  NPP_INLINE Stored narrow(const Value& x) { return x; }
+};
+
+template <int N>
+struct Element<double, N> {
+  using Value = typename Lanes<N>::D;
+  using Stored = Value;
+  NPP_INLINE Value widen(const Stored& x) { return x; }
+  NPP_INLINE Stored narrow(const Value& x) { return x; }
+};
+
+// Rounds to nearest, ties to even, as torch does.
+template <int N>
+struct Element<BFloat16, N> {
+  using Value = typename Lanes<N>::F;
+  using Stored = typename Lanes<N>::H;
+  using U = typename Lanes<N>::U;
+  NPP_INLINE Value widen(const Stored& x) { return bits_of<Value>(__builtin_convertvector(x, U) << 16); }
+  NPP_INLINE Stored narrow(const Value& x) {
+    const U u = bits_of<U>(x);
+    const U rounded = (u + 0x7fffU + ((u >> 16) & 1U)) >> 16;
+    const U nan = bits_of<U>((u & 0x7fffffffU) > 0x7f800000U);
+    return __builtin_convertvector(choose_lanes(nan, U{} + 0x7fc0U, rounded), Stored);
+  }
+};
+
+// In integers throughout: hardware conversions and denormal modes differ from processor to processor.
+template <int N>
+struct Element<Half, N> {
+  using Value = typename Lanes<N>::F;
+  using Stored = typename Lanes<N>::H;
+  using U = typename Lanes<N>::U;
+
+  NPP_INLINE Value widen(const Stored& x) {
+    const U h = __builtin_convertvector(x, U);
+    const U magnitude = h & 0x7fffU;
+    const U normal = (magnitude << 13) + (112U << 23);
+    const U special = (magnitude << 13) | 0x7f800000U;                                               // infinity, NaN
+    const U small = bits_of<U>(__builtin_convertvector(magnitude, Value) * 5.9604644775390625e-8f);  // 2^-24
+    U bits = choose_lanes(bits_of<U>(magnitude < 0x400U), small, normal);
+    bits = choose_lanes(bits_of<U>(magnitude >= 0x7c00U), special, bits);
+    return bits_of<Value>(bits | ((h & 0x8000U) << 16));
+  }
+
+  NPP_INLINE Stored narrow(const Value& x) {
+    const U u = bits_of<U>(x);
+    const U magnitude = u & 0x7fffffffU;
+    const U normal = (magnitude + 0xfffU + ((magnitude >> 13) & 1U) - (112U << 23)) >> 13;
+    const U small = bits_of<U>(bits_of<Value>(magnitude) + 0.5f) - 0x3f000000U;  // the addition rounds to 2^-24
+    U bits = choose_lanes(bits_of<U>(magnitude < 0x38800000U), small, normal);
+    bits = choose_lanes(bits_of<U>(magnitude >= 0x477ff000U), U{} + 0x7c00U, bits);
+    bits = choose_lanes(bits_of<U>(magnitude > 0x7f800000U), U{} + 0x7e00U, bits);
+    return __builtin_convertvector(bits | ((u >> 16) & 0x8000U), Stored);
+  }
+};
+
+}  // namespace nesterov_pp::cpu
