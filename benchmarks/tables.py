@@ -48,7 +48,9 @@ def sections() -> dict[str, str]:
         found: dict[str, Any] = json.loads((RESULTS / name).read_text())
         return found
 
-    steps = [step_table(load(name)) for name in ("cpu-gpt2-small.json", "cpu-tiny.json")]
+    steps = [
+        step_table(load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
+    ]
     return {"demo": demo_table(load("cpu-demo.json")), "step": "\n\n".join(steps)}
 
 
