@@ -167,10 +167,12 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.dtype == torch.float64 and self.state_dtype is not None:
-                del self.param_groups[-1]
-                raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of float64 parameters")
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self._check_dtype(p)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         for p in self.param_groups[-1]["params"]:
             if p.requires_grad:
                 self._init_state(p)
@@ -210,6 +212,14 @@ class FusedOptimizer(Optimizer):
         state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if self._adaptive:
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _check_dtype(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise ValueError(
+                f"nesterov_pp.{type(self).__name__} does not step complex parameters; use torch.optim for them"
+            )
+        if p.dtype == torch.float64 and self.state_dtype is not None:
+            raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of float64 parameters")
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -160,7 +160,6 @@ def test_auto_takes_the_fastest_backend_that_fits():
 
     assert backend_of(torch.ones(3)) == ("cpu" if C is not None else "reference")
     assert backend_of(torch.ones(3, dtype=torch.bfloat16)) == ("cpu" if C is not None else "reference")
-    assert backend_of(torch.ones(3, dtype=torch.complex64)) == "reference"
     assert backend_of(torch.ones(6)[::2]) == "reference"
 
 

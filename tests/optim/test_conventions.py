@@ -149,6 +149,28 @@ def test_swapped_and_late_parameters():
     assert (frozen < 1).all()
 
 
+def test_distributed_checkpoints_state_before_the_first_step_changes_nothing():
+    """``torch.distributed.checkpoint`` has optimizers without state take a step to get some; ours has it at once."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        optimizer = npp.NAdam(model.parameters(), lr=1e-2)
+        x = torch.randn(8, 4)
+        for t in range(6):
+            if checkpointed and t in (0, 3):
+                saved = get_optimizer_state_dict(model, optimizer)
+                set_optimizer_state_dict(model, optimizer, saved)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+        assert {float(s["step"]) for s in optimizer.state.values()} == {6}
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_the_step_is_seen_by_autograd():
     """A graph that still needs the old weights raises instead of using the new ones."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -192,7 +214,8 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
         (lambda ps: npp.NAdam(ps, max_grad_norm=0.0), "max_grad_norm"),
         (lambda ps: npp.NAdam(ps, backend="gpu"), "unknown backend 'gpu'; choose one of auto, cuda"),
         (lambda ps: npp.NAdam(ps, backend="cuda"), "backend 'cuda' cannot be used: "),
-        (lambda ps: npp.NAdam([ps[0].detach().cfloat()], backend="cpu"), "not strided complex64 on cpu"),
+        (lambda ps: npp.NAdam([ps[0].detach().cfloat()]), "nesterov_pp.NAdam does not step complex parameters"),
+        (lambda ps: npp.NAdam([ps[0].detach().to("meta")], backend="cpu"), "not strided float32 on meta"),
         (lambda ps: npp.NAdam(ps, state_dtype=torch.float16), "Invalid state_dtype: torch.float16; choose one of None"),
         (
             lambda ps: npp.NAdam([ps[0].detach().double()], state_dtype=torch.float32),
