@@ -31,31 +31,68 @@ NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
 }
 
 // Past the caches, to an address aligned to 16 bytes. The processor joins the parts of a cache line.
-template <class S, int N>
-NPP_INLINE void stream(S* to, const typename Element<S, N>::Value& value) {
+template <class V>
+NPP_INLINE void stream(void* to, const V& stored) {
 #if NPP_X86
-  const auto stored = Element<S, N>::narrow(value);
-  if constexpr (sizeof(stored) % 16 == 0) {
-    __m128i parts[sizeof(stored) / 16];
-    __builtin_memcpy(parts, &stored, sizeof(stored));
-    for (unsigned k = 0; k < sizeof(stored) / 16; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, parts[k]);
+  if constexpr (sizeof(V) % 16 == 0) {
+    __m128i parts[sizeof(V) / 16];
+    __builtin_memcpy(parts, &stored, sizeof(V));
+    for (unsigned k = 0; k < sizeof(V) / 16; ++k) _mm_stream_si128(static_cast<__m128i*>(to) + k, parts[k]);
     return;
   }
 #endif
-  store<S, N>(to, value);
+  __builtin_memcpy(to, &stored, sizeof(V));
+}
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Whether weights and moments are all bfloat16, and so can be taken in pairs.
+template <class W, class M>
+constexpr bool kPairs = kSame<W, BFloat16> && kSame<M, BFloat16>;
+
+template <bool kAdaptive, int N, bool kStreaming, class T>
+NPP_INLINE void block_of_pairs(const BFloat16* w, BFloat16* out, const BFloat16* grad, BFloat16* m, BFloat16* v,
+                               const Coefficients<T>& c) {
+  using P = BFloat16Pairs<N>;
+  typename P::Stored ws, gs, ms, vs{};
+  __builtin_memcpy(&ws, w, sizeof(ws));
+  __builtin_memcpy(&gs, grad, sizeof(gs));
+  __builtin_memcpy(&ms, m, sizeof(ms));
+  if constexpr (kAdaptive) __builtin_memcpy(&vs, v, sizeof(vs));
+  auto m1 = P::first(ms), m2 = P::second(ms), v1 = P::first(vs), v2 = P::second(vs);
+  const auto next1 = update<kAdaptive>(c, P::first(ws), P::first(gs), m1, v1);
+  const auto next2 = update<kAdaptive>(c, P::second(ws), P::second(gs), m2, v2);
+  ms = P::join(m1, m2);
+  ws = P::join(next1, next2);
+  __builtin_memcpy(m, &ms, sizeof(ms));
+  if constexpr (kAdaptive) {
+    vs = P::join(v1, v2);
+    __builtin_memcpy(v, &vs, sizeof(vs));
+  }
+  if constexpr (kStreaming)
+    stream(out, ws);
+  else
+    __builtin_memcpy(out, &ws, sizeof(ws));
 }
 
 template <class W, class M, bool kAdaptive, int N, bool kStreaming, class T>
 NPP_INLINE void block(const W* w, W* out, const W* grad, M* m, M* v, const Coefficients<T>& c) {
-  auto mi = load<M, N>(m);
-  auto vi = kAdaptive ? load<M, N>(v) : mi;
-  const auto next = update<kAdaptive>(c, load<W, N>(w), load<W, N>(grad), mi, vi);
-  store<M, N>(m, mi);
-  if constexpr (kAdaptive) store<M, N>(v, vi);
-  if constexpr (kStreaming)
-    stream<W, N>(out, next);
-  else
-    store<W, N>(out, next);
+  if constexpr (kPairs<W, M>) {
+    block_of_pairs<kAdaptive, N / 2, kStreaming>(w, out, grad, m, v, c);
+  } else {
+    auto mi = load<M, N>(m);
+    auto vi = kAdaptive ? load<M, N>(v) : mi;
+    const auto next = update<kAdaptive>(c, load<W, N>(w), load<W, N>(grad), mi, vi);
+    store<M, N>(m, mi);
+    if constexpr (kAdaptive) store<M, N>(v, vi);
+    if constexpr (kStreaming)
+      stream(out, Element<W, N>::narrow(next));
+    else
+      store<W, N>(out, next);
+  }
 }
 
 // `out` is `w` or disjoint from it.
@@ -82,7 +119,7 @@ NPP_INLINE void blocks(const W* w, W* out, const W* grad, M* m, M* v, long long 
 template <class W, class M, bool kAdaptive, int kBytes>
 NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   using T = typename Compute<W>::type;
-  constexpr int N = kBytes / static_cast<int>(sizeof(T));
+  constexpr int N = kBytes / static_cast<int>(sizeof(T)) * (kPairs<W, M> ? 2 : 1);
   const Coefficients<T> c = coefficients.as<T>();
   const auto* w = static_cast<const W*>(r.weight);
   const auto* grad = static_cast<const W*>(r.grad);

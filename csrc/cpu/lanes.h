@@ -70,11 +70,28 @@ struct Element<BFloat16, N> {
   using Stored = typename Lanes<N>::H;
   using U = typename Lanes<N>::U;
   NPP_INLINE Value widen(const Stored& x) { return bits_of<Value>(__builtin_convertvector(x, U) << 16); }
-  NPP_INLINE Stored narrow(const Value& x) {
+  NPP_INLINE Stored narrow(const Value& x) { return __builtin_convertvector(rounded(x) >> 16, Stored); }
+
+  // The upper halves hold the result, the lower ones what was rounded away.
+  NPP_INLINE U rounded(const Value& x) {
     const U u = bits_of<U>(x);
-    const U rounded = (u + 0x7fffU + ((u >> 16) & 1U)) >> 16;
     const U nan = bits_of<U>((u & 0x7fffffffU) > 0x7f800000U);
-    return __builtin_convertvector(choose_lanes(nan, U{} + 0x7fc0U, rounded), Stored);
+    return choose_lanes(nan, U{} + 0x7fc00000U, u + 0x7fffU + ((u >> 16) & 1U));
+  }
+};
+
+// 2 N bfloat16 as they lie in N lanes of 32 bits, taken apart into even and odd ones by shift and mask: changing the
+// width of every lane would take shuffles across the vector. On big-endian machines even and odd change places, no
+// more.
+template <int N>
+struct BFloat16Pairs {
+  using Value = typename Lanes<N>::F;
+  using Stored = typename Lanes<N>::U;
+  NPP_INLINE Value first(const Stored& x) { return bits_of<Value>(x << 16); }
+  NPP_INLINE Value second(const Stored& x) { return bits_of<Value>(x & 0xffff0000U); }
+  NPP_INLINE Stored join(const Value& first, const Value& second) {
+    using Round = Element<BFloat16, N>;
+    return (Round::rounded(first) >> 16) | (Round::rounded(second) & 0xffff0000U);
   }
 };
 
