@@ -235,6 +235,6 @@ def _info(_: dict[str, Any]) -> None:
 _WHAT = {
     "cuda": "one launch for all tensors of a device and dtype",
     "triton": "the same pass in Triton",
-    "cpu": "C++ for float32 and float64 on the CPU",
+    "cpu": "C++ on the CPU: float32, float64, bfloat16, float16",
     "reference": "plain torch: every device and dtype",
 }
