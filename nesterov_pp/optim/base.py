@@ -161,7 +161,10 @@ class FusedOptimizer(Optimizer):
         if self.on_nonfinite == "raise" and not math.isfinite(norm) and (name := plan.nonfinite_parameter()):
             raise FloatingPointError(f"the gradient of {name} is not finite; nothing has been updated")
         self.last_grad_norm = torch.tensor(norm, dtype=torch.float64)
-        return scale if self.max_grad_norm is None else scale * min(1.0, self.max_grad_norm / (norm + 1e-6))
+        if self.max_grad_norm is None:
+            return scale
+        factor = self.max_grad_norm / (norm + 1e-6)
+        return scale if factor >= 1.0 else scale * factor  # a norm that is NaN makes every gradient NaN, as in torch
 
     # ------------------------------------------------------------------ state
 
@@ -179,10 +182,10 @@ class FusedOptimizer(Optimizer):
         self._plan = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load ours or torch's ``state_dict``, keeping the dtypes of the state that was saved.
+        """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
 
         ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
-        and moments of low-precision parameters and make a resumed run differ.
+        and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
         """
         loaded: dict[str, Any] = {}
 
@@ -198,7 +201,8 @@ class FusedOptimizer(Optimizer):
         for key, p in zip(keys, self._parameters(), strict=True):
             for name, saved in loaded["state"].get(key, {}).items():
                 now = self.state[p][name]
-                if isinstance(saved, Tensor) and now.dtype != saved.dtype:
+                keeps = isinstance(saved, Tensor) and saved.dtype in STATE_DTYPES and p.dtype != torch.float64
+                if keeps and now.dtype != saved.dtype:
                     self.state[p][name] = saved.to(device=now.device, copy=True)
         self._plan = None
 

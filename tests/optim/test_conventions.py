@@ -69,6 +69,23 @@ def test_save_load_and_go_on_is_bit_exact(optimizer_class, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_state_saved_with_parameters_of_another_dtype_loads(saved, loaded, backend):
+    def optimizer_of(dtype: torch.dtype) -> npp.NAdam:
+        ps = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters()]
+        give_gradients(ps, 0)
+        return npp.NAdam(ps, backend=backend)
+
+    one, other = optimizer_of(saved), optimizer_of(loaded)
+    one.step()
+    other.load_state_dict(one.state_dict())
+    other.step()
+    assert {float(s["step"]) for s in other.state.values()} == {2}
+    assert all(p.isfinite().all() for p in other.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_schedules_and_missing_gradients(backend):
     """Groups with their own options, one added later, a scheduled rate, and parameters that sit out some steps."""
     theirs, ours = parameters(), parameters()

@@ -86,6 +86,22 @@ def test_gradients_that_are_not_finite_go_through_as_in_torch(backend):
     torch.testing.assert_close(results[1], results[0], equal_nan=True, **MANY_STEPS[torch.float32])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_clipping_by_a_norm_that_is_not_finite_is_torchs(value, backend):
+    results = []
+    for folded in (False, True):
+        ps = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+        ps[0].grad, ps[1].grad = torch.tensor([1.0, value, 2.0]), torch.ones(2)
+        if folded:
+            npp.NAdam(ps, max_grad_norm=1.0, backend=backend).step()
+        else:
+            torch.nn.utils.clip_grad_norm_(ps, 1.0)
+            npp.NAdam(ps, backend=backend).step()
+        results.append([p.detach() for p in ps])
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 def test_large_finite_gradients_do_not_count_as_not_finite():
     """Their squares overflow float32, and so does the norm; no gradient is to be blamed."""
     p = torch.nn.Parameter(torch.ones(4))
