@@ -113,6 +113,7 @@ class VirtualPipeline:
         Returns:
             The microbatch's loss, a detached 0-d tensor.
         """
+        # A stage without trainable parameters has no optimizer and stays at version 0.
         versions = [min(v, s.newest) for v, s in zip(self.versions(), self.stashes, strict=True)]
         with ExitStack() as bound:
             hidden = inputs
