@@ -2,8 +2,10 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/driver.h"
@@ -11,6 +13,36 @@
 
 namespace py = pybind11;
 using nesterov_pp::Plan;
+using nesterov_pp::Tensors;
+
+namespace {
+
+// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then every
+// entry's dict followed by its values. Compares pointers; looks nothing up.
+bool holds(const py::list& groups, const py::dict& state, const py::list& known) {
+  const Py_ssize_t size = PyList_GET_SIZE(known.ptr());
+  Py_ssize_t next = 0;
+  const auto is_next = [&](PyObject* object) { return next < size && PyList_GET_ITEM(known.ptr(), next++) == object; };
+  static PyObject* const params = PyUnicode_InternFromString("params");
+  for (const py::handle group : groups) {
+    PyObject* list = PyDict_Check(group.ptr()) ? PyDict_GetItem(group.ptr(), params) : nullptr;
+    if (list == nullptr || !PyList_Check(list)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i)
+      if (!is_next(PyList_GET_ITEM(list, i))) return false;
+  }
+  Py_ssize_t entry = 0;
+  PyObject *key, *values;
+  while (PyDict_Next(state.ptr(), &entry, &key, &values)) {
+    if (!is_next(values) || !PyDict_Check(values)) return false;
+    Py_ssize_t position = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(values, &position, &name, &value))
+      if (!is_next(value)) return false;
+  }
+  return next == size;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The one-pass optimizer step in C++.";
@@ -18,12 +50,28 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isas", &nesterov_pp::cpu::isas, "The instruction sets this processor offers, narrowest first.");
   m.def("set_isa", &nesterov_pp::cpu::set_isa, py::arg("name"));
 
+  m.def("holds", &holds, py::arg("groups"), py::arg("state"), py::arg("known"));
+
   py::class_<Plan>(m, "Plan")
-      .def(py::init<std::vector<std::string>, std::vector<int64_t>, std::vector<std::vector<at::Tensor>>,
-                    std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
-                    std::vector<at::Tensor>>(),
-           py::arg("names"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-           py::arg("steps"), py::arg("mu_products"))
+      .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
+                       std::vector<std::vector<at::Tensor>> slots, std::vector<at::Tensor> exp_avgs,
+                       std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
+                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products,
+                       std::optional<uint64_t> seed) {
+             Tensors tensors{std::move(names),
+                             std::move(numbers),
+                             std::move(groups),
+                             std::move(slots),
+                             std::move(exp_avgs),
+                             std::move(exp_avg_sqs),
+                             {},
+                             std::move(steps),
+                             std::move(mu_products)};
+             for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
+             return std::make_unique<Plan>(std::move(tensors), seed);
+           }),
+           py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
+           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"), py::arg("seed"))
       .def(
           "collect",
           [](Plan& plan, size_t grads_of, size_t from, size_t to) {

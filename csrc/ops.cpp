@@ -24,21 +24,31 @@ std::vector<Row> rows_of(const at::Tensor& coefficients) {
   return rows;
 }
 
-std::vector<std::string> numbered(size_t n) {
+void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorList grads, at::TensorList exp_avgs,
+               at::TensorList exp_avg_sqs, const at::Tensor& coefficients, at::IntArrayRef row_of) {
+  const size_t n = weights.size();
+  const bool adaptive = !exp_avg_sqs.empty();
+  if (weights_out.size() != n || grads.size() != n || exp_avgs.size() != n || (adaptive && exp_avg_sqs.size() != n) ||
+      row_of.size() != n)
+    throw std::invalid_argument("the lists of a step differ in length; there are " + std::to_string(n) + " weights");
+  const std::vector<Row> rows = rows_of(coefficients);
   std::vector<std::string> names(n);
-  for (size_t i = 0; i < n; ++i) names[i] = "parameter " + std::to_string(i);
-  return names;
+  std::vector<Item> items;
+  for (size_t i = 0; i < n; ++i) {
+    names[i] = "parameter " + std::to_string(i);
+    if (row_of[i] < 0 || row_of[i] >= static_cast<int64_t>(rows.size()))
+      throw std::invalid_argument(names[i] + " takes row " + std::to_string(row_of[i]) + " of " +
+                                  std::to_string(rows.size()) + " rows of coefficients");
+    items.push_back({&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i],
+                     adaptive ? &exp_avg_sqs[i] : nullptr, nullptr, row_of[i], static_cast<int64_t>(i)});
+    check(items.back(), false);
+  }
+  run(items, rows, nullptr);
 }
 
 void step_(at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
            const at::Tensor& coefficients, at::IntArrayRef row_of) {
-  step(numbered(weights.size()), weights, weights, grads, exp_avgs, exp_avg_sqs, rows_of(coefficients), row_of.vec());
-}
-
-void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorList grads, at::TensorList exp_avgs,
-               at::TensorList exp_avg_sqs, const at::Tensor& coefficients, at::IntArrayRef row_of) {
-  step(numbered(weights.size()), weights, weights_out, grads, exp_avgs, exp_avg_sqs, rows_of(coefficients),
-       row_of.vec());
+  step_into(weights, weights, grads, exp_avgs, exp_avg_sqs, coefficients, row_of);
 }
 
 }  // namespace

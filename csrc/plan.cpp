@@ -22,15 +22,21 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
+// Whether both can be passed over side by side as flat runs.
+bool laid_out_alike(const at::Tensor& weight, const at::Tensor& other) {
+  return other.layout() == at::kStrided && other.device() == weight.device() && other.sizes() == weight.sizes() &&
+         (other.strides() == weight.strides() || weight.numel() <= 1);
+}
+
 void check_beside(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
+  if (laid_out_alike(weight, other)) return;
   if (other.layout() != weight.layout())
     fail("the ", what, " of ", name, " has layout ", other.layout(), ", but the parameter is ", weight.layout());
   if (other.device() != weight.device())
     fail("the ", what, " of ", name, " is on ", other.device(), ", but the parameter is on ", weight.device());
   if (other.sizes() != weight.sizes())
     fail("the ", what, " of ", name, " has shape ", other.sizes(), ", but the parameter has ", weight.sizes());
-  if (other.strides() != weight.strides() && weight.numel() > 1)
-    fail("the ", what, " of ", name, " has strides ", other.strides(), ", but the parameter has ", weight.strides());
+  fail("the ", what, " of ", name, " has strides ", other.strides(), ", but the parameter has ", weight.strides());
 }
 
 std::optional<cpu::Dtype> dtype_of(const at::Tensor& t) {
@@ -48,16 +54,16 @@ std::optional<cpu::Dtype> dtype_of(const at::Tensor& t) {
   }
 }
 
-void check_dtype(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
-  if (other.scalar_type() != weight.scalar_type())
-    fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
+void check_dtype(const std::string& name, const char* what, at::ScalarType dtype, const at::Tensor& other) {
+  if (other.scalar_type() != dtype)
+    fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", dtype);
 }
 
-void check_moment(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& moment) {
-  const auto dtype = dtype_of(moment);
-  if (!dtype || cpu::kernel(cpu::Isa::kBaseline, {*dtype_of(weight), *dtype}, true) == nullptr)
-    fail("the ", what, " of ", name, " is ", moment.scalar_type(), ", which does not go with a ", weight.scalar_type(),
-         " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
+// A step count or a product of mu.
+void check_scalar(const std::string& name, const char* what, const at::Tensor& t) {
+  if (!t.device().is_cpu() || t.layout() != at::kStrided || t.numel() != 1)
+    fail("the ", what, " of ", name, " must be one number in a tensor on the CPU, not of shape ", t.sizes(), " on ",
+         t.device());
 }
 
 double read_scalar(const at::Tensor& t) {
@@ -86,132 +92,159 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
 
+// The weights that are computed with, and the dtypes of their pass. Null where the tensors do not go together.
+const at::Tensor& stepped(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
+
+std::optional<cpu::Dtypes> dtypes_of(const Item& item) {
+  const auto weight = dtype_of(stepped(item)), grad = dtype_of(*item.weight), moment = dtype_of(*item.exp_avg);
+  if (!weight || !grad || !moment) return std::nullopt;
+  return cpu::Dtypes{*weight, *grad, *moment};
+}
+
+bool moves(const Item& item) { return item.next != item.weight && !item.next->is_same(*item.weight); }
+
+cpu::Task task_of(const Item& item, const std::vector<Coefficients<double>>& rows, const Rounding* rounding) {
+  cpu::Task task{};
+  task.dtypes = *dtypes_of(item);
+  task.run.count = item.weight->numel();
+  if (!item.grad->defined()) {
+    task.run.weight = item.weight->const_data_ptr();
+    task.run.weight_out = item.next->mutable_data_ptr();
+    task.dtypes.weight = task.dtypes.grad;
+    return task;
+  }
+  const auto row = static_cast<size_t>(item.row);
+  task.coefficients = &rows[row];
+  task.adaptive = item.exp_avg_sq != nullptr;
+  task.run.grad = item.grad->const_data_ptr();
+  task.run.exp_avg = item.exp_avg->mutable_data_ptr();
+  if (task.adaptive) task.run.exp_avg_sq = item.exp_avg_sq->mutable_data_ptr();
+  if (item.master != nullptr) {
+    task.run.weight = task.run.weight_out = item.master->mutable_data_ptr();
+    task.run.copy = item.next->mutable_data_ptr();
+  } else if (moves(item)) {
+    task.run.weight = item.weight->const_data_ptr();
+    task.run.weight_out = item.next->mutable_data_ptr();
+  } else {
+    task.run.weight = task.run.weight_out = item.weight->mutable_data_ptr();
+  }
+  if (rounding != nullptr) {
+    task.stochastic = true;
+    task.run.noise = {rounding->seed, static_cast<uint32_t>(item.number), rounding->steps[row], 0};
+  }
+  return task;
+}
+
 }  // namespace
 
-void check_tensors(const std::string& name, const at::Tensor& weight, const at::Tensor& weight_out,
-                   const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq) {
+void check(const Item& item, bool stochastic) {
+  const std::string& name = *item.name;
+  const at::Tensor& weight = *item.weight;
   if (weight.layout() != at::kStrided || !weight.device().is_cpu() || !dtype_of(weight))
     fail(name, " is a ", weight.layout(), " ", weight.scalar_type(), " tensor on ", weight.device(),
          "; the cpu backend takes strided tensors of float32, float64, bfloat16 and float16 on the CPU");
   if (!weight.is_non_overlapping_and_dense())
     fail(name, " has strides ", weight.strides(), " for shape ", weight.sizes(),
          "; the cpu backend takes dense tensors without overlap");
-  if (!weight_out.is_same(weight)) {
-    check_beside(name, "next version", weight, weight_out);
-    check_dtype(name, "next version", weight, weight_out);
+  if (moves(item)) {
+    check_beside(name, "next version", weight, *item.next);
+    check_dtype(name, "next version", weight.scalar_type(), *item.next);
   }
-  if (grad.defined()) {
-    check_beside(name, "gradient", weight, grad);
-    check_dtype(name, "gradient", weight, grad);
+  if (item.grad->defined()) {
+    check_beside(name, "gradient", weight, *item.grad);
+    check_dtype(name, "gradient", weight.scalar_type(), *item.grad);
   }
-  check_beside(name, "first moment", weight, exp_avg);
-  check_moment(name, "first moment", weight, exp_avg);
-  if (!exp_avg_sq.defined()) return;
-  check_beside(name, "second moment", weight, exp_avg_sq);
-  if (exp_avg_sq.scalar_type() != exp_avg.scalar_type())
-    fail("the second moment of ", name, " is ", exp_avg_sq.scalar_type(), ", but the first is ", exp_avg.scalar_type());
+  if (item.master != nullptr) {
+    check_beside(name, "master weight", weight, *item.master);
+    if (item.master->scalar_type() != at::kFloat)
+      fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
+  }
+  check_beside(name, "first moment", weight, *item.exp_avg);
+  const auto dtypes = dtypes_of(item);
+  if (!dtypes || cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, false) == nullptr)
+    fail("the first moment of ", name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
+         weight.scalar_type(), " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
+  if (stochastic && cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, true) == nullptr)
+    fail(name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
+  if (item.exp_avg_sq == nullptr) return;
+  check_beside(name, "second moment", weight, *item.exp_avg_sq);
+  if (item.exp_avg_sq->scalar_type() != item.exp_avg->scalar_type())
+    fail("the second moment of ", name, " is ", item.exp_avg_sq->scalar_type(), ", but the first is ",
+         item.exp_avg->scalar_type());
 }
 
-void step(const std::vector<std::string>& names, at::TensorList weights, at::TensorList weights_out,
-          at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs, const std::vector<Row>& rows,
-          const std::vector<int64_t>& row_of) {
-  const size_t n = weights.size();
-  const bool adaptive = !exp_avg_sqs.empty();
-  if (weights_out.size() != n || grads.size() != n || exp_avgs.size() != n || (adaptive && exp_avg_sqs.size() != n) ||
-      row_of.size() != n)
-    fail("the lists of a step differ in length: ", n, " weights, ", weights_out.size(), " next weights, ", grads.size(),
-         " gradients, ", exp_avgs.size(), " first moments, ", exp_avg_sqs.size(), " second moments, ", row_of.size(),
-         " coefficient indices");
-  for (size_t i = 0; i < n; ++i) {
-    check_tensors(names[i], weights[i], weights_out[i], grads[i], exp_avgs[i],
-                  adaptive ? exp_avg_sqs[i] : at::Tensor());
-    if (grads[i].defined() && (row_of[i] < 0 || row_of[i] >= static_cast<int64_t>(rows.size())))
-      fail(names[i], " takes row ", row_of[i], " of ", rows.size(), " rows of coefficients");
-  }
-
+void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rounding* rounding) {
   std::vector<Coefficients<double>> coefficients;
   coefficients.reserve(rows.size());
   for (const Row& r : rows) coefficients.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
-
   std::vector<cpu::Task> tasks;
-  tasks.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    const bool moves = !weights_out[i].is_same(weights[i]);
-    if (!grads[i].defined() && !moves) continue;
-    cpu::Task task{};
-    task.run.weight = weights[i].const_data_ptr();
-    task.run.weight_out = weights_out[i].mutable_data_ptr();
-    task.run.count = weights[i].numel();
-    task.dtypes = {*dtype_of(weights[i]), *dtype_of(exp_avgs[i])};
-    task.adaptive = adaptive;
-    if (grads[i].defined()) {
-      task.run.grad = grads[i].const_data_ptr();
-      task.run.exp_avg = exp_avgs[i].mutable_data_ptr();
-      if (adaptive) task.run.exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr();
-      task.coefficients = &coefficients[static_cast<size_t>(row_of[i])];
-    }
-    tasks.push_back(task);
-  }
+  tasks.reserve(items.size());
+  for (const Item& item : items)
+    if (item.grad->defined() || moves(item)) tasks.push_back(task_of(item, coefficients, rounding));
   cpu::run(tasks);
-
-  for (size_t i = 0; i < n; ++i) {
-    if (grads[i].defined() || !weights_out[i].is_same(weights[i])) note_write(weights_out[i]);
-    if (!grads[i].defined()) continue;
-    note_write(exp_avgs[i]);
-    if (adaptive) note_write(exp_avg_sqs[i]);
+  for (const Item& item : items) {
+    if (!item.grad->defined() && !moves(item)) continue;
+    note_write(*item.next);
+    if (!item.grad->defined()) continue;
+    note_write(*item.exp_avg);
+    if (item.exp_avg_sq != nullptr) note_write(*item.exp_avg_sq);
+    if (item.master != nullptr) note_write(*item.master);
   }
 }
 
-Plan::Plan(std::vector<std::string> names, std::vector<int64_t> groups, std::vector<std::vector<at::Tensor>> slots,
-           std::vector<at::Tensor> exp_avgs, std::vector<at::Tensor> exp_avg_sqs, std::vector<at::Tensor> steps,
-           std::vector<at::Tensor> mu_products)
-    : names_(std::move(names)),
-      groups_(std::move(groups)),
-      slots_(std::move(slots)),
-      exp_avgs_(std::move(exp_avgs)),
-      exp_avg_sqs_(std::move(exp_avg_sqs)),
-      steps_(std::move(steps)),
-      mu_products_(std::move(mu_products)) {
-  const size_t n = names_.size();
-  bool same = groups_.size() == n && exp_avgs_.size() == n && steps_.size() == n && !slots_.empty() &&
-              (exp_avg_sqs_.empty() || exp_avg_sqs_.size() == n) && (mu_products_.empty() || mu_products_.size() == n);
-  for (const auto& slot : slots_) same = same && slot.size() == n;
+Plan::Plan(Tensors tensors, std::optional<uint64_t> seed) : t_(std::move(tensors)), seed_(seed) {
+  const size_t n = t_.names.size();
+  const auto fits = [n](const auto& list) { return list.size() == n; };
+  bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) && fits(t_.steps) &&
+              !t_.slots.empty() && (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) &&
+              (t_.mu_products.empty() || fits(t_.mu_products));
+  for (const auto& slot : t_.slots) same = same && fits(slot);
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
 
 std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
-  if (grads_of >= slots_.size() || from >= slots_.size() || to >= slots_.size())
-    fail("slot ", std::max({grads_of, from, to}), " of a ring of ", slots_.size(), " slots does not exist");
+  if (grads_of >= t_.slots.size() || from >= t_.slots.size() || to >= t_.slots.size())
+    fail("slot ", std::max({grads_of, from, to}), " of a ring of ", t_.slots.size(), " slots does not exist");
   const at::NoGradGuard no_grad;
-  const size_t n = names_.size();
+  const size_t n = t_.names.size();
   collected_ = false;
-  from_ = from;
-  to_ = to;
   grads_.assign(n, at::Tensor());
-  class_of_.assign(n, 0);
-  std::vector<StepClass> classes;
+  items_.clear();
+  items_.reserve(n);
+  classes_.clear();
   for (size_t i = 0; i < n; ++i) {
-    const at::Tensor& weight = slots_[from][i];
-    const at::Tensor& grad = slots_[grads_of][i].grad();
+    const at::Tensor& weight = t_.slots[from][i];
+    const at::Tensor& grad = t_.slots[grads_of][i].grad();
     if (grad.defined()) grads_[i] = laid_out_as(weight, grad);
-    check_tensors(names_[i], weight, slots_[to][i], grads_[i], exp_avgs_[i],
-                  exp_avg_sqs_.empty() ? at::Tensor() : exp_avg_sqs_[i]);
-    if (!grad.defined()) continue;
-    const double step = read_scalar(steps_[i]);
-    const double mu_product = mu_products_.empty() ? 1.0 : read_scalar(mu_products_[i]);
-    size_t k = classes.size();
-    while (k > 0 && !(classes[k - 1].group == groups_[i] && classes[k - 1].step == step &&
-                      classes[k - 1].mu_product == mu_product))
-      --k;
-    if (k == 0) {
-      classes.push_back({groups_[i], step, mu_product});
-      k = classes.size();
+    Item item{&t_.names[i],
+              &weight,
+              &t_.slots[to][i],
+              &grads_[i],
+              &t_.exp_avgs[i],
+              t_.exp_avg_sqs.empty() ? nullptr : &t_.exp_avg_sqs[i],
+              t_.masters[i].defined() ? &t_.masters[i] : nullptr,
+              0,
+              t_.numbers[i]};
+    check(item, seed_.has_value());
+    if (grad.defined()) {
+      check_scalar(t_.names[i], "step count", t_.steps[i]);
+      if (!t_.mu_products.empty()) check_scalar(t_.names[i], "mu product", t_.mu_products[i]);
+      const StepClass now{t_.groups[i], read_scalar(t_.steps[i]),
+                          t_.mu_products.empty() ? 1.0 : read_scalar(t_.mu_products[i])};
+      size_t k = classes_.size();
+      while (k > 0 && !(classes_[k - 1].group == now.group && classes_[k - 1].step == now.step &&
+                        classes_[k - 1].mu_product == now.mu_product))
+        --k;
+      if (k == 0) {
+        classes_.push_back(now);
+        k = classes_.size();
+      }
+      item.row = static_cast<int64_t>(k - 1);
     }
-    class_of_[i] = static_cast<int64_t>(k - 1);
+    items_.push_back(item);
   }
-  classes_ = classes.size();
   collected_ = true;
-  return classes;
+  return classes_;
 }
 
 double Plan::gradient_norm() const {
@@ -223,23 +256,30 @@ double Plan::gradient_norm() const {
 
 std::string Plan::nonfinite_parameter() const {
   for (size_t i = 0; i < grads_.size(); ++i)
-    if (grads_[i].defined() && !at::isfinite(grads_[i]).all().item<bool>()) return names_[i];
+    if (grads_[i].defined() && !at::isfinite(grads_[i]).all().item<bool>()) return t_.names[i];
   return "";
 }
 
 void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products) {
   if (!collected_) fail("apply() runs the step that collect() has prepared; call collect() first");
-  if (rows.size() != classes_ || mu_products.size() != classes_)
-    fail("a step of ", classes_, " classes takes ", classes_, " rows and mu_products, not ", rows.size(), " and ",
-         mu_products.size());
-  step(names_, slots_[from_], slots_[to_], grads_, exp_avgs_, exp_avg_sqs_, rows, class_of_);
-  for (size_t i = 0; i < names_.size(); ++i) {
-    if (!grads_[i].defined()) continue;
-    write_scalar(steps_[i], read_scalar(steps_[i]) + 1);
-    if (!mu_products_.empty()) write_scalar(mu_products_[i], mu_products[static_cast<size_t>(class_of_[i])]);
+  if (rows.size() != classes_.size() || mu_products.size() != classes_.size())
+    fail("a step of ", classes_.size(), " classes takes ", classes_.size(), " rows and mu_products, not ", rows.size(),
+         " and ", mu_products.size());
+  std::optional<Rounding> rounding;
+  if (seed_) {
+    rounding = Rounding{*seed_, {}};
+    for (const auto& c : classes_) rounding->steps.push_back(static_cast<uint32_t>(c.step) + 1);
+  }
+  run(items_, rows, rounding ? &*rounding : nullptr);
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!items_[i].grad->defined()) continue;
+    const auto k = static_cast<size_t>(items_[i].row);
+    write_scalar(t_.steps[i], classes_[k].step + 1);
+    if (!t_.mu_products.empty()) write_scalar(t_.mu_products[i], mu_products[k]);
   }
   collected_ = false;
-  grads_.assign(names_.size(), at::Tensor());
+  items_.clear();
+  grads_.clear();
 }
 
 }  // namespace nesterov_pp

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,18 +15,32 @@ namespace nesterov_pp {
 
 using Row = std::array<double, kCoefficients>;
 
-// Throws std::invalid_argument naming `name` unless the four (non-adaptive: three) tensors can be passed over as one
-// flat run beside `weight`: CPU, dense, same shape and strides, the gradient in the weight's dtype (float32, float64,
-// bfloat16 or float16), both moments in one that goes with it.
-void check_tensors(const std::string& name, const at::Tensor& weight, const at::Tensor& weight_out,
-                   const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq);
+// One parameter's tensors in one step.
+struct Item {
+  const std::string* name;
+  const at::Tensor* weight;
+  const at::Tensor* next;  // takes the new weight; `weight` itself for a step in place
+  const at::Tensor* grad;  // undefined: the weight is carried over unchanged
+  const at::Tensor* exp_avg;
+  const at::Tensor* exp_avg_sq;  // null: the rule has none
+  const at::Tensor* master;      // null, or the float32 weights that are stepped, of which `next` takes a copy
+  int64_t row;                   // of the coefficients
+  int64_t number;                // of the parameter, for stochastic rounding
+};
 
-// One pass: weights -> weights_out (the same lists for an in-place step). Everything is checked before anything is
-// written. `exp_avg_sqs` is empty for non-adaptive rules; an undefined gradient carries the weight over unchanged;
-// tensor i takes the coefficients rows[row_of[i]].
-void step(const std::vector<std::string>& names, at::TensorList weights, at::TensorList weights_out,
-          at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs, const std::vector<Row>& rows,
-          const std::vector<int64_t>& row_of);
+// Rounds bfloat16 stochastically (random.h): the seed, and the step count of every row.
+struct Rounding {
+  uint64_t seed;
+  std::vector<uint32_t> steps;
+};
+
+// Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: CPU, dense,
+// same shape and strides, the gradient in the weight's dtype (float32, float64, bfloat16 or float16), both moments in
+// one that goes with it.
+void check(const Item& item, bool stochastic);
+
+// One pass over checked items.
+void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rounding* rounding);
 
 // Parameters of one group that share a step count, and so their coefficients.
 struct StepClass {
@@ -34,13 +49,21 @@ struct StepClass {
   double mu_product;
 };
 
+// The tensors of one optimizer; every list runs over its parameters. slots[s][i] is parameter i in ring slot s (one
+// slot for an optimizer without a ring). `exp_avg_sqs` and `mu_products` are empty where the rule has none, and a
+// master is undefined where the parameter has none.
+struct Tensors {
+  std::vector<std::string> names;
+  std::vector<int64_t> numbers;
+  std::vector<int64_t> groups;
+  std::vector<std::vector<at::Tensor>> slots;
+  std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products;
+};
+
 class Plan {
  public:
-  // slots[s][i] is parameter i in ring slot s (one slot for an optimizer without a ring); the other lists run over
-  // parameters. `exp_avg_sqs` and `mu_products` may be empty: the rule has none.
-  Plan(std::vector<std::string> names, std::vector<int64_t> groups, std::vector<std::vector<at::Tensor>> slots,
-       std::vector<at::Tensor> exp_avgs, std::vector<at::Tensor> exp_avg_sqs, std::vector<at::Tensor> steps,
-       std::vector<at::Tensor> mu_products);
+  // With a seed, bfloat16 is rounded stochastically.
+  Plan(Tensors tensors, std::optional<uint64_t> seed);
 
   // Takes the gradients of slot `grads_of` for a step from slot `from` to slot `to`, checks every tensor, and returns
   // the classes of the parameters that have a gradient. Changes nothing.
@@ -56,16 +79,13 @@ class Plan {
   void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products);
 
  private:
-  const std::vector<std::string> names_;
-  const std::vector<int64_t> groups_;
-  const std::vector<std::vector<at::Tensor>> slots_;
-  const std::vector<at::Tensor> exp_avgs_, exp_avg_sqs_, steps_, mu_products_;
+  const Tensors t_;
+  const std::optional<uint64_t> seed_;
 
-  size_t from_ = 0, to_ = 0;
   bool collected_ = false;
+  std::vector<Item> items_;        // of the step collected
   std::vector<at::Tensor> grads_;  // undefined where a parameter has none
-  std::vector<int64_t> class_of_;
-  size_t classes_ = 0;
+  std::vector<StepClass> classes_;
 };
 
 }  // namespace nesterov_pp

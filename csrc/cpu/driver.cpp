@@ -31,20 +31,27 @@ Pointer advance(Pointer base, int64_t bytes) {
   return base == nullptr ? base : static_cast<Char*>(base) + bytes;
 }
 
+// Where the new version goes: memory that the pass does not read, if that is another slot or the copy of a master.
+bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
+
 void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa isa) {
-  const int64_t weights = begin * size_of(task.dtypes.weight), moments = begin * size_of(task.dtypes.moment);
+  const int64_t weights = begin * size_of(task.dtypes.weight), grads = begin * size_of(task.dtypes.grad),
+                moments = begin * size_of(task.dtypes.moment);
   Run part{advance(task.run.weight, weights),
            advance(task.run.weight_out, weights),
-           advance(task.run.grad, weights),
+           advance(task.run.grad, grads),
            advance(task.run.exp_avg, moments),
            advance(task.run.exp_avg_sq, moments),
+           advance(task.run.copy, grads),
            end - begin,
-           streaming && task.run.weight_out != task.run.weight};
+           streaming && writes_unread(task),
+           task.run.noise};
+  part.noise.first += begin;
   if (task.coefficients == nullptr) {
     carry(part.weight, part.weight_out, part.count * size_of(task.dtypes.weight));
     return;
   }
-  kernel(isa, task.dtypes, task.adaptive)(part, *task.coefficients);
+  kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, *task.coefficients);
 }
 
 }  // namespace
@@ -54,8 +61,7 @@ void run(const std::vector<Task>& tasks) {
   int64_t new_bytes = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
     first_unit[i + 1] = first_unit[i] + units_of(tasks[i]);
-    if (tasks[i].run.weight_out != tasks[i].run.weight)
-      new_bytes += tasks[i].run.count * size_of(tasks[i].dtypes.weight);
+    if (writes_unread(tasks[i])) new_bytes += tasks[i].run.count * size_of(tasks[i].dtypes.grad);
   }
   const int64_t units = first_unit.back();
   if (units == 0) return;

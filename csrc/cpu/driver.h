@@ -13,6 +13,7 @@ struct Task {
   Run run;
   Dtypes dtypes;
   bool adaptive;
+  bool stochastic;
   const Coefficients<double>* coefficients;
 };
 

@@ -17,6 +17,11 @@
 namespace nesterov_pp::cpu {
 namespace {
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 template <class S, int N>
 NPP_INLINE typename Element<S, N>::Value load(const S* from) {
   typename Element<S, N>::Stored stored;
@@ -24,9 +29,17 @@ NPP_INLINE typename Element<S, N>::Value load(const S* from) {
   return Element<S, N>::widen(stored);
 }
 
-template <class S, int N>
-NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
-  const auto stored = Element<S, N>::narrow(value);
+// `noise` matters where bfloat16 is rounded stochastically.
+template <class S, int N, bool kStochastic>
+NPP_INLINE typename Element<S, N>::Stored narrowed(const typename Element<S, N>::Value& value,
+                                                   const typename Lanes<N>::U& noise) {
+  if constexpr (kStochastic && kSame<S, BFloat16>) return Element<S, N>::narrow(value, noise);
+  return Element<S, N>::narrow(value);
+}
+
+template <class S, int N, bool kStochastic>
+NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value, const typename Lanes<N>::U& noise) {
+  const auto stored = narrowed<S, N, kStochastic>(value, noise);
   __builtin_memcpy(to, &stored, sizeof(stored));
 }
 
@@ -44,96 +57,171 @@ NPP_INLINE void stream(void* to, const V& stored) {
   __builtin_memcpy(to, &stored, sizeof(V));
 }
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
+// The dtypes of a pass: weights computed with, gradients, moments.
+template <class WeightType, class GradType, class MomentType>
+struct Types {
+  using W = WeightType;
+  using G = GradType;
+  using M = MomentType;
+  using T = typename Compute<W>::type;
+  static constexpr bool kCopies = !kSame<W, G>;  // beside master weights
+  static constexpr bool kPairs = kSame<W, BFloat16> && kSame<G, BFloat16> && kSame<M, BFloat16>;  // taken in pairs
+  static constexpr int kSpread = kPairs ? 2 : 1;                                                  // elements a lane
+};
 
-// Whether weights and moments are all bfloat16, and so can be taken in pairs.
-template <class W, class M>
-constexpr bool kPairs = kSame<W, BFloat16> && kSame<M, BFloat16>;
+// What varies in the code beside dtypes and width.
+template <bool adaptive, bool streaming, bool stochastic>
+struct Mode {
+  static constexpr bool kAdaptive = adaptive;
+  static constexpr bool kStreaming = streaming;
+  static constexpr bool kStochastic = stochastic;
+};
 
-template <bool kAdaptive, int N, bool kStreaming, class T>
-NPP_INLINE void block_of_pairs(const BFloat16* w, BFloat16* out, const BFloat16* grad, BFloat16* m, BFloat16* v,
-                               const Coefficients<T>& c) {
+template <class Y>
+struct Pointers {
+  const typename Y::W* w;
+  typename Y::W* out;  // `w` or disjoint from it
+  const typename Y::G* grad;
+  typename Y::M* m;
+  typename Y::M* v;
+  typename Y::G* copy;
+
+  NPP_INLINE_METHOD Pointers at(long long i) const {
+    return {w + i, out + i, grad + i, m + i, v == nullptr ? v : v + i, copy == nullptr ? copy : copy + i};
+  }
+};
+
+// The words of the counters that belong to element i of a run and the `offsets` after it (random.h).
+template <int N>
+NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
+                                                    const typename Lanes<N>::U& offsets) {
+  using U = typename Lanes<N>::U;
+  const auto first = static_cast<unsigned long long>(noise.first + i) / 2;
+  const U low = offsets + static_cast<unsigned int>(first);
+  const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
+  return philox<U>({low, carry + static_cast<unsigned int>(first >> 32), U{} + noise.tensor, U{} + noise.step},
+                   noise.seed);
+}
+
+template <int N>
+NPP_INLINE typename Lanes<N>::U counting(unsigned int divisor) {
+  typename Lanes<N>::U lanes{};
+  for (unsigned int k = 0; k < N; ++k) lanes[k] = k / divisor;
+  return lanes;
+}
+
+template <class Mode, class Stored>
+NPP_INLINE void store_next(void* to, const Stored& stored) {
+  if constexpr (Mode::kStreaming)
+    stream(to, stored);
+  else
+    __builtin_memcpy(to, &stored, sizeof(stored));
+}
+
+// 2 N elements of bfloat16, of which a lane holds an even and an odd one.
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void block_of_pairs(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
   using P = BFloat16Pairs<N>;
   typename P::Stored ws, gs, ms, vs{};
-  __builtin_memcpy(&ws, w, sizeof(ws));
-  __builtin_memcpy(&gs, grad, sizeof(gs));
-  __builtin_memcpy(&ms, m, sizeof(ms));
-  if constexpr (kAdaptive) __builtin_memcpy(&vs, v, sizeof(vs));
+  __builtin_memcpy(&ws, p.w, sizeof(ws));
+  __builtin_memcpy(&gs, p.grad, sizeof(gs));
+  __builtin_memcpy(&ms, p.m, sizeof(ms));
+  if constexpr (Mode::kAdaptive) __builtin_memcpy(&vs, p.v, sizeof(vs));
   auto m1 = P::first(ms), m2 = P::second(ms), v1 = P::first(vs), v2 = P::second(vs);
-  const auto next1 = update<kAdaptive>(c, P::first(ws), P::first(gs), m1, v1);
-  const auto next2 = update<kAdaptive>(c, P::second(ws), P::second(gs), m2, v2);
-  ms = P::join(m1, m2);
-  ws = P::join(next1, next2);
-  __builtin_memcpy(m, &ms, sizeof(ms));
-  if constexpr (kAdaptive) {
-    vs = P::join(v1, v2);
-    __builtin_memcpy(v, &vs, sizeof(vs));
-  }
-  if constexpr (kStreaming)
-    stream(out, ws);
-  else
-    __builtin_memcpy(out, &ws, sizeof(ws));
-}
-
-template <class W, class M, bool kAdaptive, int N, bool kStreaming, class T>
-NPP_INLINE void block(const W* w, W* out, const W* grad, M* m, M* v, const Coefficients<T>& c) {
-  if constexpr (kPairs<W, M>) {
-    block_of_pairs<kAdaptive, N / 2, kStreaming>(w, out, grad, m, v, c);
+  const auto next1 = update<Mode::kAdaptive>(c, P::first(ws), P::first(gs), m1, v1);
+  const auto next2 = update<Mode::kAdaptive>(c, P::second(ws), P::second(gs), m2, v2);
+  if constexpr (Mode::kStochastic) {
+    const auto words = random_words<N>(noise, i, counting<N>(1));
+    ws = P::join(next1, next2, words.a & 0xffffU, words.c & 0xffffU);
+    ms = P::join(m1, m2, words.a >> 16, words.c >> 16);
+    if constexpr (Mode::kAdaptive) vs = P::join(v1, v2, words.b & 0xffffU, words.d & 0xffffU);
   } else {
-    auto mi = load<M, N>(m);
-    auto vi = kAdaptive ? load<M, N>(v) : mi;
-    const auto next = update<kAdaptive>(c, load<W, N>(w), load<W, N>(grad), mi, vi);
-    store<M, N>(m, mi);
-    if constexpr (kAdaptive) store<M, N>(v, vi);
-    if constexpr (kStreaming)
-      stream(out, Element<W, N>::narrow(next));
-    else
-      store<W, N>(out, next);
+    ws = P::join(next1, next2);
+    ms = P::join(m1, m2);
+    if constexpr (Mode::kAdaptive) vs = P::join(v1, v2);
+  }
+  __builtin_memcpy(p.m, &ms, sizeof(ms));
+  if constexpr (Mode::kAdaptive) __builtin_memcpy(p.v, &vs, sizeof(vs));
+  store_next<Mode>(p.out, ws);
+}
+
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void block_of_lanes(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
+  using W = typename Y::W;
+  using G = typename Y::G;
+  using M = typename Y::M;
+  using U = typename Lanes<N>::U;
+  auto m = load<M, N>(p.m);
+  auto v = Mode::kAdaptive ? load<M, N>(p.v) : m;
+  const auto next = update<Mode::kAdaptive>(c, load<W, N>(p.w), load<G, N>(p.grad), m, v);
+  U weight_noise{}, m_noise{}, v_noise{};
+  if constexpr (Mode::kStochastic) {
+    const auto words = random_words<N>(noise, i, counting<N>(2));
+    const U odd = -(counting<N>(1) & 1U);
+    const U first = choose_lanes(odd, words.c, words.a), second = choose_lanes(odd, words.d, words.b);
+    weight_noise = first & 0xffffU;
+    m_noise = first >> 16;
+    v_noise = second & 0xffffU;
+  }
+  store<M, N, Mode::kStochastic>(p.m, m, m_noise);
+  if constexpr (Mode::kAdaptive) store<M, N, Mode::kStochastic>(p.v, v, v_noise);
+  if constexpr (Y::kCopies) {
+    store<W, N, false>(p.out, next, weight_noise);
+    store_next<Mode>(p.copy, Element<G, N>::narrow(next));
+  } else {
+    store_next<Mode>(p.out, narrowed<W, N, Mode::kStochastic>(next, weight_noise));
   }
 }
 
-// `out` is `w` or disjoint from it.
-template <class W, class M, bool kAdaptive, int N, bool kStreaming, class T>
-NPP_INLINE void blocks(const W* w, W* out, const W* grad, M* m, M* v, long long n, const Coefficients<T>& c) {
+// N lanes from element i of the run on.
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void block(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
+  if constexpr (Y::kPairs)
+    block_of_pairs<Mode, Y, N>(p, i, c, noise);
+  else
+    block_of_lanes<Mode, Y, N>(p, i, c, noise);
+}
+
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void blocks(const Pointers<Y>& p, long long n, const Coefficients<T>& c, const Noise& noise) {
+  constexpr int kElements = N * Y::kSpread;
   long long i = 0;
-  for (; i + N <= n; i += N)
-    block<W, M, kAdaptive, N, kStreaming>(w + i, out + i, grad + i, m + i, kAdaptive ? v + i : v, c);
+  for (; i + kElements <= n; i += kElements) block<Mode, Y, N>(p.at(i), i, c, noise);
   if (i == n) return;
   // The rest as a block of its own, filled up with zeros.
-  W w_rest[N] = {}, grad_rest[N] = {};
-  M m_rest[N] = {}, v_rest[N] = {};
+  typename Y::W w[kElements] = {};
+  typename Y::G grad[kElements] = {}, copy[kElements] = {};
+  typename Y::M m[kElements] = {}, v[kElements] = {};
+  const Pointers<Y> from = p.at(i);
   const auto count = static_cast<unsigned long>(n - i);
-  __builtin_memcpy(w_rest, w + i, count * sizeof(W));
-  __builtin_memcpy(grad_rest, grad + i, count * sizeof(W));
-  __builtin_memcpy(m_rest, m + i, count * sizeof(M));
-  if constexpr (kAdaptive) __builtin_memcpy(v_rest, v + i, count * sizeof(M));
-  block<W, M, kAdaptive, N, false>(w_rest, w_rest, grad_rest, m_rest, v_rest, c);
-  __builtin_memcpy(out + i, w_rest, count * sizeof(W));
-  __builtin_memcpy(m + i, m_rest, count * sizeof(M));
-  if constexpr (kAdaptive) __builtin_memcpy(v + i, v_rest, count * sizeof(M));
+  __builtin_memcpy(w, from.w, count * sizeof(w[0]));
+  __builtin_memcpy(grad, from.grad, count * sizeof(grad[0]));
+  __builtin_memcpy(m, from.m, count * sizeof(m[0]));
+  if constexpr (Mode::kAdaptive) __builtin_memcpy(v, from.v, count * sizeof(v[0]));
+  using Plain = ::nesterov_pp::cpu::Mode<Mode::kAdaptive, false, Mode::kStochastic>;
+  block<Plain, Y, N>(Pointers<Y>{w, w, grad, m, v, copy}, i, c, noise);
+  __builtin_memcpy(from.out, w, count * sizeof(w[0]));
+  __builtin_memcpy(from.m, m, count * sizeof(m[0]));
+  if constexpr (Mode::kAdaptive) __builtin_memcpy(from.v, v, count * sizeof(v[0]));
+  if constexpr (Y::kCopies) __builtin_memcpy(from.copy, copy, count * sizeof(copy[0]));
 }
 
-template <class W, class M, bool kAdaptive, int kBytes>
+template <class Y, bool kAdaptive, bool kStochastic, int kBytes>
 NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
-  using T = typename Compute<W>::type;
-  constexpr int N = kBytes / static_cast<int>(sizeof(T)) * (kPairs<W, M> ? 2 : 1);
-  const Coefficients<T> c = coefficients.as<T>();
-  const auto* w = static_cast<const W*>(r.weight);
-  const auto* grad = static_cast<const W*>(r.grad);
-  auto* out = static_cast<W*>(r.weight_out);
-  auto* m = static_cast<M*>(r.exp_avg);
-  auto* v = static_cast<M*>(r.exp_avg_sq);
+  constexpr int N = kBytes / static_cast<int>(sizeof(typename Y::T));
+  const auto c = coefficients.as<typename Y::T>();
+  const Pointers<Y> p{static_cast<const typename Y::W*>(r.weight), static_cast<typename Y::W*>(r.weight_out),
+                      static_cast<const typename Y::G*>(r.grad),   static_cast<typename Y::M*>(r.exp_avg),
+                      static_cast<typename Y::M*>(r.exp_avg_sq),   static_cast<typename Y::G*>(r.copy)};
 #if NPP_X86
-  if (r.streaming && reinterpret_cast<unsigned long>(out) % 16 == 0) {
-    blocks<W, M, kAdaptive, N, true>(w, out, grad, m, v, r.count, c);
+  const void* next = Y::kCopies ? r.copy : r.weight_out;
+  if (r.streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {
+    blocks<Mode<kAdaptive, true, kStochastic>, Y, N>(p, r.count, c, r.noise);
     _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
     return;
   }
 #endif
-  blocks<W, M, kAdaptive, N, false>(w, out, grad, m, v, r.count, c);
+  blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
 }
 
 // Sixteen partial sums whatever the vectors' width, so that the order of additions does not depend on it.
@@ -162,26 +250,26 @@ NPP_INLINE double sum_of_squares(const void* values, long long count) {
   return total;
 }
 
-template <class W, class M, bool kAdaptive>
+template <class Y, bool kAdaptive, bool kStochastic>
 void pass_baseline(const Run& r, const Coefficients<double>& c) {
-  pass<W, M, kAdaptive, 16>(r, c);
+  pass<Y, kAdaptive, kStochastic, 16>(r, c);
 }
 template <class S>
 double squares_baseline(const void* values, long long count) {
   return sum_of_squares<S>(values, count);
 }
 #if NPP_X86
-template <class W, class M, bool kAdaptive>
+template <class Y, bool kAdaptive, bool kStochastic>
 NPP_TARGET_V3 void pass_v3(const Run& r, const Coefficients<double>& c) {
-  pass<W, M, kAdaptive, 32>(r, c);
+  pass<Y, kAdaptive, kStochastic, 32>(r, c);
 }
 template <class S>
 NPP_TARGET_V3 double squares_v3(const void* values, long long count) {
   return sum_of_squares<S>(values, count);
 }
-template <class W, class M, bool kAdaptive>
+template <class Y, bool kAdaptive, bool kStochastic>
 NPP_TARGET_V4 void pass_v4(const Run& r, const Coefficients<double>& c) {
-  pass<W, M, kAdaptive, 64>(r, c);
+  pass<Y, kAdaptive, kStochastic, 64>(r, c);
 }
 template <class S>
 NPP_TARGET_V4 double squares_v4(const void* values, long long count) {
@@ -189,20 +277,33 @@ NPP_TARGET_V4 double squares_v4(const void* values, long long count) {
 }
 #endif
 
-template <class W, class M>
+template <class Y, bool kStochastic>
 Kernel by_isa(Isa isa, bool adaptive) {
 #if NPP_X86
-  if (isa == Isa::kV4) return adaptive ? pass_v4<W, M, true> : pass_v4<W, M, false>;
-  if (isa == Isa::kV3) return adaptive ? pass_v3<W, M, true> : pass_v3<W, M, false>;
+  if (isa == Isa::kV4) return adaptive ? pass_v4<Y, true, kStochastic> : pass_v4<Y, false, kStochastic>;
+  if (isa == Isa::kV3) return adaptive ? pass_v3<Y, true, kStochastic> : pass_v3<Y, false, kStochastic>;
 #endif
   (void)isa;
-  return adaptive ? pass_baseline<W, M, true> : pass_baseline<W, M, false>;
+  return adaptive ? pass_baseline<Y, true, kStochastic> : pass_baseline<Y, false, kStochastic>;
 }
 
-template <class W>
-Kernel by_moment(Isa isa, Dtype moment, bool adaptive) {
-  if (moment == Dtype::kFloat) return by_isa<W, float>(isa, adaptive);
-  if (moment == Dtype::kBFloat16) return by_isa<W, BFloat16>(isa, adaptive);
+// Where nothing is stored in bfloat16, there is nothing to round stochastically.
+template <class W, class G, class M>
+Kernel by_rounding(Isa isa, bool adaptive, bool stochastic) {
+  constexpr bool kRounds = kSame<W, BFloat16> || kSame<M, BFloat16>;
+  if constexpr (kSame<W, Half> || kSame<M, Half>)
+    if (stochastic) return nullptr;
+  if constexpr (kRounds && !kSame<W, Half>)
+    if (stochastic) return by_isa<Types<W, G, M>, true>(isa, adaptive);
+  return by_isa<Types<W, G, M>, false>(isa, adaptive);
+}
+
+template <class W, class G>
+Kernel by_moment(Isa isa, Dtype moment, bool adaptive, bool stochastic) {
+  if (moment == Dtype::kFloat) return by_rounding<W, G, float>(isa, adaptive, stochastic);
+  if (moment == Dtype::kBFloat16) return by_rounding<W, G, BFloat16>(isa, adaptive, stochastic);
+  if constexpr (kSame<W, Half>)
+    if (moment == Dtype::kHalf) return by_rounding<Half, Half, Half>(isa, adaptive, stochastic);
   return nullptr;
 }
 
@@ -244,19 +345,20 @@ const char* isa_name(Isa isa) {
   }
 }
 
-Kernel kernel(Isa isa, Dtypes dtypes, bool adaptive) {
-  switch (dtypes.weight) {
-    case Dtype::kDouble:
-      return dtypes.moment == Dtype::kDouble ? by_isa<double, double>(isa, adaptive) : nullptr;
-    case Dtype::kFloat:
-      return by_moment<float>(isa, dtypes.moment, adaptive);
-    case Dtype::kBFloat16:
-      return by_moment<BFloat16>(isa, dtypes.moment, adaptive);
-    case Dtype::kHalf:
-      if (dtypes.moment == Dtype::kHalf) return by_isa<Half, Half>(isa, adaptive);
-      return by_moment<Half>(isa, dtypes.moment, adaptive);
+Kernel kernel(Isa isa, Dtypes dtypes, bool adaptive, bool stochastic) {
+  const auto [weight, grad, moment] = dtypes;
+  if (weight == Dtype::kDouble)
+    return grad == weight && moment == weight ? by_rounding<double, double, double>(isa, adaptive, stochastic)
+                                              : nullptr;
+  if (weight == Dtype::kFloat) {
+    if (grad == Dtype::kFloat) return by_moment<float, float>(isa, moment, adaptive, stochastic);
+    if (grad == Dtype::kBFloat16) return by_moment<float, BFloat16>(isa, moment, adaptive, stochastic);
+    if (grad == Dtype::kHalf) return by_moment<float, Half>(isa, moment, adaptive, stochastic);
+    return nullptr;
   }
-  return nullptr;
+  if (weight != grad) return nullptr;
+  if (weight == Dtype::kBFloat16) return by_moment<BFloat16, BFloat16>(isa, moment, adaptive, stochastic);
+  return by_moment<Half, Half>(isa, moment, adaptive, stochastic);
 }
 
 Squares squares(Isa isa, Dtype dtype) {

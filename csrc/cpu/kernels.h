@@ -1,6 +1,7 @@
 // Single-threaded passes over contiguous elements, one per (dtypes, rule, instruction set).
 #pragma once
 
+#include "../random.h"
 #include "../update.h"
 
 namespace nesterov_pp::cpu {
@@ -13,8 +14,10 @@ struct Run {
   const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
+  void* copy;  // takes the new weight in the gradient's dtype, where the two differ; else null
   long long count;
-  bool streaming;  // write weight_out past the caches: it was not read, and is too large to stay in them
+  bool streaming;  // write the new version past the caches: it was not read, and is too large to stay in them
+  Noise noise;
 };
 
 using Kernel = void (*)(const Run&, const Coefficients<double>&);
@@ -23,9 +26,11 @@ enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 
 constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
-// Of weights and gradients, and of the moments.
+// Of the weights computed with, of gradients (and of the copy of the new weights, where that is another dtype), and of
+// the moments.
 struct Dtypes {
   Dtype weight;
+  Dtype grad;
   Dtype moment;
 };
 
@@ -34,9 +39,11 @@ enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
 Isa best_isa();             // the widest this processor runs
 const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
 
-// Null where there is no such pass: moments are in the dtype of the weights or, for all but float64, in float32 or
-// bfloat16. Everything but float64 is computed in float32.
-Kernel kernel(Isa, Dtypes, bool adaptive);
+// Null where there is no such pass. Gradients are in the dtype of the weights, or in float16 or bfloat16 beside float32
+// master weights. Moments are in the dtype of the weights or, for all but float64, in float32 or bfloat16. Everything
+// but float64 is computed in float32. `stochastic` rounds bfloat16 weights and moments by `Run::noise`; there is no
+// such pass for float16 weights or moments. The copy of a master weight is always rounded to nearest.
+Kernel kernel(Isa, Dtypes, bool adaptive, bool stochastic);
 
 // Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every
 // instruction set.

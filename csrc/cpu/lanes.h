@@ -1,9 +1,12 @@
 // How N elements of a stored type become a vector to compute with, and back. No torch or standard headers.
 #pragma once
 
+#include "../random.h"
+
 namespace nesterov_pp::cpu {
 
 #define NPP_INLINE static inline __attribute__((always_inline))
+#define NPP_INLINE_METHOD inline __attribute__((always_inline))
 
 struct BFloat16 {
   unsigned short bits;
@@ -63,7 +66,8 @@ struct Element<double, N> {
   NPP_INLINE Stored narrow(const Value& x) { return x; }
 };
 
-// Rounds to nearest, ties to even, as torch does.
+// Rounds to nearest, ties to even, as torch does; or, given 16 random bits, up with the probability that makes the
+// result right on average.
 template <int N>
 struct Element<BFloat16, N> {
   using Value = typename Lanes<N>::F;
@@ -72,11 +76,21 @@ struct Element<BFloat16, N> {
   NPP_INLINE Value widen(const Stored& x) { return bits_of<Value>(__builtin_convertvector(x, U) << 16); }
   NPP_INLINE Stored narrow(const Value& x) { return __builtin_convertvector(rounded(x) >> 16, Stored); }
 
+  NPP_INLINE Stored narrow(const Value& x, const U& noise) {
+    return __builtin_convertvector(rounded(x, noise) >> 16, Stored);
+  }
+
   // The upper halves hold the result, the lower ones what was rounded away.
   NPP_INLINE U rounded(const Value& x) {
     const U u = bits_of<U>(x);
-    const U nan = bits_of<U>((u & 0x7fffffffU) > 0x7f800000U);
-    return choose_lanes(nan, U{} + 0x7fc00000U, u + 0x7fffU + ((u >> 16) & 1U));
+    return unless_nan(u, u + 0x7fffU + ((u >> 16) & 1U));
+  }
+  NPP_INLINE U rounded(const Value& x, const U& noise) {
+    const U u = bits_of<U>(x);
+    return unless_nan(u, u + noise);
+  }
+  NPP_INLINE U unless_nan(const U& u, const U& result) {
+    return choose_lanes(bits_of<U>((u & 0x7fffffffU) > 0x7f800000U), U{} + 0x7fc00000U, result);
   }
 };
 
@@ -92,6 +106,10 @@ struct BFloat16Pairs {
   NPP_INLINE Stored join(const Value& first, const Value& second) {
     using Round = Element<BFloat16, N>;
     return (Round::rounded(first) >> 16) | (Round::rounded(second) & 0xffff0000U);
+  }
+  NPP_INLINE Stored join(const Value& first, const Value& second, const Stored& noise1, const Stored& noise2) {
+    using Round = Element<BFloat16, N>;
+    return (Round::rounded(first, noise1) >> 16) | (Round::rounded(second, noise2) & 0xffff0000U);
   }
 };
 

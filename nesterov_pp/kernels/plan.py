@@ -18,17 +18,22 @@ StepClass = tuple[int, float, float]
 class Tensors:
     """The tensors of one optimizer; every list runs over its parameters.
 
-    ``slots[s][i]`` is parameter ``i`` in ring slot ``s`` (one slot where there is no ring). ``exp_avg_sqs`` is empty
-    for non-adaptive rules and ``mu_products`` for rules without a momentum schedule.
+    ``numbers[i]`` is the parameter's number in the optimizer, ``slots[s][i]`` the parameter in ring slot ``s`` (one
+    slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped and copied to the
+    parameter. ``exp_avg_sqs`` is empty for non-adaptive rules, ``mu_products`` for rules without a momentum schedule,
+    ``max_exp_avg_sqs`` where no group is AMSGrad's.
     """
 
     names: list[str]
+    numbers: list[int]
     groups: list[int]
     slots: list[list[Tensor]]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
+    masters: list[Tensor | None]
     steps: list[Tensor]
     mu_products: list[Tensor]
+    max_exp_avg_sqs: list[Tensor | None]
 
 
 class Plan(Protocol):

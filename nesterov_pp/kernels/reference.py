@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.plan import StepClass, Tensors
+from nesterov_pp.kernels.rounding import Noise
+
+_LOW = (torch.float16, torch.bfloat16)
 
 
 def update(
@@ -18,27 +21,50 @@ def update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor | None,
     c: Coefficients,
+    *,
+    master: Tensor | None = None,
+    max_exp_avg_sq: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> None:
-    """One parameter's update (see ``Coefficients``), in fp32 for lower precisions; ``weight_out`` may be ``weight``."""
-    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-    w, m = weight.to(dtype), exp_avg.to(dtype)
+    """One parameter's update (see ``Coefficients``), in fp32 for lower precisions; ``weight_out`` may be ``weight``.
+
+    With a ``master``, that is stepped and ``weight_out`` takes a copy. ``max_exp_avg_sq`` is AMSGrad's largest second
+    moment, which takes the second moment's place in the denominator. ``noise`` rounds bfloat16 stochastically, but for
+    the copy of a master.
+    """
+    source = weight if master is None else master
+    dtype = torch.float32 if source.dtype in _LOW else source.dtype
+    w, m = source.to(dtype), exp_avg.to(dtype)
     g = c.grad_scale * grad.to(dtype) + c.l2 * w
     m = m + c.beta1_complement * (g - m)
     direction = c.c_grad * g + c.c_momentum * m
     if exp_avg_sq is not None:
         v = exp_avg_sq.to(dtype)
         v = v + c.beta2_complement * (g * g - v)
+        _store(exp_avg_sq, v, noise, 2)
+        if max_exp_avg_sq is not None:
+            v = torch.maximum(v, max_exp_avg_sq.to(dtype))
+            max_exp_avg_sq.copy_(v)
         direction = direction / ((v * c.inv_bias2).sqrt() + c.eps)
-        exp_avg_sq.copy_(v)
-    exp_avg.copy_(m)
-    weight_out.copy_(w - (c.decay * w + direction))
+    _store(exp_avg, m, noise, 1)
+    w = w - (c.decay * w + direction)
+    if master is None:
+        _store(weight_out, w, noise, 0)
+    else:
+        master.copy_(w)
+        weight_out.copy_(w)
+
+
+def _store(to: Tensor, value: Tensor, noise: Noise | None, which: int) -> None:
+    to.copy_(value if noise is None or to.dtype != torch.bfloat16 else noise.round(value, which))
 
 
 class ReferencePlan:
     """The reference backend's plan: a loop over parameters."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
         self._tensors = tensors
+        self._seed = seed
         self._slots = (0, 0)
         self._grads: list[Tensor | None] = []
         self._class_of: list[int] = []
@@ -54,15 +80,24 @@ class ReferencePlan:
                 "next version": t.slots[target][i],
                 "gradient": grad,
                 "first moment": t.exp_avgs[i],
+                "master weight": t.masters[i],
             }
             if t.exp_avg_sqs:
                 beside["second moment"] = t.exp_avg_sqs[i]
             for what, other in beside.items():
                 if other is not None:
                     _check_beside(t.names[i], what, weight, other)
-            mu_product = float(t.mu_products[i]) if t.mu_products else 1.0
+            _check_written(t.names[i], t.slots[target][i])
+            if grad is None:
+                class_of.append(0)
+                continue
+            _check_scalar(t.names[i], "step count", t.steps[i])
+            mu_product = 1.0
+            if t.mu_products:
+                _check_scalar(t.names[i], "mu product", t.mu_products[i])
+                mu_product = float(t.mu_products[i])
             key = (t.groups[i], float(t.steps[i]), mu_product)
-            class_of.append(classes.setdefault(key, len(classes)) if grad is not None else 0)
+            class_of.append(classes.setdefault(key, len(classes)))
         self._slots, self._grads, self._class_of = (source, target), grads, class_of
         return list(classes)
 
@@ -75,7 +110,6 @@ class ReferencePlan:
                 return name
         return ""
 
-    @torch.no_grad()
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         t = self._tensors
         source, target = self._slots
@@ -86,8 +120,20 @@ class ReferencePlan:
                     weight_out.copy_(weight)
                 continue
             k = self._class_of[i]
-            exp_avg_sq = t.exp_avg_sqs[i] if t.exp_avg_sqs else None
-            update(weight, weight_out, grad, t.exp_avgs[i], exp_avg_sq, rows[k])
+            noise = None
+            if self._seed is not None:
+                noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
+            update(
+                weight,
+                weight_out,
+                grad,
+                t.exp_avgs[i],
+                t.exp_avg_sqs[i] if t.exp_avg_sqs else None,
+                rows[k],
+                master=t.masters[i],
+                max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
+                noise=noise,
+            )
             t.steps[i].add_(1)
             if t.mu_products:
                 t.mu_products[i].fill_(mu_products[k])
@@ -101,3 +147,16 @@ def _check_beside(name: str, what: str, weight: Tensor, other: Tensor) -> None:
             raise ValueError(f"the {what} of {name} has {attribute} {found}, but the parameter has {expected}")
     if what == "next version" and weight.dtype != other.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, but the parameter is {weight.dtype}")
+
+
+def _check_written(name: str, weight: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is expanded: several of its elements are one place in memory, which a step cannot write; "
+            "give the optimizer a clone()"
+        )
+
+
+def _check_scalar(name: str, what: str, t: Tensor) -> None:
+    if t.numel() != 1:
+        raise ValueError(f"the {what} of {name} must be one number in a tensor, not of shape {tuple(t.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
-from nesterov_pp.optim.base import FusedOptimizer, check_hyperparameters, refuse
+from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.options import Options, check_hyperparameters
 from nesterov_pp.stash import WeightStash
 
 
@@ -28,8 +29,9 @@ class AdamW(FusedOptimizer):
         weight_decay: decoupled decay rate (1e-2).
         maximize: ascend instead of descend (False).
         foreach, fused: accepted for compatibility; the pass is always one over all tensors.
-        amsgrad, capturable, differentiable: refused when true.
-        stash, max_grad_norm, on_nonfinite, state_dtype, backend: as for ``NAdam``.
+        amsgrad: keep the largest second moment in the denominator; takes the reference backend and says so (False).
+        capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
+            stochastic_rounding, seed, backend: as for ``NAdam``.
 
     ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
 
@@ -37,11 +39,19 @@ class AdamW(FusedOptimizer):
         ValueError: as for ``NAdam``.
     """
 
+    _no_sparse = "Adam does not support sparse gradients, please consider SparseAdam instead"
+    _legacy: ClassVar[dict[str, Any]] = {
+        **FusedOptimizer._legacy,
+        "amsgrad": False,
+        "fused": None,
+        "decoupled_weight_decay": True,
+    }
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -55,13 +65,29 @@ class AdamW(FusedOptimizer):
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
-        refuse("AdamW", amsgrad=amsgrad, capturable=capturable, differentiable=differentiable)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        options = Options(
+            stash=stash,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            backend=backend,
+        )
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": (float(betas[0]), float(betas[1])),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -72,15 +98,7 @@ class AdamW(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(
-            params,
-            defaults,
-            stash=stash,
-            max_grad_norm=max_grad_norm,
-            on_nonfinite=on_nonfinite,
-            state_dtype=state_dtype,
-            backend=backend,
-        )
+        super().__init__(params, defaults, options)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

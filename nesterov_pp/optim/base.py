@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
-from operator import is_
+from itertools import chain
 from typing import Any, ClassVar, overload
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan
-from nesterov_pp.stash import WeightStash
-
-ON_NONFINITE = ("ignore", "raise")
-STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+from nesterov_pp.optim import checkpoint
+from nesterov_pp.optim.local import global_norm, is_dtensor, is_plain, local, local_gradient
+from nesterov_pp.optim.masters import MasterWeights
+from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.snapshot import Snapshot
 
 
 class FusedOptimizer(Optimizer):
@@ -28,39 +30,28 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _adaptive: ClassVar[bool] = True
     _has_mu_product: ClassVar[bool] = False
+    _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
+    # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
+    _legacy: ClassVar[dict[str, Any]] = {
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+    }
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        stash: WeightStash | None,
-        max_grad_norm: float | None,
-        on_nonfinite: str,
-        state_dtype: torch.dtype | None,
-        backend: str,
-    ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0, or None for no clipping")
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"Invalid on_nonfinite: {on_nonfinite!r}; choose one of {', '.join(ON_NONFINITE)}")
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"Invalid state_dtype: {state_dtype}; choose one of {', '.join(map(str, STATE_DTYPES))}")
-        self.state_dtype = state_dtype
-        self.max_grad_norm = max_grad_norm
-        self.on_nonfinite = on_nonfinite
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        self.options = options
         self.last_grad_norm: Tensor | None = None
-        self._stash = stash
-        self._requested_backend = backend
-        self._plan: Plan | None = None
-        self._planned: list[Tensor] = []
-        self._stateless: list[Tensor] = []
-        self.backend = backend
+        self.backend = options.backend
+        self._forget_plan()
         super().__init__(params, defaults)
-        if stash is not None:
-            stash.leaves(self._parameters())
-            stash.attach(self)
-        self.backend = choose_backend(backend, self._parameters())
+        if options.stash is not None:
+            options.stash.leaves(self._parameters())
+            options.stash.attach(self)
+        only = self._only_reference()
+        self.backend = choose_backend(options.backend, [local(p) for p in self._parameters()], only)
+        if only is not None and options.backend == "auto":
+            warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=3)
 
     # ------------------------------------------------------------------ the step
 
@@ -70,7 +61,6 @@ class FusedOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float], *, version: int | None = ..., microbatches: int = ...) -> float: ...
 
-    @torch.no_grad()
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -87,47 +77,69 @@ class FusedOptimizer(Optimizer):
             microbatches: how many microbatches were summed into the gradients; the step takes their mean. Default: 1.
 
         Raises:
-            ValueError: a tensor or version does not fit; nothing has been changed.
+            ValueError: a tensor, a version or a group's hyper-parameter does not fit; nothing has been changed.
             FloatingPointError: a gradient is not finite, with ``on_nonfinite="raise"``; nothing has been changed.
+            RuntimeError: a gradient is sparse; nothing has been changed.
 
         Under ``torch.amp.GradScaler`` the gradients are unscaled inside the pass and not rewritten; a step with
         overflowed gradients changes nothing, the step count included.
         """
-        if microbatches < 1:
-            raise ValueError(f"microbatches must be at least 1, not {microbatches}")
+        if not isinstance(microbatches, int) or microbatches < 1:
+            raise ValueError(f"microbatches must be a whole number of at least 1, not {microbatches}")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._one_pass(version, microbatches)
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            self._one_pass(version, microbatches)
         return loss
 
     # One call into C++: a compiler has nothing to fuse in it, and would recompile whenever lr changes.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _one_pass(self, version: int | None, microbatches: int) -> None:
+        stash = self.options.stash
         slots = (0, 0, 0)
-        if self._stash is not None:
-            slots = self._stash.begin_step(version, microbatches)
+        if stash is not None:
+            if hasattr(self, "found_inf"):
+                raise ValueError(
+                    "torch.amp.GradScaler sees the gradients of one weight version only; "
+                    "use bfloat16, which needs no scaling, with a WeightStash"
+                )
+            slots = stash.begin_step(version, microbatches)
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
+        for group in self.param_groups:
+            if group.get("capturable"):
+                _refuse_capturable(group["params"])
         plan = self._current_plan()
-        classes = plan.collect(*slots)
+        grads_of, source, target = slots
+        self._hand_over_gradients(grads_of)
+        try:
+            classes = plan.collect(*slots)
+        except ValueError:
+            if any(p.grad is not None and p.grad.is_sparse for p in self._slots[grads_of]):
+                raise RuntimeError(self._no_sparse) from None
+            raise
+        finally:
+            self._take_back_gradients(grads_of)
         if self._overflowed():
             return
-        scale = self._gradient_scale(plan, microbatches)
+        scale = self._gradient_scale(plan, microbatches, grads_of)
         rows, products = [], []
         for step_class in classes:
             row, product = self._row(step_class, scale)
             rows.append(row)
             products.append(product)
+        self._masters.follow(source)
         plan.apply(rows, products)
-        if self._stash is not None:
-            self._stash.end_step(version, microbatches)
+        self._masters.written(target)
+        if stash is not None:
+            stash.end_step(version, microbatches)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with a stash, those of every version."""
-        if self._stash is not None:
-            self._stash.zero_grad(set_to_none)
+        if self.options.stash is not None:
+            self.options.stash.zero_grad(set_to_none)
         else:
             super().zero_grad(set_to_none)
 
@@ -141,189 +153,254 @@ class FusedOptimizer(Optimizer):
         index, steps, mu_product = step_class
         group = self.param_groups[index]
         sign = -1.0 if group["maximize"] else 1.0
-        return self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
+        try:
+            row, product = self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
+        except (TypeError, ZeroDivisionError, OverflowError):
+            row, product = None, math.nan
+        # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
+        if row is None or not all(map(math.isfinite, (*row[1:], product))):
+            shown = ", ".join(f"{k}={v!r}" for k, v in group.items() if k in self.defaults and not _is_flag(v))
+            raise ValueError(f"parameter group {index} cannot be stepped with {shown}; nothing has been updated")
+        return row, product
 
     def _overflowed(self) -> bool:
         """Whether a ``GradScaler`` found gradients that are not finite."""
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and float(found_inf) > 0.0
 
-    def _gradient_scale(self, plan: Plan, microbatches: int) -> float:
+    def _gradient_scale(self, plan: Plan, microbatches: int, grads_of: int) -> float:
         """What the gradients are multiplied by: mean over microbatches, loss scale, and clipping by the global norm.
 
         The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
         """
         loss_scale = getattr(self, "grad_scale", None)
         scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
-        if self.max_grad_norm is None and self.on_nonfinite == "ignore":
+        limit, raises = self.options.max_grad_norm, self.options.on_nonfinite == "raise"
+        if limit is None and not raises:
             return scale
-        norm = plan.gradient_norm() * scale
-        if self.on_nonfinite == "raise" and not math.isfinite(norm) and (name := plan.nonfinite_parameter()):
-            raise FloatingPointError(f"the gradient of {name} is not finite; nothing has been updated")
+        leaves = self._slots[grads_of]
+        if any(map(is_dtensor, leaves)):
+            norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
+        else:
+            norm = plan.gradient_norm() * scale
+        if raises and not math.isfinite(norm):
+            name = plan.nonfinite_parameter()
+            if name or any(map(is_dtensor, leaves)):
+                whose = f"the gradient of {name}" if name else "a gradient on another rank"
+                raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
         self.last_grad_norm = torch.tensor(norm, dtype=torch.float64)
-        if self.max_grad_norm is None:
+        if limit is None:
             return scale
-        factor = self.max_grad_norm / (norm + 1e-6)
+        factor = limit / (norm + 1e-6)
         return scale if factor >= 1.0 else scale * factor  # a norm that is NaN makes every gradient NaN, as in torch
 
-    # ------------------------------------------------------------------ state
+    # ------------------------------------------------------------------ parameters and their state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
             for p in self.param_groups[-1]["params"]:
-                self._check_dtype(p)
+                self.options.check_parameter(p)
         except ValueError:
             del self.param_groups[-1]
             raise
         for p in self.param_groups[-1]["params"]:
             if p.requires_grad:
                 self._init_state(p)
-        self._plan = None
+        self._forget_plan()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
 
         ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
         and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
+
+        Raises:
+            ValueError: it is of other parameters or of another optimizer; nothing has been changed.
         """
+        checkpoint.check_form(state_dict)
         loaded: dict[str, Any] = {}
 
-        def note(_: Optimizer, state: dict[str, Any]) -> None:
-            loaded.update(state)  # after all hooks that may change it
+        def note(_: Optimizer, state: dict[str, Any]) -> None:  # after all hooks that may change it
+            needed = [key for key in self.defaults if key not in self._legacy]
+            checkpoint.check_fits(state, self.param_groups, needed, self._state_names())
+            loaded.update(state)
 
         handle = self.register_load_state_dict_pre_hook(note)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        keys = [key for group in loaded["param_groups"] for key in group["params"]]
-        for key, p in zip(keys, self._parameters(), strict=True):
-            for name, saved in loaded["state"].get(key, {}).items():
-                now = self.state[p][name]
-                keeps = isinstance(saved, Tensor) and saved.dtype in STATE_DTYPES and p.dtype != torch.float64
-                if keeps and now.dtype != saved.dtype:
-                    self.state[p][name] = saved.to(device=now.device, copy=True)
-        self._plan = None
+        checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
+        for p in self._parameters():
+            if not self.options.has_master(p) and p in self.state:
+                self.state[p].pop("master_weight", None)
+        self._forget_plan()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The limit that the gradients' global norm is clipped to; None for no clipping."""
+        return self.options.max_grad_norm
+
+    def _state_names(self) -> list[str]:
+        """What every parameter's state has."""
+        names = ["step", "exp_avg"]
+        return names + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
 
     def _init_state(self, p: Tensor) -> None:
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=scalar)
         if self._has_mu_product:
-            state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, p.dtype))
-        dtype = self.state_dtype or p.dtype
-        state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if self._adaptive:
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-
-    def _check_dtype(self, p: Tensor) -> None:
-        if p.is_complex():
-            raise ValueError(
-                f"nesterov_pp.{type(self).__name__} does not step complex parameters; use torch.optim for them"
-            )
-        if p.dtype == torch.float64 and self.state_dtype is not None:
-            raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of float64 parameters")
+            real = p.dtype.to_real() if p.is_complex() else p.dtype
+            state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, real))
+        dtype = self.options.moment_dtype(p)
+        for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    # ------------------------------------------------------------------ the plan
+
+    def _forget_plan(self) -> None:
+        self._plan: Plan | None = None
+        self._snapshot: Snapshot | None = None
+        self._stateless: list[Tensor] = []
+        self._slots: list[list[Tensor]] = []
+        self._plain_slots: list[list[Tensor]] = []
+        self._special: list[int] = []
+        self._masters = MasterWeights([], [])
+
     def _current_plan(self) -> Plan:
-        """The plan of the parameters that have state, made anew where a framework or a checkpoint replaced any."""
-        parameters = self._parameters()
+        """The plan of the parameters that have state, made anew where any of these was replaced."""
         if (
             self._plan is not None
-            and len(parameters) == len(self._planned)
-            and all(map(is_, parameters, self._planned))
+            and self._snapshot is not None
+            and self._snapshot.holds(self.param_groups, self.state)
             and all(p.grad is None for p in self._stateless)
         ):
             return self._plan
+        self._forget_plan()
+        parameters = self._parameters()
         for p in parameters:
             if p.grad is not None and not self.state.get(p):
+                if p.grad.is_sparse:
+                    raise RuntimeError(self._no_sparse)
+                self.options.check_parameter(p)
                 self._init_state(p)
         self._plan = self._make_plan()
-        self._planned = parameters
         self._stateless = [p for p in parameters if not self.state.get(p)]
+        self._snapshot = Snapshot(self.param_groups, self.state, list(chain.from_iterable(self._slots)))
         return self._plan
 
+    @torch.no_grad()
     def _make_plan(self) -> Plan:
-        names, groups, parameters = [], [], []
+        names, numbers, groups, parameters = [], [], [], []
+        number = 0
         for k, group in enumerate(self.param_groups):
             labels: Iterable[str] = group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"])))
             for label, p in zip(labels, group["params"], strict=False):
+                number += 1
                 if not self.state.get(p):
                     continue
                 names.append(label if len(self.param_groups) == 1 else f"{label} of group {k}")
+                numbers.append(number - 1)
                 groups.append(k)
                 parameters.append(p)
-        self.backend = choose_backend(self._requested_backend, parameters)
         states = [self.state[p] for p in parameters]
+        checkpoint.check_entries(names, states, self._state_names())
+        stash = self.options.stash
+        self._slots = stash.leaves(parameters) if stash is not None else [parameters]
+        self._plain_slots = [[local(p) for p in slot] for slot in self._slots]
+        self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
+        self.backend = choose_backend(
+            self.options.backend, list(chain.from_iterable(self._plain_slots)), self._only_reference()
+        )
+        newest = self._slots[stash.newest % stash.versions] if stash is not None else parameters
+        masters = [
+            self._master_of(p, now) if self.options.has_master(p) else None
+            for p, now in zip(parameters, newest, strict=True)
+        ]
+        self._masters = MasterWeights(self._slots, masters)
+        most = [self._amsgrad_state(self.param_groups[k], p) for k, p in zip(groups, parameters, strict=True)]
         return make_plan(
             self.backend,
             Tensors(
                 names=names,
+                numbers=numbers,
                 groups=groups,
-                slots=self._stash.leaves(parameters) if self._stash is not None else [parameters],
-                exp_avgs=[s["exp_avg"] for s in states],
-                exp_avg_sqs=[s["exp_avg_sq"] for s in states] if self._adaptive else [],
+                slots=self._plain_slots,
+                exp_avgs=[local(s["exp_avg"]) for s in states],
+                exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if self._adaptive else [],
+                masters=[None if master is None else local(master) for master in masters],
                 steps=[s["step"] for s in states],
                 mu_products=[s["mu_product"] for s in states] if self._has_mu_product else [],
+                max_exp_avg_sqs=most if any(m is not None for m in most) else [],
             ),
+            self.options.seed if self.options.stochastic_rounding else None,
         )
 
+    def _hand_over_gradients(self, slot: int) -> None:
+        """Give the plan's plain tensors the gradients of the parameters that they stand for."""
+        for i in self._special:
+            self._plain_slots[slot][i].grad = local_gradient(self._slots[slot][i])
+
+    def _take_back_gradients(self, slot: int) -> None:
+        for i in self._special:
+            self._plain_slots[slot][i].grad = None
+
+    def _master_of(self, p: Tensor, newest: Tensor) -> Tensor:
+        state = self.state[p]
+        if "master_weight" not in state:
+            state["master_weight"] = newest.detach().to(torch.float32, memory_format=torch.preserve_format)
+        master: Tensor = state["master_weight"]
+        return master
+
+    def _amsgrad_state(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
+        if not group.get("amsgrad"):
+            return None
+        state = self.state[p]
+        if "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
+        return local(state["max_exp_avg_sq"])
+
+    def _only_reference(self) -> str | None:
+        """An option in use that only the reference backend has."""
+        if self.defaults.get("differentiable"):
+            return "differentiable=True"
+        return "amsgrad=True" if any(group.get("amsgrad") for group in self.param_groups) else None
+
+    # ------------------------------------------------------------------ copies
+
     def __getstate__(self) -> dict[str, Any]:
-        if self._stash is not None:
+        if self.options.stash is not None:
             raise TypeError(
                 "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
             )
-        kept = ("max_grad_norm", "on_nonfinite", "state_dtype", "_requested_backend", "backend")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**super().__getstate__(), "options": self.options, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._planned, self._stateless = None, [], []
-        for name, value in (("_stash", None), ("last_grad_norm", None)):
-            self.__dict__.setdefault(name, value)
+        self._forget_plan()
+        self.__dict__.setdefault("last_grad_norm", None)
         for group in self.param_groups:
-            group.setdefault("maximize", False)
+            for key, value in self._legacy.items():
+                group.setdefault(key, value)
+        checkpoint.numbers_to_tensors(self.state)
 
 
-def check_hyperparameters(
-    *,
-    lr: float | Tensor,
-    eps: float = 0.0,
-    betas: tuple[float, float] = (0.0, 0.0),
-    weight_decay: float = 0.0,
-    momentum_decay: float = 0.0,
-) -> None:
-    """Refuse what ``torch.optim`` refuses, in its words.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not eps >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if not momentum_decay >= 0.0:
-        raise ValueError(f"Invalid momentum_decay value: {momentum_decay}")
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
 
 
-def refuse(optimizer: str, **options: bool | None) -> None:
-    """Refuse options that are set and that the fused pass does not have, rather than ignore them.
+def _refuse_capturable(parameters: list[Tensor]) -> None:
+    """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot."""
+    from torch.optim.optimizer import _get_capturable_supported_devices
 
-    Raises:
-        ValueError: an option is true.
-    """
-    for option, value in options.items():
-        if value:
-            raise ValueError(
-                f"nesterov_pp.{optimizer} does not support {option}=True; use torch.optim.{optimizer} for it"
-            )
+    supported = _get_capturable_supported_devices()
+    if any(p.device.type not in supported for p in parameters):
+        raise AssertionError(
+            f"If capturable=True, params, mu_products and state_steps must be on supported devices: {supported}."
+        )
+    raise RuntimeError("capturable=True needs CUDA kernels, which this version does not have; use capturable=False")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
-from nesterov_pp.optim.base import FusedOptimizer, check_hyperparameters, refuse
+from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.options import Options, check_hyperparameters
 from nesterov_pp.stash import WeightStash
 
 
@@ -32,18 +33,28 @@ class NAdam(FusedOptimizer):
         weight_decay: decay rate (0).
         momentum_decay: psi above (4e-3).
         decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (False).
-        foreach: accepted for compatibility; the pass is always one over all tensors.
+        foreach, fused: accepted for compatibility; the pass is always one over all tensors.
         maximize: ascend instead of descend (False).
-        capturable, differentiable: refused when true.
+        capturable: refused at the step, where it is true (False).
+        differentiable: let autograd record the step; takes the reference backend and says so (False).
         stash: ring of weight versions to read from and write to (None: in place).
         max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
             ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
         on_nonfinite: "ignore" goes on as torch does; "raise" names the parameter before anything is written ("ignore").
-        state_dtype: dtype of the moments, float32 or bfloat16 (None: that of the parameter).
+        state_dtype: dtype of the moments, float32 or bfloat16 (None: that of the parameter, or float32 with
+            ``master_weights``).
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, step that, and write the
+            parameter from it in the same pass (False).
+        stochastic_rounding: round bfloat16 parameters and moments up or down with the probabilities that make the
+            result right on average, instead of to nearest (False). A parameter written from its master is rounded to
+            nearest.
+        seed: of that rounding; its random bits depend on (seed, step, parameter, element) and nothing else, so a rerun
+            gives the same bits (0).
         backend: "auto", "cpu" or "reference".
 
-    Parameters are float32, float64, bfloat16 or float16; the last two are computed in float32. State is allocated
-    here. ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's.
+    Parameters are float32, float64, bfloat16 or float16, of which the last two are computed in float32; complex ones
+    are stepped as pairs of numbers, the shards of ``DTensor`` each in its process. State is allocated here.
+    ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's.
 
     Raises:
         ValueError: a hyper-parameter is out of range, an option is not supported, the backend cannot be used, or the
@@ -51,6 +62,8 @@ class NAdam(FusedOptimizer):
     """
 
     _has_mu_product = True
+    _no_sparse = "NAdam does not support sparse gradients"
+    _legacy: ClassVar[dict[str, Any]] = {**FusedOptimizer._legacy, "decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -66,14 +79,27 @@ class NAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
-        refuse("NAdam", capturable=capturable, differentiable=differentiable)
+        options = Options(
+            stash=stash,
+            max_grad_norm=max_grad_norm,
+            on_nonfinite=on_nonfinite,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            backend=backend,
+        )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -86,15 +112,7 @@ class NAdam(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(
-            params,
-            defaults,
-            stash=stash,
-            max_grad_norm=max_grad_norm,
-            on_nonfinite=on_nonfinite,
-            state_dtype=state_dtype,
-            backend=backend,
-        )
+        super().__init__(params, defaults, options)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

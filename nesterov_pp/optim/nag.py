@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
-from nesterov_pp.optim.base import FusedOptimizer, check_hyperparameters
+from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.options import Options, check_hyperparameters
 from nesterov_pp.stash import WeightStash
 
 MomentumSchedule = Callable[[int], float]
@@ -44,7 +46,8 @@ class NAG(FusedOptimizer):
             function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
         weight_decay: decoupled decay rate (0).
         maximize: ascend instead of descend (False).
-        stash, max_grad_norm, on_nonfinite, state_dtype, backend: as for ``NAdam``.
+        foreach, fused, capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
+            stochastic_rounding, seed, backend: as for ``NAdam``.
 
     Raises:
         ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
@@ -59,27 +62,44 @@ class NAG(FusedOptimizer):
         momentum: float | MomentumSchedule = 0.99,
         weight_decay: float = 0,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
         state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, weight_decay=weight_decay)
         self._schedule = momentum if callable(momentum) else None
         gamma = momentum(1) if callable(momentum) else momentum
         _check_gamma(gamma)
-        defaults = {"lr": lr, "momentum": gamma, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(
-            params,
-            defaults,
+        options = Options(
             stash=stash,
             max_grad_norm=max_grad_norm,
             on_nonfinite=on_nonfinite,
             state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
             backend=backend,
         )
+        defaults = {
+            "lr": lr,
+            "momentum": gamma,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, options)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
@@ -104,5 +124,5 @@ class NAG(FusedOptimizer):
 
 
 def _check_gamma(gamma: float) -> None:
-    if not 0.0 <= gamma < 1.0:
+    if not (isinstance(gamma, numbers.Real) and 0.0 <= gamma < 1.0):
         raise ValueError(f"Invalid momentum value: {gamma}")

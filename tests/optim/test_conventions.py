@@ -223,15 +223,11 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
     ("make", "sentence"),
     [
         (lambda ps: npp.NAdam(ps, momentum_decay=-1), "Invalid momentum_decay value: -1"),
-        (lambda ps: npp.NAdam(ps, capturable=True), "does not support capturable=True; use torch.optim.NAdam for it"),
-        (lambda ps: npp.NAdam(ps, differentiable=True), "does not support differentiable=True"),
-        (lambda ps: npp.AdamW(ps, amsgrad=True), "does not support amsgrad=True; use torch.optim.AdamW for it"),
         (lambda ps: npp.NAG(ps, momentum=1.0), "Invalid momentum value: 1.0"),
         (lambda ps: npp.NAG(ps, momentum=lambda t: float(t)), "Invalid momentum value: 1.0"),
         (lambda ps: npp.NAdam(ps, max_grad_norm=0.0), "max_grad_norm"),
         (lambda ps: npp.NAdam(ps, backend="gpu"), "unknown backend 'gpu'; choose one of auto, cuda"),
         (lambda ps: npp.NAdam(ps, backend="cuda"), "backend 'cuda' cannot be used: "),
-        (lambda ps: npp.NAdam([ps[0].detach().cfloat()]), "nesterov_pp.NAdam does not step complex parameters"),
         (lambda ps: npp.NAdam([ps[0].detach().to("meta")], backend="cpu"), "not strided float32 on meta"),
         (lambda ps: npp.NAdam(ps, state_dtype=torch.float16), "Invalid state_dtype: torch.float16; choose one of None"),
         (
@@ -240,7 +236,7 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
         ),
         (lambda ps: npp.NAdam([]), "empty parameter list"),
         (lambda ps: npp.NAdam(ps).step(version=0), "needs an optimizer built with stash="),
-        (lambda ps: npp.NAdam(ps).step(microbatches=0), "microbatches must be at least 1, not 0"),
+        (lambda ps: npp.NAdam(ps).step(microbatches=0), "microbatches must be a whole number of at least 1, not 0"),
     ],
 )
 def test_bad_arguments_give_one_clear_sentence(make, sentence):

@@ -1,0 +1,74 @@
+"""Stochastic rounding to bfloat16 in plain torch, with the bits of ``csrc/random.h``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words, keyed by a 64-bit seed.
+
+    Products of two words wrap around in int64, which leaves their bits as they are.
+    """
+    a, b, c, d = counter
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        product0, product1 = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (
+            ((product1 >> 32) & _WORD) ^ b ^ key0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ d ^ key1,
+            product0 & _WORD,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return a, b, c, d
+
+
+class Noise:
+    """16 random bits for each element and value of one parameter's step.
+
+    Elements are counted in the order of memory. ``which`` is 0 for the weight, 1 and 2 for the moments.
+    """
+
+    def __init__(self, *, seed: int, tensor: int, step: int) -> None:
+        self._seed, self._tensor, self._step = seed, tensor, step
+        self._words: _Words | None = None
+
+    def round(self, value: Tensor, which: int) -> Tensor:
+        """``value``, float32 and dense, as bfloat16: up or down with probabilities that make it right on average."""
+        words = self._of(value)
+        noise = (words.first & 0xFFFF, words.first >> 16, words.second & 0xFFFF)[which]
+        flat = _in_memory_order(value)
+        rounded = ((flat.view(torch.int32).to(torch.int64) & _WORD) + noise) & 0xFFFF0000
+        result = torch.where(flat.isnan(), flat, _as_int32(rounded).view(torch.float32)).to(torch.bfloat16)
+        return torch.as_strided(result, value.shape, value.stride())
+
+    def _of(self, value: Tensor) -> _Words:
+        if self._words is None:
+            self._words = _words(value.numel(), value.device, seed=self._seed, tensor=self._tensor, step=self._step)
+        return self._words
+
+
+class _Words(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def _words(count: int, device: torch.device, *, seed: int, tensor: int, step: int) -> _Words:
+    block = torch.arange((count + 1) // 2, device=device)
+    like = torch.zeros_like(block)
+    a, b, c, d = philox((block & _WORD, block >> 32, like + tensor, like + step), seed)
+    return _Words(torch.stack([a, c], 1).flatten()[:count], torch.stack([b, d], 1).flatten()[:count])
+
+
+def _in_memory_order(value: Tensor) -> Tensor:
+    return torch.as_strided(value, (value.numel(),), (1,))
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)

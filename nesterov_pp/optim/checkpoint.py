@@ -1,0 +1,92 @@
+"""What a loaded optimizer state has to be, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_form(state_dict: object) -> None:
+    """Refuse what is no optimizer's state at all.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "load_state_dict takes what state_dict() returned, a dict with 'state' and 'param_groups', "
+            f"not {type(state_dict).__name__ if not isinstance(state_dict, dict) else sorted(map(str, state_dict))}"
+        )
+
+
+def check_fits(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], hyperparameters: list[str], names: list[str]
+) -> None:
+    """Refuse the state of another optimizer, or of parameters of other shapes.
+
+    Raises:
+        ValueError: so it is.
+    """
+    saved_groups = saved["param_groups"]
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        return  # torch refuses that
+    for k, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for key in hyperparameters:
+            if key not in saved_group:
+                raise ValueError(f"the saved parameter group {k} has no {key!r}: it is another optimizer's")
+        for i, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
+            state = saved["state"].get(key)
+            if not state:
+                continue
+            for name in names:
+                if name not in state:
+                    raise ValueError(
+                        f"the saved state of parameter {i} of group {k} has no {name!r}: it is another optimizer's"
+                    )
+                value = state[name]
+                scalar = name in ("step", "mu_product")
+                if isinstance(value, Tensor) and not scalar and value.shape != p.shape:
+                    raise ValueError(
+                        f"the saved {name!r} of parameter {i} of group {k} has shape {tuple(value.shape)}, "
+                        f"but the parameter has {tuple(p.shape)}"
+                    )
+
+
+def check_entries(labels: list[str], states: list[dict[str, Any]], names: list[str]) -> None:
+    """Refuse state from which an entry was removed, or is no tensor.
+
+    Raises:
+        ValueError: so it is.
+    """
+    for label, state in zip(labels, states, strict=True):
+        for name in names:
+            if not isinstance(state.get(name), Tensor):
+                raise ValueError(
+                    f"the state of {label} has no tensor {name!r}; clear all of it (optimizer.state.pop(parameter)) "
+                    "to start it afresh"
+                )
+
+
+def keep_dtypes(saved: Mapping[str, Any], parameters: Sequence[Tensor], state: Mapping[Any, dict[str, Any]]) -> None:
+    """Give state that was saved in float32 or bfloat16 that dtype again, which torch has cast to the parameter's."""
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    for key, p in zip(keys, parameters, strict=True):
+        for name, value in saved["state"].get(key, {}).items():
+            now = state[p][name]
+            keeps = isinstance(value, Tensor) and value.dtype in KEPT_DTYPES and p.dtype != torch.float64
+            if keeps and now.dtype != value.dtype:
+                state[p][name] = value.to(device=now.device, copy=True)
+
+
+def numbers_to_tensors(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Turn the plain numbers of old checkpoints into the tensors they are now."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    for entry in state.values():
+        for name in ("step", "mu_product"):
+            if isinstance(entry, dict) and isinstance(entry.get(name), int | float):
+                entry[name] = torch.tensor(float(entry[name]), dtype=dtype)
