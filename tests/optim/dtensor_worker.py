@@ -1,0 +1,184 @@
+"""One of two processes that step sharded parameters: ``dtensor_worker.py SCENARIO RANK STORE``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import nesterov_pp as npp
+
+STEPS = 5
+
+
+def model(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
+    """Nothing divides by two: 7 and 5 rows are split unevenly, and of the last layer's one row the second has none."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def batch(t: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The same on both processes: their mean is then exact."""
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(t)).to(dtype)
+
+
+def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, dtype=torch.float32) -> None:
+    for t in steps:
+        optimizer.zero_grad()
+        net(batch(t, dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def shard(net: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    for layer in net:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def assert_equal(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
+    for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(whole(p), q.detach()), f"{name}: {whole(p)} and {q}"
+
+
+def fsdp(mesh: DeviceMesh, make: Callable, dtype: torch.dtype = torch.float32) -> None:
+    """A sharded run equals the whole one bit for bit, before and after going through a checkpoint."""
+    plain, sharded = model(dtype), shard(model(dtype), mesh)
+    ours, theirs = make(sharded.parameters()), make(plain.parameters())
+    assert ours.backend == "cpu"
+    train(sharded, ours, range(STEPS), dtype)
+    train(plain, theirs, range(STEPS), dtype)
+    assert_equal(sharded, plain)
+    assert all(p.to_local().numel() == 0 for p in sharded[4].parameters()) == (dist.get_rank() == 1)
+    for p in sharded.parameters():
+        assert isinstance(ours.state[p]["exp_avg"], DTensor)
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(sharded, ours))
+    again = make(sharded.parameters())
+    dcp.set_optimizer_state_dict(sharded, again, saved)
+    train(sharded, again, range(STEPS, 2 * STEPS), dtype)
+    train(plain, theirs, range(STEPS, 2 * STEPS), dtype)
+    assert_equal(sharded, plain)
+
+
+def fsdp_nadam(mesh: DeviceMesh) -> None:
+    fsdp(mesh, lambda ps: npp.NAdam(ps, lr=1e-2))
+
+
+def fsdp_nag(mesh: DeviceMesh) -> None:
+    fsdp(mesh, lambda ps: npp.NAG(ps, lr=1e-2))
+
+
+def fsdp_masters(mesh: DeviceMesh) -> None:
+    fsdp(mesh, lambda ps: npp.NAdam(ps, lr=1e-2, master_weights=True), torch.bfloat16)
+
+
+def fsdp_stochastic(mesh: DeviceMesh) -> None:
+    """Its random bits count the elements of the shard, so it has no whole run to equal; but a rerun is the same."""
+    ends = []
+    for _ in range(2):
+        net = shard(model(torch.bfloat16), mesh)
+        train(net, npp.AdamW(net.parameters(), lr=1e-2, stochastic_rounding=True), range(STEPS), torch.bfloat16)
+        ends.append([whole(p) for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def clipping(mesh: DeviceMesh) -> None:
+    """The norm is that of all shards together, and replicated or plain parameters count once."""
+    plain, sharded = model(), model()
+    for layer in sharded[:3]:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    sharded[4].weight = torch.nn.Parameter(distribute_tensor(sharded[4].weight.detach(), mesh, [Replicate()]))
+    ours = npp.NAdam(sharded.parameters(), lr=1e-2, max_grad_norm=0.01)
+    theirs = npp.NAdam(plain.parameters(), lr=1e-2, max_grad_norm=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=generator)
+            p.grad = distribute_tensor(q.grad, mesh, p.placements) if isinstance(p, DTensor) else q.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours.last_grad_norm, theirs.last_grad_norm, rtol=1e-6, atol=0.0)
+    for p, q in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def tensor_parallel(mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    split = copy.deepcopy(plain)
+    parallelize_module(split, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    ours, theirs = npp.NAdam(split.parameters(), lr=1e-2), torch.optim.NAdam(plain.parameters(), lr=1e-2)
+    train(split, ours, range(STEPS))
+    train(plain, theirs, range(STEPS))
+    assert ours.backend == "cpu"
+    for p, q in zip(split.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q.detach(), rtol=1e-5, atol=1e-5)
+
+
+def nonfinite(mesh: DeviceMesh) -> None:
+    """Found in one process's shard, raised in both, and nothing is written in either."""
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    optimizer = npp.NAdam([p], on_nonfinite="raise")
+    grad = torch.ones(4, 2)
+    grad[3, 0] = float("nan")
+    p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    whose = "parameter 0" if dist.get_rank() == 1 else "another rank"
+    with pytest.raises(FloatingPointError, match=whose):
+        optimizer.step()
+    assert torch.equal(whole(p), torch.ones(4, 2))
+    assert float(optimizer.state[p]["step"]) == 0
+
+
+def gradient_placed_otherwise(mesh: DeviceMesh) -> None:
+    p = torch.nn.Parameter(distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)]))
+    q = torch.nn.Parameter(torch.zeros(3, 2))
+    p.grad = distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Replicate()])
+    q.grad = torch.arange(6.0).view(3, 2)
+    npp.NAdam([p]).step()
+    npp.NAdam([q]).step()
+    assert torch.equal(whole(p), q.detach())
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (
+        fsdp_nadam,
+        fsdp_nag,
+        fsdp_masters,
+        fsdp_stochastic,
+        clipping,
+        tensor_parallel,
+        nonfinite,
+        gradient_placed_otherwise,
+    )
+}
+
+
+def main(names: str, rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for name in names.split(","):
+        SCENARIOS[name](mesh)
+        print(f"passed {name}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
