@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/driver.h"
+#include "memory.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -50,6 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isas", &nesterov_pp::cpu::isas, "The instruction sets this processor offers, narrowest first.");
   m.def("set_isa", &nesterov_pp::cpu::set_isa, py::arg("name"));
 
+  m.def("zeros_like", &nesterov_pp::zeros_like, py::arg("tensors"), py::arg("dtype"));
   m.def("holds", &holds, py::arg("groups"), py::arg("state"), py::arg("known"));
 
   py::class_<Plan>(m, "Plan")

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.kernels import zeros_like
+
 Backward = Literal["stashed", "newest"]
 
 
@@ -51,7 +53,7 @@ class WeightStash:
         self.newest = 0
         self._names = list(named)
         first = list(named.values())
-        self._slots = [first] + [[_new_leaf(p) for p in first] for _ in range(versions - 1)]
+        self._slots = [first] + [_new_leaves(first) for _ in range(versions - 1)]
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
         self._places = _places_of(module, {id(p): i for i, p in enumerate(first)})
         self._in_flight: Counter[int] = Counter()
@@ -335,10 +337,13 @@ def _check_stashable(named: dict[str, nn.Parameter]) -> None:
             )
 
 
-def _new_leaf(p: nn.Parameter) -> nn.Parameter:
-    leaf = nn.Parameter(torch.empty_like(p, memory_format=torch.preserve_format))
-    leaf.__dict__.update(p.__dict__)
-    return leaf
+def _new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
+    leaves = []
+    for p, zeros in zip(first, zeros_like(first, [p.dtype for p in first]), strict=True):
+        leaf = nn.Parameter(zeros)
+        leaf.__dict__.update(p.__dict__)
+        leaves.append(leaf)
+    return leaves
 
 
 def _places_of(module: nn.Module, index: dict[int, int]) -> list[tuple[Any, Any, int]]:

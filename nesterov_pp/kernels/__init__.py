@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nesterov_pp.kernels import extension, ops
 from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.memory import zeros_like
 from nesterov_pp.kernels.plan import Plan, StepClass, Tensors
 from nesterov_pp.kernels.reference import ReferencePlan
 
@@ -29,6 +30,7 @@ __all__ = [
     "choose_backend",
     "make_plan",
     "ops",
+    "zeros_like",
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")

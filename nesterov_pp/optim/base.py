@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan
+from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan, zeros_like
 from nesterov_pp.optim import checkpoint
 from nesterov_pp.optim.local import global_norm, is_dtensor, is_plain, local, local_gradient
 from nesterov_pp.optim.masters import MasterWeights
@@ -204,9 +204,7 @@ class FusedOptimizer(Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        for p in self.param_groups[-1]["params"]:
-            if p.requires_grad:
-                self._init_state(p)
+        self._init_state([p for p in self.param_groups[-1]["params"] if p.requires_grad])
         self._forget_plan()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,16 +245,20 @@ class FusedOptimizer(Optimizer):
         names = ["step", "exp_avg"]
         return names + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
 
-    def _init_state(self, p: Tensor) -> None:
+    def _init_state(self, parameters: list[Tensor]) -> None:
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=scalar)
-        if self._has_mu_product:
-            real = p.dtype.to_real() if p.is_complex() else p.dtype
-            state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, real))
-        dtype = self.options.moment_dtype(p)
-        for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive:
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        moments = {
+            name: zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
+            for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
+        }
+        for i, p in enumerate(parameters):
+            state = self.state[p]
+            state["step"] = torch.zeros((), dtype=scalar)
+            if self._has_mu_product:
+                real = p.dtype.to_real() if p.is_complex() else p.dtype
+                state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, real))
+            for name, zeros in moments.items():
+                state[name] = zeros[i]
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -283,12 +285,12 @@ class FusedOptimizer(Optimizer):
             return self._plan
         self._forget_plan()
         parameters = self._parameters()
-        for p in parameters:
-            if p.grad is not None and not self.state.get(p):
-                if p.grad.is_sparse:
-                    raise RuntimeError(self._no_sparse)
-                self.options.check_parameter(p)
-                self._init_state(p)
+        new = [p for p in parameters if p.grad is not None and not self.state.get(p)]
+        for p in new:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(self._no_sparse)
+            self.options.check_parameter(p)
+        self._init_state(new)
         self._plan = self._make_plan()
         self._stateless = [p for p in parameters if not self.state.get(p)]
         self._snapshot = Snapshot(self.param_groups, self.state, list(chain.from_iterable(self._slots)))
