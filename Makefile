@@ -39,7 +39,8 @@ demo: setup ## train on real text, about ten minutes; ends with a table and a pl
 test: check ## make check and the tests
 	$(BIN)/python -m pytest
 
-test-all: check ## make check and all tests, the slow ones too
+test-all: check ## make check and all tests, the slow ones and those of other frameworks too
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
 
 check: setup ## format, lint and types
