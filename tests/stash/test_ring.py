@@ -234,3 +234,18 @@ def test_memory_is_versions_times_the_weights():
     stash = WeightStash(module, 5)
     total = sum(leaf.untyped_storage().nbytes() for v in range(5) for leaf in stash._slots[v])
     assert total == 5 * one
+
+
+def test_a_grad_scaler_is_refused_before_anything_is_written():
+    module = torch.nn.Linear(4, 3)
+    stash = npp.WeightStash(module, 2)
+    optimizer = npp.NAdam(module.parameters(), stash=stash)
+    scaler = torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in module.parameters()]
+    with stash.use(0):
+        loss = module(torch.ones(2, 4)).sum()
+    scaler.scale(loss).backward()
+    with pytest.raises(ValueError, match="GradScaler sees the gradients of one weight version only; use bfloat16"):
+        scaler.step(optimizer, version=0)
+    assert stash.newest == 0
+    assert all(torch.equal(p, q) for p, q in zip(stash.parameters(0).values(), before, strict=True))
