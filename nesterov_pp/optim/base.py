@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from nesterov_pp.kernels import Coefficients, Plan, StepClass, Tensors, choose_backend, make_plan, zeros_like
+from nesterov_pp.kernels import Coefficients, StepClass, choose_backend, zeros_like
 from nesterov_pp.optim import checkpoint
-from nesterov_pp.optim.local import global_norm, is_dtensor, is_plain, local, local_gradient
-from nesterov_pp.optim.masters import MasterWeights
+from nesterov_pp.optim.local import global_norm, is_dtensor, local
 from nesterov_pp.optim.options import Options
-from nesterov_pp.optim.snapshot import Snapshot
+from nesterov_pp.optim.prepared import Prepared
 
 
 class FusedOptimizer(Optimizer):
@@ -43,7 +41,7 @@ class FusedOptimizer(Optimizer):
         self.options = options
         self.last_grad_norm: Tensor | None = None
         self.backend = options.backend
-        self._forget_plan()
+        self._prepared: Prepared | None = None
         super().__init__(params, defaults)
         if options.stash is not None:
             options.stash.leaves(self._parameters())
@@ -111,30 +109,46 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             if group.get("capturable"):
                 _refuse_capturable(group["params"])
-        plan = self._current_plan()
         grads_of, source, target = slots
-        self._hand_over_gradients(grads_of)
-        try:
-            classes = plan.collect(*slots)
-        except ValueError:
-            if any(p.grad is not None and p.grad.is_sparse for p in self._slots[grads_of]):
-                raise RuntimeError(self._no_sparse) from None
-            raise
-        finally:
-            self._take_back_gradients(grads_of)
+        prepared, classes = self._collect(slots)
         if self._overflowed():
             return
-        scale = self._gradient_scale(plan, microbatches, grads_of)
+        scale = self._gradient_scale(prepared, microbatches, grads_of)
         rows, products = [], []
         for step_class in classes:
             row, product = self._row(step_class, scale)
             rows.append(row)
             products.append(product)
-        self._masters.follow(source)
-        plan.apply(rows, products)
-        self._masters.written(target)
+        prepared.masters.follow(source)
+        prepared.plan.apply(rows, products)
+        prepared.masters.written(target)
         if stash is not None:
             stash.end_step(version, microbatches)
+
+    def _collect(self, slots: tuple[int, int, int]) -> tuple[Prepared, list[StepClass]]:
+        """The parameters as they are now, with the gradients of this step checked and taken."""
+        prepared = self._prepare()
+        try:
+            return prepared, prepared.collect(*slots)
+        except ValueError:
+            if any(p.grad is not None and p.grad.is_sparse for p in prepared.leaves[slots[0]]):
+                raise RuntimeError(self._no_sparse) from None
+            if not self._follow_layouts():
+                raise
+        return self._collect(slots)
+
+    def _prepare(self) -> Prepared:
+        only = self._only_reference()
+        if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only):
+            new = [p for p in self._parameters() if p.grad is not None and not self.state.get(p)]
+            for p in new:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(self._no_sparse)
+                self.options.check_parameter(p)
+            self._init_state(new)
+            self._prepared = Prepared(self.param_groups, self.state, self.options, self._state_names(), only)
+            self.backend = self._prepared.backend
+        return self._prepared
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with a stash, those of every version."""
@@ -155,11 +169,12 @@ class FusedOptimizer(Optimizer):
         sign = -1.0 if group["maximize"] else 1.0
         try:
             row, product = self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
+            # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
+            finite = all(map(math.isfinite, (*row[1:], product)))
         except (TypeError, ZeroDivisionError, OverflowError):
-            row, product = None, math.nan
-        # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
-        if row is None or not all(map(math.isfinite, (*row[1:], product))):
-            shown = ", ".join(f"{k}={v!r}" for k, v in group.items() if k in self.defaults and not _is_flag(v))
+            finite = False
+        if not finite:
+            shown = ", ".join(f"{key}={group[key]!r}" for key in self.defaults if not isinstance(group[key], bool))
             raise ValueError(f"parameter group {index} cannot be stepped with {shown}; nothing has been updated")
         return row, product
 
@@ -168,7 +183,7 @@ class FusedOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and float(found_inf) > 0.0
 
-    def _gradient_scale(self, plan: Plan, microbatches: int, grads_of: int) -> float:
+    def _gradient_scale(self, prepared: Prepared, microbatches: int, grads_of: int) -> float:
         """What the gradients are multiplied by: mean over microbatches, loss scale, and clipping by the global norm.
 
         The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
@@ -178,13 +193,13 @@ class FusedOptimizer(Optimizer):
         limit, raises = self.options.max_grad_norm, self.options.on_nonfinite == "raise"
         if limit is None and not raises:
             return scale
-        leaves = self._slots[grads_of]
+        leaves = prepared.leaves[grads_of]
         if any(map(is_dtensor, leaves)):
             norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
         else:
-            norm = plan.gradient_norm() * scale
+            norm = prepared.plan.gradient_norm() * scale
         if raises and not math.isfinite(norm):
-            name = plan.nonfinite_parameter()
+            name = prepared.plan.nonfinite_parameter()
             if name or any(map(is_dtensor, leaves)):
                 whose = f"the gradient of {name}" if name else "a gradient on another rank"
                 raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
@@ -205,7 +220,7 @@ class FusedOptimizer(Optimizer):
             del self.param_groups[-1]
             raise
         self._init_state([p for p in self.param_groups[-1]["params"] if p.requires_grad])
-        self._forget_plan()
+        self._prepared = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
@@ -233,7 +248,7 @@ class FusedOptimizer(Optimizer):
         for p in self._parameters():
             if not self.options.has_master(p) and p in self.state:
                 self.state[p].pop("master_weight", None)
-        self._forget_plan()
+        self._prepared = None
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -263,109 +278,16 @@ class FusedOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    # ------------------------------------------------------------------ the plan
-
-    def _forget_plan(self) -> None:
-        self._plan: Plan | None = None
-        self._snapshot: Snapshot | None = None
-        self._stateless: list[Tensor] = []
-        self._slots: list[list[Tensor]] = []
-        self._plain_slots: list[list[Tensor]] = []
-        self._special: list[int] = []
-        self._masters = MasterWeights([], [])
-
-    def _current_plan(self) -> Plan:
-        """The plan of the parameters that have state, made anew where any of these was replaced."""
-        if (
-            self._plan is not None
-            and self._snapshot is not None
-            and self._snapshot.holds(self.param_groups, self.state)
-            and all(p.grad is None for p in self._stateless)
-        ):
-            return self._plan
-        self._forget_plan()
-        parameters = self._parameters()
-        new = [p for p in parameters if p.grad is not None and not self.state.get(p)]
-        for p in new:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(self._no_sparse)
-            self.options.check_parameter(p)
-        self._init_state(new)
-        self._plan = self._make_plan()
-        self._stateless = [p for p in parameters if not self.state.get(p)]
-        self._snapshot = Snapshot(self.param_groups, self.state, list(chain.from_iterable(self._slots)))
-        return self._plan
-
-    @torch.no_grad()
-    def _make_plan(self) -> Plan:
-        names, numbers, groups, parameters = [], [], [], []
-        number = 0
-        for k, group in enumerate(self.param_groups):
-            labels: Iterable[str] = group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"])))
-            for label, p in zip(labels, group["params"], strict=False):
-                number += 1
-                if not self.state.get(p):
-                    continue
-                names.append(label if len(self.param_groups) == 1 else f"{label} of group {k}")
-                numbers.append(number - 1)
-                groups.append(k)
-                parameters.append(p)
-        states = [self.state[p] for p in parameters]
-        checkpoint.check_entries(names, states, self._state_names())
-        stash = self.options.stash
-        self._slots = stash.leaves(parameters) if stash is not None else [parameters]
-        self._plain_slots = [[local(p) for p in slot] for slot in self._slots]
-        self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
-        self.backend = choose_backend(
-            self.options.backend, list(chain.from_iterable(self._plain_slots)), self._only_reference()
-        )
-        newest = self._slots[stash.newest % stash.versions] if stash is not None else parameters
-        masters = [
-            self._master_of(p, now) if self.options.has_master(p) else None
-            for p, now in zip(parameters, newest, strict=True)
-        ]
-        self._masters = MasterWeights(self._slots, masters)
-        most = [self._amsgrad_state(self.param_groups[k], p) for k, p in zip(groups, parameters, strict=True)]
-        return make_plan(
-            self.backend,
-            Tensors(
-                names=names,
-                numbers=numbers,
-                groups=groups,
-                slots=self._plain_slots,
-                exp_avgs=[local(s["exp_avg"]) for s in states],
-                exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if self._adaptive else [],
-                masters=[None if master is None else local(master) for master in masters],
-                steps=[s["step"] for s in states],
-                mu_products=[s["mu_product"] for s in states] if self._has_mu_product else [],
-                max_exp_avg_sqs=most if any(m is not None for m in most) else [],
-            ),
-            self.options.seed if self.options.stochastic_rounding else None,
-        )
-
-    def _hand_over_gradients(self, slot: int) -> None:
-        """Give the plan's plain tensors the gradients of the parameters that they stand for."""
-        for i in self._special:
-            self._plain_slots[slot][i].grad = local_gradient(self._slots[slot][i])
-
-    def _take_back_gradients(self, slot: int) -> None:
-        for i in self._special:
-            self._plain_slots[slot][i].grad = None
-
-    def _master_of(self, p: Tensor, newest: Tensor) -> Tensor:
-        state = self.state[p]
-        if "master_weight" not in state:
-            state["master_weight"] = newest.detach().to(torch.float32, memory_format=torch.preserve_format)
-        master: Tensor = state["master_weight"]
-        return master
-
-    def _amsgrad_state(self, group: dict[str, Any], p: Tensor) -> Tensor | None:
-        if not group.get("amsgrad"):
-            return None
-        state = self.state[p]
-        if "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
-        return local(state["max_exp_avg_sq"])
+    def _follow_layouts(self) -> bool:
+        """Lay state out as its parameters are now; whether any was not. ``model.to(memory_format=...)`` moves them."""
+        changed = False
+        for p in self._parameters():
+            for name, value in self.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+                    changed |= moved.stride() != value.stride()
+                    self.state[p][name] = moved
+        return changed
 
     def _only_reference(self) -> str | None:
         """An option in use that only the reference backend has."""
@@ -384,16 +306,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_plan()
+        self._prepared = None
         self.__dict__.setdefault("last_grad_norm", None)
         for group in self.param_groups:
             for key, value in self._legacy.items():
                 group.setdefault(key, value)
         checkpoint.numbers_to_tensors(self.state)
-
-
-def _is_flag(value: object) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def _refuse_capturable(parameters: list[Tensor]) -> None:

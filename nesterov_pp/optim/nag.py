@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters
+from nesterov_pp.optim.options import Options, check_hyperparameters, scalar
 from nesterov_pp.stash import WeightStash
 
 MomentumSchedule = Callable[[int], float]
@@ -111,7 +111,7 @@ class NAG(FusedOptimizer):
         _check_gamma(gamma)
         _check_gamma(gamma_next)
         row = coefficients.nag(
-            lr=float(group["lr"]),
+            lr=scalar(group["lr"]),
             gamma=gamma,
             gamma_next=gamma_next,
             weight_decay=group["weight_decay"],

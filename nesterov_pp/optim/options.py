@@ -97,6 +97,17 @@ def check_hyperparameters(
         raise ValueError(f"Invalid momentum_decay value: {momentum_decay}")
 
 
+def scalar(value: float | Tensor) -> float:
+    """A hyper-parameter as a plain number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, numbers.Real | Tensor):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
 def _at_least_zero(value: float | Tensor) -> bool:
     return isinstance(value, numbers.Real | Tensor) and math.isfinite(float(value)) and float(value) >= 0.0
 

@@ -127,6 +127,26 @@ def test_closure_and_copies(backend):
         copied.step()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_whose_memory_format_changes_goes_on(backend):
+    """``model.to(memory_format=...)`` moves the parameters from under an optimizer that has state already."""
+    torch.manual_seed(0)
+    ours = torch.nn.Conv2d(3, 8, 3)
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(2, 3, 8, 8)
+    optimizer = npp.NAdam(ours.parameters(), backend=backend)
+    for model, o in ((ours, optimizer), (theirs, torch.optim.NAdam(theirs.parameters()))):
+        for t in range(4):
+            if t == 2:
+                model.to(memory_format=torch.channels_last)
+            o.zero_grad()
+            model(x).square().mean().backward()
+            o.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), **MANY_STEPS[torch.float32])
+    if backend == "cpu":
+        assert optimizer.state[ours.weight]["exp_avg"].stride() == ours.weight.stride()
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "mixed"])
 def test_layouts(layout):
     """Memory layouts of parameters and gradients change nothing in the result."""

@@ -1,0 +1,111 @@
+"""Parameters and their state, as the pass takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
+from nesterov_pp.optim import checkpoint
+from nesterov_pp.optim.local import is_plain, local, local_gradient
+from nesterov_pp.optim.masters import MasterWeights
+from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.snapshot import Snapshot
+
+
+class Prepared:
+    """The parameters that have state, for as long as nobody replaces any of them or of their state.
+
+    ``entries`` are the names of what every parameter's state holds; ``only_reference`` an option that other backends do
+    not have. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the parameters of ring
+    slot ``s`` (one slot where there is no ring).
+
+    Raises:
+        ValueError: state is missing, or the backend asked for cannot step these parameters.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, dict[str, Any]],
+        options: Options,
+        entries: list[str],
+        only_reference: str | None,
+    ) -> None:
+        names, numbers, group_of, parameters = [], [], [], []
+        number = 0
+        for k, group in enumerate(groups):
+            labels: Iterable[str] = group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"])))
+            for label, p in zip(labels, group["params"], strict=False):
+                number += 1
+                if not state.get(p):
+                    continue
+                names.append(label if len(groups) == 1 else f"{label} of group {k}")
+                numbers.append(number - 1)
+                group_of.append(k)
+                parameters.append(p)
+        states = [state[p] for p in parameters]
+        checkpoint.check_entries(names, states, entries)
+        stash = options.stash
+        self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
+        self._plain = [[local(p) for p in slot] for slot in self.leaves]
+        self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
+        self._only_reference = only_reference
+        self.backend = choose_backend(options.backend, list(chain.from_iterable(self._plain)), only_reference)
+        newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
+        masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, newest, strict=True)]
+        self.masters = MasterWeights(self.leaves, masters)
+        largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
+        tensors = Tensors(
+            names=names,
+            numbers=numbers,
+            groups=group_of,
+            slots=self._plain,
+            exp_avgs=[local(s["exp_avg"]) for s in states],
+            exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if "exp_avg_sq" in entries else [],
+            masters=[None if master is None else local(master) for master in masters],
+            steps=[s["step"] for s in states],
+            mu_products=[s["mu_product"] for s in states] if "mu_product" in entries else [],
+            max_exp_avg_sqs=[None if v is None else local(v) for v in largest],
+        )
+        self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
+        self._stateless = [p for group in groups for p in group["params"] if not state.get(p)]
+        self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
+
+    def holds(self, groups: list[dict[str, Any]], state: dict[Any, Any], only_reference: str | None) -> bool:
+        """Whether nothing was replaced, and no parameter without state has got a gradient."""
+        return (
+            self._snapshot.holds(groups, state)
+            and only_reference == self._only_reference
+            and all(p.grad is None for p in self._stateless)
+        )
+
+    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
+        """``Plan.collect``, for which plain tensors bring the gradients of the parameters they stand for."""
+        plain, leaves = self._plain[grads_of], self.leaves[grads_of]
+        for i in self._special:
+            plain[i].grad = local_gradient(leaves[i])
+        try:
+            return self.plan.collect(grads_of, source, target)
+        finally:
+            for i in self._special:
+                plain[i].grad = None
+
+
+def _master(state: dict[str, Any], p: Tensor) -> Tensor:
+    if "master_weight" not in state:
+        state["master_weight"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+    master: Tensor = state["master_weight"]
+    return master
+
+
+def _largest(state: dict[str, Any]) -> Tensor:
+    if "max_exp_avg_sq" not in state:
+        state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
+    largest: Tensor = state["max_exp_avg_sq"]
+    return largest
