@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench sanitize clean
+.PHONY: help setup demo test test-all check format bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -67,6 +67,20 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		../../$(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/optim tests/stash -k "not compile"
+
+# The C++ is covered in a copy of the tree that is built for it, Python by the tests as they are.
+COVERED := build/coverage
+coverage: setup ## which lines the tests run: tables of Python and C++
+	rm -rf $(COVERED) && mkdir -p $(COVERED)
+	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
+	rm -f $(COVERED)/nesterov_pp/_C*
+	cd $(COVERED) && CFLAGS="--coverage" LDFLAGS="--coverage" ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd $(COVERED) && ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/stash
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report | tee $(COVERED)/python.txt
+	cd $(COVERED) && ../../$(BIN)/gcovr -r . --filter csrc/ --txt cpp.txt && cat cpp.txt
 
 clean: ## remove what was built and installed; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

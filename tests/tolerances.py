@@ -11,3 +11,33 @@ import torch
 ONE_STEP = {torch.float32: {"rtol": 1e-6, "atol": 5e-7}, torch.float64: {"rtol": 1e-14, "atol": 1e-15}}
 MANY_STEPS = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-13}}
 EXACT = {"rtol": 0.0, "atol": 0.0}
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+ULPS = {torch.bfloat16: 1, torch.float16: 1}
+"""How far two backends' results of one step may be apart in units in the last place: both compute in float32, so a
+value next to a midpoint may be rounded either way."""
+
+
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest distance between elements, counted in representable values between them.
+
+    Signed zeros are equal, and so are NaN; a NaN and a number are as far apart as can be.
+    """
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    if a.numel() == 0:
+        return 0
+
+    def ordered(t: torch.Tensor) -> torch.Tensor:
+        integer = _INTEGER[t.element_size()]
+        bits = t.detach().contiguous().view(integer)
+        # The magnitude counts up from zero in both directions.
+        return torch.where(bits < 0, torch.iinfo(integer).min - bits, bits).to(torch.int64)
+
+    x, y = ordered(a), ordered(b)
+    half = torch.iinfo(torch.int64).max // 2
+    apart = x.abs().clamp(max=half) + y.abs().clamp(max=half)  # around zero
+    distance = torch.where((x < 0) == (y < 0), (x - y).abs(), apart)
+    distance[a.isnan() & b.isnan()] = 0
+    distance[a.isnan() ^ b.isnan()] = torch.iinfo(torch.int64).max // 2
+    return int(distance.max())

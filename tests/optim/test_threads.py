@@ -1,0 +1,120 @@
+"""Several threads, the GIL, and what a step leaves behind in the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import nesterov_pp as npp
+
+pytestmark = pytest.mark.skipif(npp.kernels.available_backends()["cpu"] is not None, reason="no compiled extension")
+
+
+def train(seed: int, steps: int = 20) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ps = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (100_000, 3, 5000)]
+    optimizer = npp.NAdam(ps, lr=1e-2, max_grad_norm=1.0)
+    for _ in range(steps):
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return [p.detach() for p in ps]
+
+
+def test_threads_with_optimizers_of_their_own_do_not_disturb_each_other():
+    expected = [train(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(train, range(6)))
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+def test_the_gil_is_released_during_the_pass():
+    """Another thread's loop goes on while a step of many milliseconds runs. Were the GIL held, it would stand still
+    from the call into C++ to its return, and the longest gap in it would be as long as a step."""
+    p = torch.nn.Parameter(torch.zeros(30_000_000))
+    p.grad = torch.ones_like(p)
+    optimizer = npp.NAdam([p])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    stamps: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            stamps.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        for _ in range(20):  # busy machines: once is enough
+            begin = time.perf_counter()
+            optimizer.step()
+            end = time.perf_counter()
+            inside = [stamp for stamp in stamps if begin + 0.25 * (end - begin) < stamp < begin + 0.75 * (end - begin)]
+            if len(inside) >= 2:
+                return
+    finally:
+        stop.set()
+        ticker.join()
+        torch.set_num_threads(threads)
+    pytest.fail("no other Python thread ran in the middle of 20 steps")
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+SETUP = """
+import os, torch, nesterov_pp as npp
+def count():
+    return len(os.listdir("/proc/self/task"))
+def step(optimizer, p):
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_no_thread_of_ours_outlives_a_step():
+    """With one thread a step starts none at all; with two no more than torch has for its own operators."""
+    program = """
+torch.set_num_threads({threads})
+a = torch.ones(3_000_000)
+for _ in range(3):
+    a = a * 2 + 1
+p = torch.nn.Parameter(torch.zeros(3_000_000))
+optimizer = npp.NAdam([p], max_grad_norm=1.0)
+before = count()
+for _ in range(5):
+    step(optimizer, p)
+print(count() - before)
+"""
+    for threads in (1, 2):
+        assert run(SETUP + program.format(threads=threads)) == "0"
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_forked_child_steps_on():
+    """On one thread, as torch's own operators have to in a child."""
+    program = """
+torch.set_num_threads(1)
+p = torch.nn.Parameter(torch.zeros(1_000_000))
+optimizer = npp.NAdam([p])
+step(optimizer, p)
+child = os.fork()
+if child == 0:
+    step(optimizer, p)
+    os._exit(0 if float(optimizer.state[p]["step"]) == 2 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), float(optimizer.state[p]["step"]))
+"""
+    assert run(SETUP + program) == "0 1.0"
