@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
+from benchmarks.summary import table as summary_table
 from nesterov_pp.training.comparison import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,11 @@ def sections() -> dict[str, str]:
     steps = [
         step_table(load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
     ]
-    return {"demo": demo_table(load("cpu-demo.json")), "step": "\n\n".join(steps)}
+    return {
+        "demo": demo_table(load("cpu-demo.json")),
+        "summary": summary_table(load("cpu-summary.json")),
+        "step": "\n\n".join(steps),
+    }
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import nesterov_pp as npp
+from benchmarks import plain
 
 Shapes = list[tuple[int, ...]]
 STREAMS = 7  # reads p, g, m, v and writes p, m, v: 28 bytes a parameter in float32
@@ -107,10 +109,37 @@ def ours_with_ring(problem: Problem, versions: int) -> Step:
     return step
 
 
+def ours_clipping(problem: Problem) -> Step:
+    """With the gradients' norm, which is far above the limit."""
+    parameters = problem.parameters()
+    return npp.NAdam(parameters, decoupled_weight_decay=True, weight_decay=0.01, max_grad_norm=1.0).step
+
+
+def torch_nadam_compiled(problem: Problem) -> Step:
+    """The same foreach step through torch.compile; it is compiled in the first, unmeasured round."""
+    optimizer = torch.optim.NAdam(problem.parameters(), foreach=True, decoupled_weight_decay=True, weight_decay=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.compile(lambda: optimizer.step())
+
+
+def plain_loop(problem: Problem) -> Step:
+    """A C++ loop that reads p, g, m, v and writes p, m, v, in memory of the same kind as our moments."""
+    weights = [p.detach() for p in problem.parameters()]
+    state = [npp.kernels.zeros_like(weights, [w.dtype for w in weights]) for _ in range(2)]
+    return plain.seven_streams([weights, problem.grads, *state])
+
+
+def plain_read(problem: Problem) -> Step:
+    """A C++ loop that reads every gradient once."""
+    return plain.read_once(problem.grads)
+
+
 PEERS: dict[str, Callable[[Problem], Step]] = {
     "nesterov_pp.NAdam": ours,
     "nesterov_pp.NAdam, ring of 2": lambda problem: ours_with_ring(problem, 2),
     "nesterov_pp.NAdam, ring of 8": lambda problem: ours_with_ring(problem, 8),
+    "nesterov_pp.NAdam(max_grad_norm=1.0)": ours_clipping,
     "torch.optim.NAdam(foreach=True)": torch_nadam,
     "torch.optim.NAdam(foreach=True) + stash by copies": torch_nadam_with_stash,
     "torch.optim.AdamW(fused=True)": torch_adamw_fused,

@@ -14,7 +14,7 @@ namespace {
 // Threads meet only at multiples of this many elements: whole cache lines (128 to 512 bytes) for every dtype.
 constexpr int64_t kUnit = 64;
 // Below this many elements waking the other threads costs more than it saves.
-constexpr int64_t kParallelElements = 32768;
+constexpr int64_t kParallelElements = 131072;
 // A pass that writes at least this many bytes of new weights to memory it has not read streams them past the caches.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 

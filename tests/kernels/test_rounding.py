@@ -57,7 +57,9 @@ def test_special_values():
     assert rounded[3].float().view(torch.int32) == -(1 << 31)
 
 
-def step(seed: int, *, backend: str, steps: int = 2, state_dtype=None, shapes=((1001,), (3, 5), (1,), (130, 130))):
+def step(
+    seed: int, *, backend: str, steps: int = 2, state_dtype=None, shapes=((1001,), (3, 5), (1,), (130, 130), (400_001,))
+):
     generator = torch.Generator().manual_seed(0)
     ps = [torch.nn.Parameter(torch.randn(s, generator=generator).to(LOW)) for s in shapes]
     optimizer = npp.NAdam(ps, lr=1e-2, backend=backend, state_dtype=state_dtype, stochastic_rounding=True, seed=seed)
