@@ -5,6 +5,7 @@
 #include <ATen/ops/isfinite.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -60,16 +61,20 @@ void check_dtype(const std::string& name, const char* what, at::ScalarType dtype
 }
 
 // A step count or a product of mu.
-void check_scalar(const std::string& name, const char* what, const at::Tensor& t) {
+double read_scalar(const std::string& name, const char* what, const at::Tensor& t) {
   if (!t.device().is_cpu() || t.layout() != at::kStrided || t.numel() != 1)
     fail("the ", what, " of ", name, " must be one number in a tensor on the CPU, not of shape ", t.sizes(), " on ",
          t.device());
-}
-
-double read_scalar(const at::Tensor& t) {
-  if (t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>();
-  if (t.scalar_type() == at::kDouble) return *t.const_data_ptr<double>();
-  return t.item().toDouble();
+  double value = 0;
+  if (t.scalar_type() == at::kFloat)
+    value = *t.const_data_ptr<float>();
+  else if (t.scalar_type() == at::kDouble)
+    value = *t.const_data_ptr<double>();
+  else
+    value = t.item().toDouble();
+  if (!std::isfinite(value) || value < 0)
+    fail("the ", what, " of ", name, " must be a finite number from 0 on, not ", value);
+  return value;
 }
 
 void write_scalar(const at::Tensor& t, double value) {
@@ -227,10 +232,8 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
               t_.numbers[i]};
     check(item, seed_.has_value());
     if (grad.defined()) {
-      check_scalar(t_.names[i], "step count", t_.steps[i]);
-      if (!t_.mu_products.empty()) check_scalar(t_.names[i], "mu product", t_.mu_products[i]);
-      const StepClass now{t_.groups[i], read_scalar(t_.steps[i]),
-                          t_.mu_products.empty() ? 1.0 : read_scalar(t_.mu_products[i])};
+      const StepClass now{t_.groups[i], read_scalar(t_.names[i], "step count", t_.steps[i]),
+                          t_.mu_products.empty() ? 1.0 : read_scalar(t_.names[i], "mu product", t_.mu_products[i])};
       size_t k = classes_.size();
       while (k > 0 && !(classes_[k - 1].group == now.group && classes_[k - 1].step == now.step &&
                         classes_[k - 1].mu_product == now.mu_product))

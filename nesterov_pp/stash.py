@@ -45,8 +45,10 @@ class WeightStash:
     """
 
     def __init__(self, module: nn.Module, versions: int) -> None:
-        if versions < 1:
-            raise ValueError(f"versions must be at least 1 (the delay plus one), not {versions}")
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"a WeightStash takes a torch.nn.Module, not {type(module).__name__}")
+        if not isinstance(versions, int) or versions < 1:
+            raise ValueError(f"versions must be at least 1 (the delay plus one), a whole number, not {versions!r}")
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         _check_stashable(named)
         self.versions = versions
@@ -86,7 +88,14 @@ class WeightStash:
         return self._in_flight[version]
 
     def release(self, version: int) -> None:
-        """Give up one microbatch in flight on the version: its gradient will never be stepped."""
+        """Give up one microbatch in flight on the version: its gradient will never be stepped.
+
+        Raises:
+            ValueError: no microbatch is in flight on it.
+        """
+        self._slot_of(version)
+        if self._in_flight[version] < 1:
+            raise ValueError(f"version {version} has no microbatch in flight")
         self._retire(version, 1)
 
     @contextmanager
@@ -106,6 +115,8 @@ class WeightStash:
         Raises:
             ValueError: the version is not in the ring; or ``backward="newest"`` under autocast.
         """
+        if backward not in ("stashed", "newest"):
+            raise ValueError(f"backward must be 'stashed' or 'newest', not {backward!r}")
         slot = self._slot_of(version)
         hooks: AbstractContextManager[Any] = nullcontext()
         if backward == "newest" and torch.is_grad_enabled():
@@ -148,11 +159,11 @@ class WeightStash:
             )
         self._owner = weakref.ref(optimizer)
 
-    def leaves(self, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    def leaves(self, parameters: Sequence[Tensor], *, complete: bool = True) -> list[list[Tensor]]:
         """The ring as lists over ``parameters``, one list a slot. ``parameters`` may be leaves of any version.
 
         Raises:
-            ValueError: ``parameters`` are not exactly the parameters in the ring.
+            ValueError: one of ``parameters`` is not in the ring; or, if ``complete``, they are not all that are.
         """
         order = [self._index.get(id(p), -1) for p in parameters]
         if -1 in order:
@@ -162,7 +173,7 @@ class WeightStash:
                 "then the optimizer on the same module's trainable parameters"
             )
         missing = sorted(set(range(len(self._names))) - set(order))
-        if missing:
+        if complete and missing:
             raise ValueError(
                 f"the optimizer of a WeightStash must step all its parameters; {self._names[missing[0]]} is missing"
             )
@@ -218,7 +229,7 @@ class WeightStash:
         Raises:
             ValueError: the state is of a ring of another length or of other parameters; nothing is changed.
         """
-        newest, weights = int(state["newest"]), state["weights"]
+        newest, weights = _parts_of(state)
         if len(weights) != min(newest + 1, self.versions):
             raise ValueError(
                 f"the saved ring holds {len(weights)} versions at version {newest}; "
@@ -229,6 +240,8 @@ class WeightStash:
                 unlike = sorted(set(saved) ^ set(self._names)) or ["the order"]
                 raise ValueError(f"the saved ring is of another module: {', '.join(unlike[:3])} differ")
             for name, leaf in zip(self._names, self._slots[0], strict=True):
+                if not isinstance(saved[name], Tensor):
+                    raise ValueError(f"{name} was saved as {type(saved[name]).__name__}, not as a tensor")
                 if saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
                     raise ValueError(
                         f"{name} was saved as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
@@ -245,6 +258,8 @@ class WeightStash:
     # ------------------------------------------------------------------ inside
 
     def _slot_of(self, version: int) -> int:
+        if not isinstance(version, int):
+            raise ValueError(f"version must be a whole number, not {version!r}")
         if version > self.newest or version < 0:
             raise ValueError(f"version {version} does not exist; the newest is {self.newest}")
         if version < self.oldest:
@@ -316,6 +331,18 @@ class WeightStash:
             return torch.as_strided(current, shape, stride, offset)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:
+    newest = state.get("newest") if isinstance(state, dict) else None
+    weights = state.get("weights") if isinstance(state, dict) else None
+    whole = isinstance(newest, int) and newest >= 0 and isinstance(weights, list)
+    if not whole or not all(isinstance(saved, dict) for saved in weights or []):
+        raise ValueError(
+            "load_state_dict takes what WeightStash.state_dict() returned: a dict with 'newest', a version from 0, and "
+            "'weights', a list of dicts"
+        )
+    return newest, weights  # type: ignore[return-value]
 
 
 def _check_stashable(named: dict[str, nn.Parameter]) -> None:

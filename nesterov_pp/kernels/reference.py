@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,16 +88,17 @@ class ReferencePlan:
             for what, other in beside.items():
                 if other is not None:
                     _check_beside(t.names[i], what, weight, other)
-            _check_written(t.names[i], t.slots[target][i])
+            for what, other in beside.items():
+                if what != "gradient" and other is not None:
+                    _check_written(t.names[i] if other is weight else f"the {what} of {t.names[i]}", other)
+            if t.exp_avg_sqs:
+                _check_alike(t.names[i], t.exp_avgs[i], t.exp_avg_sqs[i])
             if grad is None:
                 class_of.append(0)
                 continue
-            _check_scalar(t.names[i], "step count", t.steps[i])
-            mu_product = 1.0
-            if t.mu_products:
-                _check_scalar(t.names[i], "mu product", t.mu_products[i])
-                mu_product = float(t.mu_products[i])
-            key = (t.groups[i], float(t.steps[i]), mu_product)
+            steps = _scalar(t.names[i], "step count", t.steps[i])
+            mu_product = _scalar(t.names[i], "mu product", t.mu_products[i]) if t.mu_products else 1.0
+            key = (t.groups[i], steps, mu_product)
             class_of.append(classes.setdefault(key, len(classes)))
         self._slots, self._grads, self._class_of = (source, target), grads, class_of
         return list(classes)
@@ -145,18 +147,36 @@ def _check_beside(name: str, what: str, weight: Tensor, other: Tensor) -> None:
         expected, found = getattr(weight, attribute), getattr(other, attribute)
         if expected != found:
             raise ValueError(f"the {what} of {name} has {attribute} {found}, but the parameter has {expected}")
-    if what == "next version" and weight.dtype != other.dtype:
+    if what in ("next version", "gradient") and weight.dtype != other.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, but the parameter is {weight.dtype}")
+    if what == "first moment" and weight.dtype in (torch.float64, torch.complex128) and other.dtype != weight.dtype:
+        raise ValueError(f"the {what} of {name} is {other.dtype}, which does not go with a {weight.dtype} parameter")
 
 
-def _check_written(name: str, weight: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+def _check_alike(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise ValueError(f"the second moment of {name} is {exp_avg_sq.dtype}, but the first is {exp_avg.dtype}")
+
+
+def _check_written(what: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise ValueError(f"{what} is {t.dtype}; it must be of floating point")
+    extent = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= extent:
+            raise ValueError(
+                f"{what} overlaps itself (strides {t.stride()} for shape {tuple(t.shape)}), so a step "
+                "cannot write it; give it memory of its own with clone()"
+            )
+        extent += stride * (size - 1)
+
+
+def _scalar(name: str, what: str, t: Tensor) -> float:
+    if t.numel() != 1 or t.device.type == "meta":
         raise ValueError(
-            f"{name} is expanded: several of its elements are one place in memory, which a step cannot write; "
-            "give the optimizer a clone()"
+            f"the {what} of {name} must be one number in a tensor, not of shape {tuple(t.shape)} on {t.device}"
         )
-
-
-def _check_scalar(name: str, what: str, t: Tensor) -> None:
-    if t.numel() != 1:
-        raise ValueError(f"the {what} of {name} must be one number in a tensor, not of shape {tuple(t.shape)}")
+    value = float(t)
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"the {what} of {name} must be a finite number from 0 on, not {value:g}")
+    return value

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters, scalar
+from nesterov_pp.optim.options import Options, check_hyperparameters, scalar, two_betas
 from nesterov_pp.stash import WeightStash
 
 
@@ -87,7 +87,7 @@ class AdamW(FusedOptimizer):
         )
         defaults = {
             "lr": lr,
-            "betas": (float(betas[0]), float(betas[1])),
+            "betas": two_betas(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -103,7 +103,7 @@ class AdamW(FusedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = two_betas(group["betas"])
         row = coefficients.adamw(
             t,
             lr=scalar(group["lr"]),

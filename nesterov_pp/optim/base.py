@@ -28,6 +28,8 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _adaptive: ClassVar[bool] = True
     _has_mu_product: ClassVar[bool] = False
+    _ready = False  # the constructor has seen all its groups
+    _warned = False
     _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
     # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
     _legacy: ClassVar[dict[str, Any]] = {
@@ -45,11 +47,12 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
         if options.stash is not None:
             options.stash.leaves(self._parameters())
+        plain = [local(p) for p in self._parameters()]
+        self.backend = choose_backend(options.backend, plain, self._only_reference())
+        if options.stash is not None:
             options.stash.attach(self)
-        only = self._only_reference()
-        self.backend = choose_backend(options.backend, [local(p) for p in self._parameters()], only)
-        if only is not None and options.backend == "auto":
-            warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=3)
+        self._ready = True
+        self._warn_of_reference(stacklevel=4)
 
     # ------------------------------------------------------------------ the step
 
@@ -108,7 +111,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         for group in self.param_groups:
             if group.get("capturable"):
-                _refuse_capturable(group["params"])
+                _refuse_capturable(group["params"], "params, mu_products" if self._has_mu_product else "params")
         grads_of, source, target = slots
         prepared, classes = self._collect(slots)
         if self._overflowed():
@@ -171,10 +174,11 @@ class FusedOptimizer(Optimizer):
             row, product = self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
             # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
             finite = all(map(math.isfinite, (*row[1:], product)))
-        except (TypeError, ZeroDivisionError, OverflowError):
+        except (KeyError, TypeError, ZeroDivisionError, OverflowError):
             finite = False
         if not finite:
-            shown = ", ".join(f"{key}={group[key]!r}" for key in self.defaults if not isinstance(group[key], bool))
+            found = {key: group.get(key, "missing") for key in self.defaults}
+            shown = ", ".join(f"{key}={value!r}" for key, value in found.items() if not isinstance(value, bool))
             raise ValueError(f"parameter group {index} cannot be stepped with {shown}; nothing has been updated")
         return row, product
 
@@ -212,15 +216,34 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ parameters and their state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError("a parameter group has no 'params'")
         super().add_param_group(param_group)
+        parameters = self.param_groups[-1]["params"]
         try:
-            for p in self.param_groups[-1]["params"]:
-                self.options.check_parameter(p)
+            self._check_group(parameters)
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._init_state([p for p in self.param_groups[-1]["params"] if p.requires_grad])
+        self._init_state([p for p in parameters if p.requires_grad])
         self._prepared = None
+        if self._ready:
+            self._warn_of_reference(stacklevel=3)
+
+    def _warn_of_reference(self, stacklevel: int) -> None:
+        only = self._only_reference()
+        if only is not None and self.options.backend == "auto" and not self._warned:
+            self._warned = True
+            warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=stacklevel)
+
+    def _check_group(self, parameters: list[Tensor]) -> None:
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise ValueError("a parameter group has the same parameter twice; a step would count it once")
+        for p in parameters:
+            if p.requires_grad or p.is_floating_point():
+                self.options.check_parameter(p)
+        if self.options.stash is not None:
+            self.options.stash.leaves(parameters, complete=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
@@ -283,7 +306,8 @@ class FusedOptimizer(Optimizer):
         changed = False
         for p in self._parameters():
             for name, value in self.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                strided = isinstance(value, Tensor) and value.layout == p.layout == torch.strided
+                if strided and value.shape == p.shape and value.stride() != p.stride():
                     moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
                     changed |= moved.stride() != value.stride()
                     self.state[p][name] = moved
@@ -308,19 +332,18 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._prepared = None
         self.__dict__.setdefault("last_grad_norm", None)
+        self._ready = self._warned = True
         for group in self.param_groups:
             for key, value in self._legacy.items():
                 group.setdefault(key, value)
         checkpoint.numbers_to_tensors(self.state)
 
 
-def _refuse_capturable(parameters: list[Tensor]) -> None:
+def _refuse_capturable(parameters: list[Tensor], named: str) -> None:
     """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot."""
     from torch.optim.optimizer import _get_capturable_supported_devices
 
     supported = _get_capturable_supported_devices()
     if any(p.device.type not in supported for p in parameters):
-        raise AssertionError(
-            f"If capturable=True, params, mu_products and state_steps must be on supported devices: {supported}."
-        )
+        raise AssertionError(f"If capturable=True, {named} and state_steps must be on supported devices: {supported}.")
     raise RuntimeError("capturable=True needs CUDA kernels, which this version does not have; use capturable=False")

@@ -17,11 +17,19 @@ def check_form(state_dict: object) -> None:
     Raises:
         ValueError: so it is.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(
-            "load_state_dict takes what state_dict() returned, a dict with 'state' and 'param_groups', "
-            f"not {type(state_dict).__name__ if not isinstance(state_dict, dict) else sorted(map(str, state_dict))}"
-        )
+    what = "load_state_dict takes what state_dict() returned, a dict with 'state' and 'param_groups', not"
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{what} {type(state_dict).__name__}")
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"{what} {sorted(map(str, state_dict))}")
+
+
+def _check_parts(saved: Mapping[str, Any]) -> None:
+    groups = saved["param_groups"]
+    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
+        raise ValueError("the 'param_groups' of a saved state must be a list of dicts with 'params'")
+    if not isinstance(saved["state"], dict):
+        raise ValueError(f"the 'state' of a saved state must be a dict, not {type(saved['state']).__name__}")
 
 
 def check_fits(
@@ -32,6 +40,7 @@ def check_fits(
     Raises:
         ValueError: so it is.
     """
+    _check_parts(saved)
     saved_groups = saved["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         return  # torch refuses that
@@ -48,13 +57,21 @@ def check_fits(
                     raise ValueError(
                         f"the saved state of parameter {i} of group {k} has no {name!r}: it is another optimizer's"
                     )
-                value = state[name]
-                scalar = name in ("step", "mu_product")
-                if isinstance(value, Tensor) and not scalar and value.shape != p.shape:
-                    raise ValueError(
-                        f"the saved {name!r} of parameter {i} of group {k} has shape {tuple(value.shape)}, "
-                        f"but the parameter has {tuple(p.shape)}"
-                    )
+                _check_value(f"the saved {name!r} of parameter {i} of group {k}", name, state[name], p)
+
+
+def _check_value(what: str, name: str, value: object, p: Tensor) -> None:
+    if name in ("step", "mu_product"):
+        if not (isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)):
+            raise ValueError(f"{what} must be one number")
+        return
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex() != p.is_complex():
+        kind = "complex" if p.is_complex() else "real"
+        raise ValueError(f"{what} must be a dense {kind} tensor")
+    if not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(f"{what} must be of floating point, not {value.dtype}")
+    if value.shape != p.shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)}, but the parameter has {tuple(p.shape)}")
 
 
 def check_entries(labels: list[str], states: list[dict[str, Any]], names: list[str]) -> None:

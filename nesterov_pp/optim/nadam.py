@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters, scalar
+from nesterov_pp.optim.options import Options, check_hyperparameters, scalar, two_betas
 from nesterov_pp.stash import WeightStash
 
 
@@ -117,7 +117,7 @@ class NAdam(FusedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = two_betas(group["betas"])
         return coefficients.nadam(
             t,
             mu_product,

@@ -34,6 +34,8 @@ class Options:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stash, WeightStash | None):
+            raise ValueError(f"stash must be a WeightStash, not {type(self.stash).__name__}")
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, numbers.Real) and norm > 0.0):
             raise ValueError(f"Invalid max_grad_norm: {norm}; it must be above 0, or None for no clipping")
@@ -57,6 +59,10 @@ class Options:
         Raises:
             ValueError: so it is.
         """
+        if p.layout != torch.strided:
+            raise ValueError(f"a parameter has layout {_name(p.layout)}; optimizers step dense parameters")
+        if not (p.is_floating_point() or p.is_complex()):
+            raise ValueError(f"a parameter is {_name(p.dtype)}; optimizers step floating-point and complex parameters")
         wide = p.dtype in (torch.float64, torch.complex128)
         if self.state_dtype is not None and (wide or p.is_complex()):
             raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of {_name(p.dtype)} parameters")
@@ -82,6 +88,8 @@ def check_hyperparameters(
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
+    if isinstance(lr, Tensor) and lr.requires_grad:
+        raise ValueError("lr requires a gradient, which a step does not pass on here; detach() it")
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas}; they must be a pair of numbers")
     if not _at_least_zero(lr):
@@ -89,6 +97,8 @@ def check_hyperparameters(
     if not _at_least_zero(eps):
         raise ValueError(f"Invalid epsilon value: {eps}")
     for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
         if not (_at_least_zero(beta) and beta < 1.0):
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
     if not _at_least_zero(weight_decay):
@@ -103,14 +113,34 @@ def scalar(value: float | Tensor) -> float:
     Raises:
         TypeError: it is none.
     """
-    if not isinstance(value, numbers.Real | Tensor):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.detach())
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{value!r} is not a number")
+
+
+def two_betas(values: object) -> tuple[float, float]:
+    """The two betas as plain numbers.
+
+    Raises:
+        TypeError: they are none, or not from 0 to 1.
+    """
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise TypeError(f"{values!r} is not a pair of numbers")
+    first, second = scalar(values[0]), scalar(values[1])
+    if not (0.0 <= first <= 1.0 and 0.0 <= second <= 1.0):
+        raise TypeError(f"{values!r} are not from 0 to 1")
+    return first, second
 
 
 def _at_least_zero(value: float | Tensor) -> bool:
-    return isinstance(value, numbers.Real | Tensor) and math.isfinite(float(value)) and float(value) >= 0.0
+    try:
+        number = scalar(value)
+    except TypeError:
+        return False
+    return math.isfinite(number) and number >= 0.0
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

@@ -156,7 +156,7 @@ def test_an_expanded_parameter_is_refused_before_anything_is_written():
     p = torch.nn.Parameter(torch.ones(1).expand(4))
     optimizer = npp.NAdam([p])
     p.grad = torch.ones(4)
-    with pytest.raises(ValueError, match=r"parameter 0 is expanded: .*; give the optimizer a clone"):
+    with pytest.raises(ValueError, match=r"^parameter 0 overlaps itself .*; give it memory of its own with clone"):
         optimizer.step()
     assert float(optimizer.state[p]["step"]) == 0
     assert not optimizer.state[p]["exp_avg"].any()
