@@ -1,4 +1,4 @@
-"""More bad input: one clear sentence, and not one bit changed anywhere, gradients and other versions included."""
+"""Bad input: one clear sentence, and not one bit changed anywhere, gradients and other versions included."""
 
 from __future__ import annotations
 
