@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 import nesterov_pp as npp
-from benchmarks.workloads import PEERS, WORKLOADS, Problem, prepare, threads
+from benchmarks.workloads import PEERS, WORKLOADS, Problem, Step, prepare, threads
 
 BASE = "torch.optim.NAdam(foreach=True)"
+UNMEASURED = 3
 
 
-def measure(problem: Problem, peers: list[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, peers taken in turn (A B C A B C ...) after two unmeasured rounds."""
-    steps = {name: PEERS[name](problem) for name in peers}
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for r in range(rounds + 2):
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step, taken in turn (A B C A B C ...) after unmeasured rounds, in which some are compiled."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for r in range(rounds + UNMEASURED):
         for name, step in steps.items():
             prepare(step)
             start = time.perf_counter()
             step()
             elapsed = time.perf_counter() - start
-            if r >= 2:
+            if r >= UNMEASURED:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -47,6 +47,19 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def machine() -> dict[str, Any]:
+    """What a result was measured with."""
+    module, reason = npp.kernels.extension.load()
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": module.isa() if module is not None else f"none: {reason}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
 def result(problem: Problem, workload: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     rows = {}
     base = statistics.median(seconds[BASE])
@@ -58,19 +71,13 @@ def result(problem: Problem, workload: str, seconds: dict[str, list[float]]) -> 
             "gb_per_s": round(problem.bytes_per_parameter * problem.elements / median / 1e9, 2),
             "times_faster": round(base / median, 3),
         }
-    _, reason = npp.kernels.extension.load()
     return {
         "workload": workload,
         "tensors": len(problem.weights),
         "parameters": problem.elements,
         "dtype": str(problem.weights[0].dtype).removeprefix("torch."),
         "bytes_per_parameter": problem.bytes_per_parameter,
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "isa": "none: " + str(reason) if reason else npp.kernels.extension.load()[0].isa(),  # type: ignore[union-attr]
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
+        **machine(),
         "rows": rows,
     }
 
@@ -101,7 +108,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     problem = Problem(WORKLOADS[options.workload](), getattr(torch, options.dtype))
     with threads(options.threads):
-        found = result(problem, options.workload, measure(problem, list(PEERS), options.rounds))
+        steps = {name: peer(problem) for name, peer in PEERS.items()}
+        found = result(problem, options.workload, measure(steps, options.rounds))
     print(table(found))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

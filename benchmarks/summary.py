@@ -1,163 +1,198 @@
-"""What the step is to reach, and what it does, in one table: ``python -m benchmarks.summary``.
+"""What the step is to reach, and what it reaches, in one table of ratios: ``python -m benchmarks.summary``.
 
-Peers are measured in turn (A B C A B C ...). A ratio is the median of the ratios of the same round, since shared
-machines change the speed of their memory within minutes.
+What is compared is measured in turn (A B C A B C ...). A ratio is the median of the ratios of the single rounds: a
+machine that others use changes the speed of its memory within minutes, and one round sees one speed. That does not help
+against other load on the same cores: it slows steps of many parallel regions far more than those of one, so that the
+load before the run is part of the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import platform
+import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import nesterov_pp as npp
 from benchmarks import workloads as w
-from benchmarks.step import commit, processor
+from benchmarks.plain import NoCompilerError
+from benchmarks.step import machine, measure
 
+Times = dict[str, float]  # seconds of each peer in one round
 Samples = dict[str, list[float]]
+Peer = Callable[[w.Problem], w.Step]
+
+OURS, RING, CLIPPING = "ours", "ring of 8", "clipping"
+FOREACH, COMPILED, COPIES, TORCH_CLIP = "foreach", "compiled", "copies", "clip + foreach"
+FUSED, LOOP, READ, HALF = "AdamW fused", "plain loop", "read g", "bfloat16"
 
 
-def measure(peers: dict[str, w.Step], rounds: int, warmup: int = 3) -> Samples:
-    """Seconds of each peer in each round."""
-    seconds: Samples = {name: [] for name in peers}
-    for r in range(rounds + warmup):
-        for name, step in peers.items():
-            w.prepare(step)
-            begin = time.perf_counter()
-            step()
-            elapsed = time.perf_counter() - begin
-            if r >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio of the times of one round."""
+
+    what: str
+    target: str
+    peers: tuple[str, ...]
+    ratio: Callable[[Times], float]
 
 
-def row(what: str, target: str, samples: Samples, value: Callable[[dict[str, float]], float]) -> dict[str, Any]:
-    """One row: ``value`` of every round's times, its quartiles, and the median time of each peer."""
-    rounds = [dict(zip(samples, times, strict=True)) for times in zip(*samples.values(), strict=True)]
-    low, median, high = statistics.quantiles([value(times) for times in rounds], n=4)
+def over(what: str, target: str, above: str, below: str) -> Row:
+    """The row of the time of ``above`` over that of ``below``."""
+    return Row(what, target, (above, below), lambda t: t[above] / t[below])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Peers that are measured in turn and the rows made of them; few enough to fit into 16 GB together."""
+
+    shapes: Callable[[], w.Shapes]
+    peers: dict[str, Peer]
+    rows: tuple[Row, ...]
+    repeat: int = 1  # rounds of short steps are many more
+    half: dict[str, Peer] | None = None  # peers on the same list in bfloat16
+
+
+GROUPS = (
+    Group(
+        w.gpt2_small,
+        {
+            OURS: w.ours,
+            LOOP: w.plain_loop,
+            FUSED: w.torch_adamw_fused,
+            COMPILED: w.torch_nadam_compiled,
+            FOREACH: w.torch_nadam,
+        },
+        (
+            over("torch.optim.NAdam(foreach=True) / ours", ">= 6", FOREACH, OURS),
+            over("the same under torch.compile / ours", ">= 2", COMPILED, OURS),
+            over("torch.optim.AdamW(fused=True) / ours", ">= 1", FUSED, OURS),
+            over("bandwidth: ours / a plain C++ loop with the same 7 streams", ">= 0.95", LOOP, OURS),
+        ),
+    ),
+    Group(
+        w.gpt2_small,
+        {OURS: w.ours, RING: lambda problem: w.ours_with_ring(problem, 8), COPIES: w.torch_nadam_with_stash},
+        (
+            over("ours with a ring of 8 / ours without", "<= 1.05", RING, OURS),
+            over("foreach NAdam and its stash by three copies / ours with a ring of 8", ">= 8", COPIES, RING),
+        ),
+    ),
+    Group(
+        w.gpt2_small,
+        {OURS: w.ours, CLIPPING: w.ours_clipping, READ: w.plain_read, TORCH_CLIP: w.torch_clip_and_nadam},
+        (
+            Row(
+                "what clipping adds to ours / a plain C++ read of g",
+                "<= 1.1",
+                (CLIPPING, OURS, READ),
+                lambda t: (t[CLIPPING] - t[OURS]) / t[READ],
+            ),
+            over("clip_grad_norm_ and foreach NAdam / ours clipping", "", TORCH_CLIP, CLIPPING),
+        ),
+    ),
+    Group(
+        w.gpt2_small,
+        {OURS: w.ours},
+        (
+            Row(
+                "bandwidth: ours in bfloat16 (14 B/parameter) / ours in float32 (28 B)",
+                ">= 0.9",
+                (OURS, HALF),
+                lambda t: 14 / t[HALF] / (28 / t[OURS]),
+            ),
+            over("in bfloat16: torch.optim.AdamW(fused=True) / ours", "", FUSED, HALF),
+        ),
+        half={HALF: w.ours, FUSED: w.torch_adamw_fused},
+    ),
+    Group(
+        w.tiny_tensors,
+        {OURS: w.ours, FUSED: w.torch_adamw_fused},
+        (over("1,000 tensors of 64: torch.optim.AdamW(fused=True) / ours", ">= 10", FUSED, OURS),),
+        repeat=10,
+    ),
+)
+
+
+def prepared(group: Group, missing: set[str]) -> dict[str, w.Step]:
+    """The steps of a group; what keeps a peer from being measured goes into ``missing``."""
+    steps: dict[str, w.Step] = {}
+    for dtype, peers in ((torch.float32, group.peers), (torch.bfloat16, group.half)):
+        if peers is None:
+            continue
+        problem = w.Problem(group.shapes(), dtype)
+        for name, peer in peers.items():
+            try:
+                steps[name] = peer(problem)
+            except NoCompilerError as reason:
+                missing.add(str(reason))
+    return steps
+
+
+def measured(row: Row, samples: Samples) -> dict[str, Any]:
+    """Quartiles of the row's ratio over the rounds, its value of the medians, and the median times."""
+    rounds = [dict(zip(row.peers, times, strict=True)) for times in zip(*(samples[p] for p in row.peers), strict=True)]
+    medians = {peer: statistics.median(samples[peer]) for peer in row.peers}
     return {
-        "what": what,
-        "target": target,
-        "quartiles": [round(x, 3) for x in (low, median, high)],
-        "ms": {name: round(statistics.median(times) * 1e3, 3) for name, times in samples.items()},
+        "what": row.what,
+        "target": row.target,
+        "quartiles": [round(q, 4) for q in statistics.quantiles(map(row.ratio, rounds), n=4)],
+        "of_medians": round(row.ratio(medians), 4),
+        "ms": {peer: round(seconds * 1e3, 4) for peer, seconds in medians.items()},
     }
 
 
-def full_precision(rounds: int) -> list[dict[str, Any]]:
-    problem = w.Problem(w.gpt2_small())
-    samples = measure(
-        {
-            "ours": w.ours(problem),
-            "ring": w.ours_with_ring(problem, 8),
-            "clipping": w.ours_clipping(problem),
-            "read g": w.plain_read(problem),
-            "plain loop": w.plain_loop(problem),
-            "foreach": w.torch_nadam(problem),
-            "compiled": w.torch_nadam_compiled(problem),
-            "copies": w.torch_nadam_with_stash(problem),
-            "AdamW fused": w.torch_adamw_fused(problem),
-        },
-        rounds,
-    )
-
-    def of(*names: str) -> Samples:
-        return {name: samples[name] for name in names}
-
-    return [
-        row(
-            "torch.optim.NAdam(foreach=True) / ours", ">= 6", of("ours", "foreach"), lambda t: t["foreach"] / t["ours"]
+def run(groups: tuple[Group, ...], rounds: int) -> dict[str, Any]:
+    """Measures the groups one after the other; a row whose peers are not all there is left out."""
+    load = os.getloadavg()[0]  # before the first measurement: that of others
+    rows, all_samples, missing = [], [], set[str]()
+    for group in groups:
+        steps = prepared(group, missing)
+        samples = measure(steps, rounds * group.repeat)
+        rows += [measured(row, samples) for row in group.rows if steps.keys() >= set(row.peers)]
+        all_samples.append({name: [round(s * 1e3, 4) for s in times] for name, times in samples.items()})
+        del steps
+        torch.compiler.reset()  # what was compiled holds on to its tensors
+        gc.collect()
+    found = machine()
+    return {
+        "conditions": (
+            f"gpt2-small unless said otherwise: 148 tensors, 124.4M parameters, float32; {rounds} rounds, "
+            f"{found['threads']} threads, {found['processor']} ({found['isa']}), torch {found['torch']}, "
+            f"load of the machine before: {load:.1f}"
         ),
-        row("the same under torch.compile / ours", ">= 2", of("ours", "compiled"), lambda t: t["compiled"] / t["ours"]),
-        row(
-            "torch.optim.AdamW(fused=True) / ours",
-            ">= 1",
-            of("ours", "AdamW fused"),
-            lambda t: t["AdamW fused"] / t["ours"],
-        ),
-        row(
-            "our bandwidth / that of a plain C++ loop with the same 7 streams",
-            ">= 0.95",
-            of("ours", "plain loop"),
-            lambda t: t["plain loop"] / t["ours"],
-        ),
-        row("a ring of 8 / in place", "<= 1.05", of("ours", "ring"), lambda t: t["ring"] / t["ours"]),
-        row(
-            "foreach NAdam and a stash by three copies / our ring of 8",
-            ">= 8",
-            of("ring", "copies"),
-            lambda t: t["copies"] / t["ring"],
-        ),
-        row(
-            "what clipping adds / reading g once",
-            "<= 1.1",
-            of("ours", "clipping", "read g"),
-            lambda t: (t["clipping"] - t["ours"]) / t["read g"],
-        ),
-    ]
-
-
-def tiny_tensors(rounds: int) -> list[dict[str, Any]]:
-    problem = w.Problem(w.tiny_tensors())
-    samples = measure({"ours": w.ours(problem), "AdamW fused": w.torch_adamw_fused(problem)}, 10 * rounds)
-    what = "1,000 tensors of 64: torch.optim.AdamW(fused=True) / ours"
-    return [row(what, ">= 10", samples, lambda t: t["AdamW fused"] / t["ours"])]
-
-
-def half_precision(rounds: int) -> list[dict[str, Any]]:
-    full, half = w.Problem(w.gpt2_small()), w.Problem(w.gpt2_small(), torch.bfloat16)
-    peers = {"float32": w.ours(full), "bfloat16": w.ours(half), "AdamW fused": w.torch_adamw_fused(half)}
-    samples = measure(peers, rounds)
-    bytes_of = full.bytes_per_parameter / half.bytes_per_parameter
-    return [
-        row(
-            "bandwidth over 14 B/parameter of bfloat16 / over 28 B of float32",
-            ">= 0.9",
-            {name: samples[name] for name in ("float32", "bfloat16")},
-            lambda t: t["float32"] / t["bfloat16"] / bytes_of,
-        ),
-        row(
-            "bfloat16: torch.optim.AdamW(fused=True) / ours",
-            "",
-            {name: samples[name] for name in ("bfloat16", "AdamW fused")},
-            lambda t: t["AdamW fused"] / t["bfloat16"],
-        ),
-    ]
+        **found,
+        "rows": rows,
+        "missing": sorted(missing),
+        "samples_ms": all_samples,
+    }
 
 
 def table(found: dict[str, Any]) -> str:
     lines = [found["conditions"], "", "| ratio | aim | measured (quartiles) | median ms |", "|---|---|---|---|"]
-    for r in found["rows"]:
-        low, median, high = r["quartiles"]
-        times = ", ".join(f"{name} {ms:.4g}" for name, ms in r["ms"].items())
-        lines.append(f"| {r['what']} | {r['target']} | {median:.2f} ({low:.2f} to {high:.2f}) | {times} |")
+    for row in found["rows"]:
+        low, median, high = row["quartiles"]
+        times = ", ".join(f"{name} {ms:.4g}" for name, ms in row["ms"].items())
+        lines.append(f"| {row['what']} | {row['target']} | {median:.2f} ({low:.2f} to {high:.2f}) | {times} |")
+    lines += [f"\nNot measured: {reason}" for reason in found.get("missing", [])]
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="measured rounds (default: 20)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each peer (default: 20)")
+    parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file")
     options = parser.parse_args(arguments)
-    rows = full_precision(options.rounds) + tiny_tensors(options.rounds) + half_precision(options.rounds)
-    module, reason = npp.kernels.extension.load()
-    found = {
-        "conditions": (
-            f"gpt2-small unless said otherwise: 148 tensors, 124.4M parameters, float32; {options.rounds} rounds, "
-            f"{torch.get_num_threads()} threads, {processor()} ({module.isa() if module else reason}), "
-            f"torch {torch.__version__}"
-        ),
-        "python": platform.python_version(),
-        "commit": commit(),
-        "rows": rows,
-    }
+    with w.threads(options.threads):
+        found = run(GROUPS, options.rounds)
     print(table(found))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

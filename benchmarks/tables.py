@@ -22,6 +22,7 @@ from nesterov_pp.training.comparison import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SUMMARY = "cpu-summary.json"
 
 
 def record_demo(folder: Path) -> None:
@@ -52,11 +53,10 @@ def sections() -> dict[str, str]:
     steps = [
         step_table(load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
     ]
-    return {
-        "demo": demo_table(load("cpu-demo.json")),
-        "summary": summary_table(load("cpu-summary.json")),
-        "step": "\n\n".join(steps),
-    }
+    parts = {"demo": demo_table(load("cpu-demo.json")), "step": "\n\n".join(steps)}
+    if (RESULTS / SUMMARY).exists():
+        parts["summary"] = summary_table(load(SUMMARY))
+    return parts
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:
