@@ -56,6 +56,11 @@ def update(
         weight_out.copy_(w)
 
 
+def widened(grad: Tensor) -> Tensor:
+    """A gradient whose norm does not overflow: that of 5,000 float16 values of 1,000 is no float16."""
+    return grad.to(torch.float32) if grad.dtype in _LOW else grad
+
+
 def _store(to: Tensor, value: Tensor, noise: Noise | None, which: int) -> None:
     to.copy_(value if noise is None or to.dtype != torch.bfloat16 else noise.round(value, which))
 
@@ -104,7 +109,7 @@ class ReferencePlan:
         return list(classes)
 
     def gradient_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([grad for grad in self._grads if grad is not None]))
+        return float(torch.nn.utils.get_total_norm([widened(grad) for grad in self._grads if grad is not None]))
 
     def nonfinite_parameter(self) -> str:
         for name, grad in zip(self._tensors.names, self._grads, strict=True):

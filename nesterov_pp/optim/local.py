@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from nesterov_pp.kernels.reference import widened
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -51,6 +53,6 @@ def global_norm(grads: list[Tensor]) -> float:
         by_mesh.setdefault(grad.device_mesh if is_dtensor(grad) else None, []).append(grad)
     norms = []
     for mesh_grads in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm(mesh_grads)
+        norm = torch.nn.utils.get_total_norm([widened(grad) for grad in mesh_grads])
         norms.append(float(norm.full_tensor() if is_dtensor(norm) else norm))
     return math.hypot(*norms)

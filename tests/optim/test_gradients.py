@@ -115,3 +115,15 @@ def test_large_finite_gradients_do_not_count_as_not_finite():
 def test_a_bad_choice_is_refused():
     with pytest.raises(ValueError, match="Invalid on_nonfinite: 'skip'; choose one of ignore, raise"):
         npp.NAdam([torch.nn.Parameter(torch.ones(2))], on_nonfinite="skip")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_beyond_the_gradients_dtype_clips(dtype, backend):
+    """Every gradient is finite in float16, and their norm is not."""
+    p = torch.nn.Parameter(torch.zeros(5000, dtype=dtype))
+    p.grad = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 2000).to(dtype)
+    optimizer = npp.NAdam([p], max_grad_norm=1.0, on_nonfinite="raise", backend=backend)
+    optimizer.step()
+    assert float(optimizer.last_grad_norm) == pytest.approx(float(p.grad.double().norm()), rel=1e-5)
+    assert (p.detach() != 0).float().mean() > 0.9
