@@ -74,13 +74,14 @@ coverage: setup ## which lines the tests run: tables of Python and C++
 	rm -rf $(COVERED) && mkdir -p $(COVERED)
 	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
 	rm -f $(COVERED)/nesterov_pp/_C*
+	sed 's/"-O3"/"-O0"/; s/"-g0"/"-g"/' setup.py > $(COVERED)/setup.py
 	cd $(COVERED) && CFLAGS="--coverage" LDFLAGS="--coverage" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd $(COVERED) && ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels tests/optim tests/stash
-	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q
-	$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report | tee $(COVERED)/python.txt
-	cd $(COVERED) && ../../$(BIN)/gcovr -r . --filter csrc/ --txt cpp.txt && cat cpp.txt
+	COVERAGE_FILE=$(COVERED)/.coverage $(BIN)/python -m coverage run -m pytest -q
+	COVERAGE_FILE=$(COVERED)/.coverage $(BIN)/python -m coverage combine -q
+	COVERAGE_FILE=$(COVERED)/.coverage $(BIN)/python -m coverage report > $(COVERED)/python.txt
+	cd $(COVERED) && ../../$(BIN)/gcovr -r . --filter csrc/ --merge-lines --txt cpp.txt
+	@cat $(COVERED)/python.txt $(COVERED)/cpp.txt
 
 clean: ## remove what was built and installed; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
