@@ -207,6 +207,17 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed) : t_(std::move(tensors
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
 
+namespace {
+
+// The tensors of a list lie all over the memory: the loop over them would wait for each in turn.
+void prefetch(const std::vector<at::Tensor>& tensors, size_t i) {
+  if (i >= tensors.size() || !tensors[i].defined()) return;
+  const char* impl = reinterpret_cast<const char*>(tensors[i].unsafeGetTensorImpl());
+  for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64) __builtin_prefetch(impl + line);
+}
+
+}  // namespace
+
 std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   if (grads_of >= t_.slots.size() || from >= t_.slots.size() || to >= t_.slots.size())
     fail("slot ", std::max({grads_of, from, to}), " of a ring of ", t_.slots.size(), " slots does not exist");
@@ -218,6 +229,10 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   items_.reserve(n);
   classes_.clear();
   for (size_t i = 0; i < n; ++i) {
+    constexpr size_t kAhead = 4;
+    prefetch(t_.slots[from], i + kAhead);
+    if (to != from) prefetch(t_.slots[to], i + kAhead);
+    for (const auto* list : {&t_.exp_avgs, &t_.exp_avg_sqs, &t_.steps, &t_.mu_products}) prefetch(*list, i + kAhead);
     const at::Tensor& weight = t_.slots[from][i];
     const at::Tensor& grad = t_.slots[grads_of][i].grad();
     if (grad.defined()) grads_[i] = laid_out_as(weight, grad);
