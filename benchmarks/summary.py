@@ -79,7 +79,11 @@ GROUPS = (
     ),
     Group(
         w.gpt2_small,
-        {OURS: w.ours, RING: lambda problem: w.ours_with_ring(problem, 8), COPIES: w.torch_nadam_with_stash},
+        {
+            OURS: w.ours,
+            RING: lambda problem: w.ours_with_ring(problem, 8),
+            COPIES: lambda problem: w.torch_nadam_with_stash(problem, 8),
+        },
         (
             over("ours with a ring of 8 / ours without", "<= 1.05", RING, OURS),
             over("foreach NAdam and its stash by three copies / ours with a ring of 8", ">= 8", COPIES, RING),

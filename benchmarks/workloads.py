@@ -58,11 +58,11 @@ def torch_nadam(problem: Problem) -> Step:
     return torch.optim.NAdam(problem.parameters(), foreach=True, decoupled_weight_decay=True, weight_decay=0.01).step
 
 
-def torch_nadam_with_stash(problem: Problem) -> Step:
+def torch_nadam_with_stash(problem: Problem, versions: int = 2) -> Step:
     """Its stash: load the old weights, load the new ones, step, and clone the result: three copies around a step."""
     parameters = problem.parameters()
     optimizer = torch.optim.NAdam(parameters, foreach=True, decoupled_weight_decay=True, weight_decay=0.01)
-    versions = [[p.detach().clone() for p in parameters] for _ in range(2)]
+    stash = [[p.detach().clone() for p in parameters] for _ in range(versions)]
 
     @torch.no_grad()
     def load(version: list[torch.Tensor]) -> None:
@@ -70,11 +70,11 @@ def torch_nadam_with_stash(problem: Problem) -> Step:
             p.copy_(saved)
 
     def step() -> None:
-        load(versions[0])
-        load(versions[1])
+        load(stash[0])
+        load(stash[-1])
         optimizer.step()
-        versions.append([p.detach().clone() for p in parameters])
-        versions.pop(0)
+        stash.append([p.detach().clone() for p in parameters])
+        stash.pop(0)
 
     return step
 

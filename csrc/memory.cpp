@@ -14,7 +14,9 @@ namespace nesterov_pp {
 namespace {
 
 constexpr size_t kLine = 64;
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLarge = 16 * kPage;
 
 #if defined(__linux__)
 // Zeroed pages, of which the first lies at a multiple of the huge page size.
@@ -42,10 +44,31 @@ class Region {
 };
 #endif
 
-size_t lines(const at::Tensor& t, at::ScalarType dtype) {
-  const size_t bytes = static_cast<size_t>(t.numel()) * c10::elementSize(dtype);
-  return (bytes + kLine - 1) / kLine * kLine;
-}
+size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// [note: where a tensor lies within its page]
+// A processor tells whether a load waits for an earlier store by the low twelve bits of their addresses first. A pass
+// over element i stores there and then loads element i + 1, so lists that lie a line or two apart within their pages
+// make every load wait: measured, 1.4 to 2.6 times the time of a pass with streaming stores. Lists that lie alike never
+// do, whence each large tensor starts where the one that it is like starts within its page. Small ones lie densely.
+class Layout {
+ public:
+  // Where the next tensor begins, in bytes from the start of the region, which is at a page's start.
+  size_t place(const at::Tensor& like, at::ScalarType dtype) {
+    const size_t bytes = static_cast<size_t>(like.numel()) * c10::elementSize(dtype);
+    if (bytes >= kLarge) {
+      const size_t within = reinterpret_cast<size_t>(like.data_ptr()) % kPage / kLine * kLine;
+      end_ += (within + kPage - end_ % kPage) % kPage;
+    }
+    const size_t begin = end_;
+    end_ += rounded_up(bytes, kLine);
+    return begin;
+  }
+  size_t end() const { return end_; }
+
+ private:
+  size_t end_ = 0;
+};
 
 }  // namespace
 
@@ -53,16 +76,18 @@ std::vector<at::Tensor> zeros_like(const std::vector<at::Tensor>& tensors, at::S
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());
 #if defined(__linux__)
-  size_t bytes = 0;
-  for (const auto& t : tensors) bytes += lines(t, dtype);
-  if (bytes >= kHugePage) {
-    const auto region = std::make_shared<Region>(bytes);
+  Layout layout;
+  std::vector<size_t> begins;
+  begins.reserve(tensors.size());
+  for (const auto& t : tensors) begins.push_back(layout.place(t, dtype));
+  if (layout.end() >= kHugePage) {
+    const auto region = std::make_shared<Region>(layout.end());
     if (region->data() != nullptr) {
-      char* next = region->data();
-      for (const auto& t : tensors) {
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        const at::Tensor& t = tensors[i];
         const auto options = t.options().dtype(dtype).requires_grad(false);
-        result.push_back(at::from_blob(next, t.sizes(), t.strides(), [region](void*) {}, options));
-        next += lines(t, dtype);
+        char* begin = region->data() + begins[i];
+        result.push_back(at::from_blob(begin, t.sizes(), t.strides(), [region](void*) {}, options));
       }
       return result;
     }

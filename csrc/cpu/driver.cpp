@@ -80,7 +80,7 @@ void run(const std::vector<Task>& tasks) {
 
 double norm(const std::vector<Values>& tensors) {
   // Chunks of fixed size with a sum each, added in order, so that the split over threads leaves no trace.
-  constexpr int64_t kChunk = 16 * kSquaresRun;
+  constexpr int64_t kChunk = 8 * kSquaresRun;
   std::vector<int64_t> first_chunk(tensors.size() + 1, 0);
   for (size_t i = 0; i < tensors.size(); ++i)
     first_chunk[i + 1] = first_chunk[i] + (tensors[i].count + kChunk - 1) / kChunk;

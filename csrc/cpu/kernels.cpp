@@ -96,11 +96,15 @@ template <int N>
 NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
                                                     const typename Lanes<N>::U& offsets) {
   using U = typename Lanes<N>::U;
+  using W = typename Lanes<N>::W;
   const auto first = static_cast<unsigned long long>(noise.first + i) / 2;
   const U low = offsets + static_cast<unsigned int>(first);
   const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
-  return philox<U>({low, carry + static_cast<unsigned int>(first >> 32), U{} + noise.tensor, U{} + noise.step},
-                   noise.seed);
+  const W a = bits_of<W>(low), b = bits_of<W>(carry + static_cast<unsigned int>(first >> 32));
+  const W tensor = W{} + noise.tensor, step = W{} + noise.step;
+  const Words<W> x = philox<W>({a, b, tensor, step}, noise.seed);
+  const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, noise.seed);
+  return {joined<N>(x.a, y.a), joined<N>(x.b, y.b), joined<N>(x.c, y.c), joined<N>(x.d, y.d)};
 }
 
 template <int N>
@@ -224,7 +228,8 @@ NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
 }
 
-// Sixteen partial sums whatever the vectors' width, so that the order of additions does not depend on it.
+// 32 partial sums whatever the vectors' width, so that the order of additions does not depend on it. In two vectors: an
+// addition that waited for the one before would take longer than the values take to arrive.
 template <class S>
 NPP_INLINE double sum_of_squares(const void* values, long long count) {
   constexpr int N = 16;
@@ -233,18 +238,21 @@ NPP_INLINE double sum_of_squares(const void* values, long long count) {
   double total = 0;
   for (long long begin = 0; begin < count; begin += kSquaresRun) {
     const long long end = count - begin < kSquaresRun ? count : begin + kSquaresRun;
-    V sums{};
+    V even{}, odd{};
     long long i = begin;
-    for (; i + N <= end; i += N) {
-      const V value = load<S, N>(x + i);
-      sums += value * value;
+    for (; i + 2 * N <= end; i += 2 * N) {
+      const V first = load<S, N>(x + i), second = load<S, N>(x + i + N);
+      even += first * first;
+      odd += second * second;
     }
     if (i < end) {
-      S rest[N] = {};
+      S rest[2 * N] = {};
       __builtin_memcpy(rest, x + i, static_cast<unsigned long>(end - i) * sizeof(S));
-      const V value = load<S, N>(rest);
-      sums += value * value;
+      const V first = load<S, N>(rest), second = load<S, N>(rest + N);
+      even += first * first;
+      odd += second * second;
     }
+    const V sums = even + odd;
     for (int k = 0; k < N; ++k) total += static_cast<double>(sums[k]);
   }
   return total;

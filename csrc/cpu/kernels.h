@@ -48,7 +48,7 @@ Kernel kernel(Isa, Dtypes, bool adaptive, bool stochastic);
 // Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every
 // instruction set.
 using Squares = double (*)(const void* values, long long count);
-constexpr long long kSquaresRun = 4096;
+constexpr long long kSquaresRun = 8192;
 Squares squares(Isa, Dtype);
 
 // Copies a weight that received no gradient into the next ring slot.

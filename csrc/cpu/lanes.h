@@ -21,6 +21,7 @@ struct Lanes {
   typedef double D __attribute__((vector_size(8 * N)));
   typedef unsigned int U __attribute__((vector_size(4 * N)));
   typedef unsigned short H __attribute__((vector_size(2 * N)));
+  typedef unsigned long long W __attribute__((vector_size(4 * N)));  // of N / 2 lanes
 };
 
 template <class To, class From>
@@ -35,6 +36,12 @@ NPP_INLINE To bits_of(const From& from) {
 template <class U>
 NPP_INLINE U choose_lanes(const U& mask, const U& yes, const U& no) {
   return (mask & yes) | (~mask & no);
+}
+
+// N lanes of 32 bits from the low halves of twice N / 2 lanes of 64.
+template <int N>
+NPP_INLINE typename Lanes<N>::U joined(const typename Lanes<N>::W& low, const typename Lanes<N>::W& high) {
+  return bits_of<typename Lanes<N>::U>((low & 0xffffffffULL) | (high << 32));
 }
 
 // The scalar that elements of type S are computed in.
