@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,14 +30,14 @@ def test_large_tensors_lie_in_their_pages_as_those_they_are_like(dtype):
 def test_small_tensors_lie_side_by_side():
     like = [torch.empty(64) for _ in range(10_000)]
     zeros = zeros_like(like, [torch.float32] * len(like))
-    assert all(b.data_ptr() - a.data_ptr() == 256 for a, b in zip(zeros, zeros[1:], strict=False))
+    assert all(b.data_ptr() - a.data_ptr() == 256 for a, b in itertools.pairwise(zeros))
 
 
 def test_tensors_are_apart_aligned_and_zero_and_outlive_each_other():
     like = [torch.empty(n) for n in (1, 0, 17, 700_000, 3, 50_000, 20_000, 999_999)]
     zeros = zeros_like(like, [torch.float32] * len(like))
     spans = sorted((z.data_ptr(), z.data_ptr() + 4 * z.numel()) for z in zeros if z.numel())
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert all(z.data_ptr() % 64 == 0 for z in zeros)
     assert all(z.storage_offset() == 0 for z in zeros)
     last = zeros.pop()
