@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/device/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
@@ -38,10 +38,12 @@ demo: setup ## train on real text, about ten minutes; ends with a table and a pl
 
 test: check ## make check and the tests
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py
 
 test-all: check ## make check and all tests, the slow ones and those of other frameworks too
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

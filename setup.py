@@ -35,7 +35,7 @@ def extension() -> Extension:
         flags.append("-Werror")
     ext = CppExtension(
         EXTENSION,
-        sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]),
+        sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/device/*.cpp")]),
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         extra_link_args=["-fopenmp", "-s"],
     )

@@ -1,6 +1,9 @@
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,10 +12,12 @@
 #include <vector>
 
 #include "cpu/driver.h"
+#include "device/plan.h"
 #include "memory.h"
 #include "plan.h"
 
 namespace py = pybind11;
+using nesterov_pp::Dtype;
 using nesterov_pp::Plan;
 using nesterov_pp::Tensors;
 
@@ -43,6 +48,50 @@ bool holds(const py::list& groups, const py::dict& state, const py::list& known)
   return next == size;
 }
 
+const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return "double";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kHalf:
+      return "half";
+    default:
+      return "float";
+  }
+}
+
+struct Launch {
+  at::Tensor table, chunks;
+  int64_t tensors;
+  std::array<const char*, 3> dtypes;
+};
+
+// Leaves the launches to a function: that of the kernels which Triton compiles.
+class CallingPlan : public nesterov_pp::device::DevicePlan {
+ public:
+  using Function = std::function<void(at::Tensor rows, size_t source, size_t target)>;
+
+  CallingPlan(Tensors tensors, std::optional<uint64_t> seed, Function launch)
+      : DevicePlan(std::move(tensors), seed), launch_(std::move(launch)) {}
+
+  std::vector<Launch> launches() const {
+    std::vector<Launch> found;
+    for (const auto& g : groups())
+      found.push_back({g.table,
+                       g.chunks,
+                       static_cast<int64_t>(g.members.size()),
+                       {name_of(g.dtypes.weight), name_of(g.dtypes.grad), name_of(g.dtypes.moment)}});
+    return found;
+  }
+
+ protected:
+  void pass(const std::vector<nesterov_pp::Row>& rows) override { launch_(send_rows(rows), from(), to()); }
+
+ private:
+  Function launch_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -54,12 +103,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("zeros_like", &nesterov_pp::zeros_like, py::arg("tensors"), py::arg("dtype"));
   m.def("holds", &holds, py::arg("groups"), py::arg("state"), py::arg("known"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Tensors>(m, "Tensors")
       .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
                        std::vector<std::vector<at::Tensor>> slots, std::vector<at::Tensor> exp_avgs,
                        std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
-                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products,
-                       std::optional<uint64_t> seed) {
+                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products) {
              Tensors tensors{std::move(names),
                              std::move(numbers),
                              std::move(groups),
@@ -70,10 +118,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                              std::move(steps),
                              std::move(mu_products)};
              for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
-             return std::make_unique<Plan>(std::move(tensors), seed);
+             return tensors;
            }),
            py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
-           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"), py::arg("seed"))
+           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"));
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
+      .def_property_readonly("on_device", [](const Plan&) { return false; })
       .def(
           "collect",
           [](Plan& plan, size_t grads_of, size_t from, size_t to) {
@@ -85,4 +137,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_parameter", &Plan::nonfinite_parameter)
       .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Launch>(m, "Launch", "What a kernel is launched with for the tensors that agree in dtypes.")
+      .def_readonly("table", &Launch::table)
+      .def_readonly("chunks", &Launch::chunks)
+      .def_readonly("tensors", &Launch::tensors)
+      .def_readonly("dtypes", &Launch::dtypes, "of the weights computed with, the gradients and the moments");
+
+  py::class_<CallingPlan, Plan>(m, "DevicePlan", "A plan whose pass is `launch(rows, source, target)`.")
+      .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function>(), py::arg("tensors"), py::arg("seed"),
+           py::arg("launch"))
+      .def("launches", &CallingPlan::launches);
 }

@@ -41,9 +41,9 @@ void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorLis
                                   std::to_string(rows.size()) + " rows of coefficients");
     items.push_back({&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i],
                      adaptive ? &exp_avg_sqs[i] : nullptr, nullptr, row_of[i], static_cast<int64_t>(i)});
-    check(items.back(), false);
+    check(items.back(), false, at::kCPU);
   }
-  run(items, rows, nullptr);
+  run(items, rows);
 }
 
 void step_(at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,

@@ -40,16 +40,16 @@ void check_beside(const std::string& name, const char* what, const at::Tensor& w
   fail("the ", what, " of ", name, " has strides ", other.strides(), ", but the parameter has ", weight.strides());
 }
 
-std::optional<cpu::Dtype> dtype_of(const at::Tensor& t) {
+std::optional<Dtype> dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
-      return cpu::Dtype::kFloat;
+      return Dtype::kFloat;
     case at::kDouble:
-      return cpu::Dtype::kDouble;
+      return Dtype::kDouble;
     case at::kBFloat16:
-      return cpu::Dtype::kBFloat16;
+      return Dtype::kBFloat16;
     case at::kHalf:
-      return cpu::Dtype::kHalf;
+      return Dtype::kHalf;
     default:
       return std::nullopt;
   }
@@ -97,20 +97,24 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
 
+// Rounds bfloat16 stochastically (random.h): the seed, and the number of the step of every row.
+struct Rounding {
+  uint64_t seed;
+  std::vector<uint32_t> steps;
+};
+
 // The weights that are computed with, and the dtypes of their pass. Null where the tensors do not go together.
 const at::Tensor& stepped(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
 
-std::optional<cpu::Dtypes> dtypes_of(const Item& item) {
+std::optional<Dtypes> known_dtypes(const Item& item) {
   const auto weight = dtype_of(stepped(item)), grad = dtype_of(*item.weight), moment = dtype_of(*item.exp_avg);
   if (!weight || !grad || !moment) return std::nullopt;
-  return cpu::Dtypes{*weight, *grad, *moment};
+  return Dtypes{*weight, *grad, *moment};
 }
-
-bool moves(const Item& item) { return item.next != item.weight && !item.next->is_same(*item.weight); }
 
 cpu::Task task_of(const Item& item, const std::vector<Coefficients<double>>& rows, const Rounding* rounding) {
   cpu::Task task{};
-  task.dtypes = *dtypes_of(item);
+  task.dtypes = dtypes_of(item);
   task.run.count = item.weight->numel();
   if (!item.grad->defined()) {
     task.run.weight = item.weight->const_data_ptr();
@@ -142,15 +146,19 @@ cpu::Task task_of(const Item& item, const std::vector<Coefficients<double>>& row
 
 }  // namespace
 
-void check(const Item& item, bool stochastic) {
+Dtypes dtypes_of(const Item& item) { return *known_dtypes(item); }
+
+bool moves(const Item& item) { return item.next != item.weight && !item.next->is_same(*item.weight); }
+
+void check(const Item& item, bool stochastic, const at::Device& device) {
   const std::string& name = *item.name;
   const at::Tensor& weight = *item.weight;
-  if (weight.layout() != at::kStrided || !weight.device().is_cpu() || !dtype_of(weight))
+  if (weight.layout() != at::kStrided || weight.device() != device || !dtype_of(weight))
     fail(name, " is a ", weight.layout(), " ", weight.scalar_type(), " tensor on ", weight.device(),
-         "; the cpu backend takes strided tensors of float32, float64, bfloat16 and float16 on the CPU");
+         "; this pass takes strided tensors of float32, float64, bfloat16 and float16 on ", device);
   if (!weight.is_non_overlapping_and_dense())
     fail(name, " has strides ", weight.strides(), " for shape ", weight.sizes(),
-         "; the cpu backend takes dense tensors without overlap");
+         "; this pass takes dense tensors without overlap");
   if (moves(item)) {
     check_beside(name, "next version", weight, *item.next);
     check_dtype(name, "next version", weight.scalar_type(), *item.next);
@@ -165,7 +173,7 @@ void check(const Item& item, bool stochastic) {
       fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
   }
   check_beside(name, "first moment", weight, *item.exp_avg);
-  const auto dtypes = dtypes_of(item);
+  const auto dtypes = known_dtypes(item);
   if (!dtypes || cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, false) == nullptr)
     fail("the first moment of ", name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
          weight.scalar_type(), " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
@@ -178,7 +186,9 @@ void check(const Item& item, bool stochastic) {
          item.exp_avg->scalar_type());
 }
 
-void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rounding* rounding) {
+namespace {
+
+void compute(const std::vector<Item>& items, const std::vector<Row>& rows, const Rounding* rounding) {
   std::vector<Coefficients<double>> coefficients;
   coefficients.reserve(rows.size());
   for (const Row& r : rows) coefficients.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
@@ -187,9 +197,11 @@ void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rou
   for (const Item& item : items)
     if (item.grad->defined() || moves(item)) tasks.push_back(task_of(item, coefficients, rounding));
   cpu::run(tasks);
+}
+
+void note_writes(const std::vector<Item>& items) {
   for (const Item& item : items) {
-    if (!item.grad->defined() && !moves(item)) continue;
-    note_write(*item.next);
+    if (item.grad->defined() || moves(item)) note_write(*item.next);
     if (!item.grad->defined()) continue;
     note_write(*item.exp_avg);
     if (item.exp_avg_sq != nullptr) note_write(*item.exp_avg_sq);
@@ -197,7 +209,17 @@ void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rou
   }
 }
 
-Plan::Plan(Tensors tensors, std::optional<uint64_t> seed) : t_(std::move(tensors)), seed_(seed) {
+}  // namespace
+
+void run(const std::vector<Item>& items, const std::vector<Row>& rows) {
+  compute(items, rows, nullptr);
+  note_writes(items);
+}
+
+Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
+    : t_(std::move(tensors)),
+      seed_(seed),
+      device_(t_.slots.empty() || t_.slots[0].empty() ? at::Device(at::kCPU) : t_.slots[0][0].device()) {
   const size_t n = t_.names.size();
   const auto fits = [n](const auto& list) { return list.size() == n; };
   bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) && fits(t_.steps) &&
@@ -245,7 +267,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
               t_.masters[i].defined() ? &t_.masters[i] : nullptr,
               0,
               t_.numbers[i]};
-    check(item, seed_.has_value());
+    check(item, seed_.has_value(), device_);
     if (grad.defined()) {
       const StepClass now{t_.groups[i], read_scalar(t_.names[i], "step count", t_.steps[i]),
                           t_.mu_products.empty() ? 1.0 : read_scalar(t_.names[i], "mu product", t_.mu_products[i])};
@@ -265,7 +287,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   return classes_;
 }
 
-double Plan::gradient_norm() const {
+double Plan::gradient_norm() {
   std::vector<cpu::Values> values;
   for (const auto& grad : grads_)
     if (grad.defined()) values.push_back({grad.const_data_ptr(), grad.numel(), *dtype_of(grad)});
@@ -278,17 +300,22 @@ std::string Plan::nonfinite_parameter() const {
   return "";
 }
 
+void Plan::pass(const std::vector<Row>& rows) {
+  std::optional<Rounding> rounding;
+  if (seed_) {
+    rounding = Rounding{*seed_, {}};
+    for (const auto& c : classes_) rounding->steps.push_back(number_of_step(c));
+  }
+  compute(items_, rows, rounding ? &*rounding : nullptr);
+}
+
 void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products) {
   if (!collected_) fail("apply() runs the step that collect() has prepared; call collect() first");
   if (rows.size() != classes_.size() || mu_products.size() != classes_.size())
     fail("a step of ", classes_.size(), " classes takes ", classes_.size(), " rows and mu_products, not ", rows.size(),
          " and ", mu_products.size());
-  std::optional<Rounding> rounding;
-  if (seed_) {
-    rounding = Rounding{*seed_, {}};
-    for (const auto& c : classes_) rounding->steps.push_back(static_cast<uint32_t>(c.step) + 1);
-  }
-  run(items_, rows, rounding ? &*rounding : nullptr);
+  pass(rows);
+  note_writes(items_);
   for (size_t i = 0; i < items_.size(); ++i) {
     if (!items_[i].grad->defined()) continue;
     const auto k = static_cast<size_t>(items_[i].row);

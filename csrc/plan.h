@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "dtype.h"
 #include "update.h"
 
 namespace nesterov_pp {
@@ -28,19 +29,19 @@ struct Item {
   int64_t number;                // of the parameter, for stochastic rounding
 };
 
-// Rounds bfloat16 stochastically (random.h): the seed, and the step count of every row.
-struct Rounding {
-  uint64_t seed;
-  std::vector<uint32_t> steps;
-};
+// Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: on `device`,
+// dense, same shape and strides, the gradient in the weight's dtype (float32, float64, bfloat16 or float16), both
+// moments in one that goes with it.
+void check(const Item& item, bool stochastic, const at::Device& device);
 
-// Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: CPU, dense,
-// same shape and strides, the gradient in the weight's dtype (float32, float64, bfloat16 or float16), both moments in
-// one that goes with it.
-void check(const Item& item, bool stochastic);
+// The dtypes of a checked item's pass.
+Dtypes dtypes_of(const Item& item);
 
-// One pass over checked items.
-void run(const std::vector<Item>& items, const std::vector<Row>& rows, const Rounding* rounding);
+// Whether the new weights go to another slot than the one that is read.
+bool moves(const Item& item);
+
+// One pass over checked items on the CPU.
+void run(const std::vector<Item>& items, const std::vector<Row>& rows);
 
 // Parameters of one group that share a step count, and so their coefficients.
 struct StepClass {
@@ -60,17 +61,21 @@ struct Tensors {
   std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products;
 };
 
+// On the CPU; device/plan.h for others.
 class Plan {
  public:
   // With a seed, bfloat16 is rounded stochastically.
   Plan(Tensors tensors, std::optional<uint64_t> seed);
+  virtual ~Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
 
   // Takes the gradients of slot `grads_of` for a step from slot `from` to slot `to`, checks every tensor, and returns
   // the classes of the parameters that have a gradient. Changes nothing.
-  std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to);
+  virtual std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to);
 
   // Euclidean norm of all gradients collected, reading each once.
-  double gradient_norm() const;
+  virtual double gradient_norm();
 
   // The first parameter whose gradient is not finite everywhere; empty if there is none.
   std::string nonfinite_parameter() const;
@@ -78,9 +83,16 @@ class Plan {
   // Runs the step collected, with one row and one new mu_product for each class, and counts it.
   void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products);
 
- private:
+ protected:
+  // Starts, or runs, the pass over the items collected.
+  virtual void pass(const std::vector<Row>& rows);
+
+  // The number of the step that a class takes, counted from 1.
+  static uint32_t number_of_step(const StepClass& c) { return static_cast<uint32_t>(c.step) + 1; }
+
   const Tensors t_;
   const std::optional<uint64_t> seed_;
+  const at::Device device_;  // of all parameters
 
   bool collected_ = false;
   std::vector<Item> items_;        // of the step collected

@@ -42,8 +42,13 @@ struct Coefficients {
 constexpr int kCoefficients = 9;
 static_assert(sizeof(Coefficients<double>) == kCoefficients * sizeof(double), "plain row of scalars");
 
+#if defined(__CUDACC__)
+NPP_HD float square_root(float x) { return sqrtf(x); }
+NPP_HD double square_root(double x) { return sqrt(x); }
+#else
 NPP_HD float square_root(float x) { return __builtin_sqrtf(x); }
 NPP_HD double square_root(double x) { return __builtin_sqrt(x); }
+#endif
 
 // Of a vector, lane by lane, which the compiler turns into one instruction: GCC has no square root of vectors.
 template <class V>

@@ -17,11 +17,6 @@
 namespace nesterov_pp::cpu {
 namespace {
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 template <class S, int N>
 NPP_INLINE typename Element<S, N>::Value load(const S* from) {
   typename Element<S, N>::Stored stored;

@@ -1,6 +1,7 @@
 // Single-threaded passes over contiguous elements, one per (dtypes, rule, instruction set).
 #pragma once
 
+#include "../dtype.h"
 #include "../random.h"
 #include "../update.h"
 
@@ -21,18 +22,6 @@ struct Run {
 };
 
 using Kernel = void (*)(const Run&, const Coefficients<double>&);
-
-enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
-
-constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
-
-// Of the weights computed with, of gradients (and of the copy of the new weights, where that is another dtype), and of
-// the moments.
-struct Dtypes {
-  Dtype weight;
-  Dtype grad;
-  Dtype moment;
-};
 
 enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
 

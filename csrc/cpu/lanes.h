@@ -1,19 +1,13 @@
 // How N elements of a stored type become a vector to compute with, and back. No torch or standard headers.
 #pragma once
 
+#include "../dtype.h"
 #include "../random.h"
 
 namespace nesterov_pp::cpu {
 
 #define NPP_INLINE static inline __attribute__((always_inline))
 #define NPP_INLINE_METHOD inline __attribute__((always_inline))
-
-struct BFloat16 {
-  unsigned short bits;
-};
-struct Half {
-  unsigned short bits;
-};
 
 template <int N>
 struct Lanes {
@@ -43,16 +37,6 @@ template <int N>
 NPP_INLINE typename Lanes<N>::U joined(const typename Lanes<N>::W& low, const typename Lanes<N>::W& high) {
   return bits_of<typename Lanes<N>::U>((low & 0xffffffffULL) | (high << 32));
 }
-
-// The scalar that elements of type S are computed in.
-template <class S>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
 
 template <class S, int N>
 struct Element;

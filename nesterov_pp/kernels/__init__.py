@@ -1,7 +1,7 @@
 """Backends of the one-pass step, and the choice between them.
 
-``cpu``: C++, one parallel region over all tensors. ``reference``: plain torch, any device and dtype. ``cuda`` and
-``triton`` are named here so that messages and ``info`` can say why they are not available.
+``cuda`` and ``triton``: one launch for all tensors of a GPU that agree in dtypes. ``cpu``: C++, one parallel region
+over all tensors. ``reference``: plain torch, any device and dtype.
 """
 
 from __future__ import annotations
@@ -34,30 +34,58 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None where it can be used and else the reason why not."""
-    return {
-        "cuda": "this version has no CUDA kernels",
-        "triton": "this version has no Triton kernels",
-        "cpu": extension.load()[1],
-        "reference": None,
-    }
+    return {"cuda": _no_cuda(), "triton": _no_triton(), "cpu": extension.load()[1], "reference": None}
 
 
-def _cpu_refusal(tensors: Iterable[Tensor]) -> str | None:
-    """Why the cpu backend cannot step these tensors, or None."""
+def _no_cuda() -> str | None:
+    module, reason = extension.load()
+    if module is None:
+        return reason
+    if not hasattr(module, "CudaPlan"):
+        return "the extension was built without CUDA: that takes a CUDA toolkit and a torch with CUDA"
+    return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+def _no_triton() -> str | None:
+    reason = extension.load()[1]
+    if reason is not None:
+        return reason
+    try:
+        from nesterov_pp.triton_kernels.plan import interpreting
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if torch.cuda.is_available() or interpreting():
+        return None
+    return "torch finds no GPU (on the CPU, Triton runs under TRITON_INTERPRET=1 only)"
+
+
+def _refusal(backend: str, tensors: Iterable[Tensor]) -> str | None:
+    """Why a compiled backend cannot step these tensors, or None."""
+    devices = set()
     for t in tensors:
-        if t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in _CPU_DTYPES:
+        if t.layout != torch.strided or t.dtype not in _DTYPES or t.device.type not in _device_types(backend):
             kind = f"{str(t.layout).removeprefix('torch.')} {str(t.dtype).removeprefix('torch.')}"
-            return f"it takes strided float32, float64, bfloat16 or float16 on the CPU, not {kind} on {t.device}"
+            where = "on the CPU" if backend == "cpu" else "on a GPU"
+            return f"it takes strided float32, float64, bfloat16 or float16 {where}, not {kind} on {t.device}"
         if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return f"it takes plain tensors, not {type(t).__name__}"
         if not _is_dense(t):
             return f"it takes dense tensors without overlap, not strides {t.stride()} for shape {tuple(t.shape)}"
-    return extension.load()[1]
+        devices.add(t.device)
+    if len(devices) > 1:
+        return f"it steps parameters of one device, not of {' and '.join(sorted(map(str, devices)))}"
+    return available_backends()[backend]
+
+
+def _device_types(backend: str) -> tuple[str, ...]:
+    if backend == "triton" and _no_triton() is None and not torch.cuda.is_available():
+        return ("cpu",)
+    return ("cpu",) if backend == "cpu" else ("cuda",)
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -80,19 +108,26 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
     """
     if requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}")
-    refusal = f"it does not have {only_reference}" if only_reference else _cpu_refusal(tensors)
-    if refusal is None and _overlap(tensors):
-        refusal = "it steps all parameters at once, and some of these share memory"
+    if requested == "reference":
+        return requested
+    candidates = [requested]
     if requested == "auto":
-        on_cpu = all(t.device.type == "cpu" for t in tensors)
-        unavailable = extension.load()[1]
-        if on_cpu and unavailable is not None:
-            warnings.warn(f"the slower reference backend is used: {unavailable}", RuntimeWarning, stacklevel=4)
-        return "reference" if refusal else "cpu"
-    reason = refusal if requested == "cpu" else available_backends()[requested]
-    if reason is not None:
-        raise ValueError(f"backend {requested!r} cannot be used: {reason}")
-    return requested
+        candidates = ["cpu"] if all(t.device.type == "cpu" for t in tensors) else ["cuda", "triton"]
+    refusals = {}
+    for name in candidates:
+        refusal = f"it does not have {only_reference}" if only_reference else _refusal(name, tensors)
+        if refusal is None and _overlap(tensors):
+            refusal = "it steps all parameters at once, and some of these share memory"
+        if refusal is None:
+            return name
+        refusals[name] = refusal
+    if requested != "auto":
+        raise ValueError(f"backend {requested!r} cannot be used: {refusals[requested]}")
+    missing = [available_backends()[name] for name in candidates]
+    if all(missing) and any(t.device.type in ("cpu", "cuda") for t in tensors):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in zip(candidates, missing, strict=True))
+        warnings.warn(f"the slower reference backend is used ({reasons})", RuntimeWarning, stacklevel=4)
+    return "reference"
 
 
 def make_plan(backend: str, tensors: Tensors, seed: int | None = None) -> Plan:
@@ -102,16 +137,10 @@ def make_plan(backend: str, tensors: Tensors, seed: int | None = None) -> Plan:
     module, reason = extension.load()
     if module is None:
         raise ValueError(f"backend {backend!r} cannot be used: {reason}")
-    plan = module.Plan(
-        names=tensors.names,
-        numbers=tensors.numbers,
-        groups=tensors.groups,
-        slots=tensors.slots,
-        exp_avgs=tensors.exp_avgs,
-        exp_avg_sqs=tensors.exp_avg_sqs,
-        masters=tensors.masters,
-        steps=tensors.steps,
-        mu_products=tensors.mu_products,
-        seed=seed,
-    )
+    if backend == "triton":
+        from nesterov_pp.triton_kernels.plan import TritonPlan
+
+        return cast(Plan, TritonPlan(tensors, seed))
+    kind = module.CudaPlan if backend == "cuda" else module.Plan
+    plan = kind(tensors=extension.tensors_of(module, tensors), seed=seed)
     return cast(Plan, plan)

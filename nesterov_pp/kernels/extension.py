@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch  # first: the process is to load torch's OpenMP runtime, not another one
 
+from nesterov_pp.kernels.plan import Tensors
+
 _NAME = "nesterov_pp._C"
 _NOTE = "_built_with_torch.txt"
 _HOW = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
@@ -38,6 +40,21 @@ def load() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(_NAME), None
     except ImportError as error:
         return None, f"{file} cannot be loaded ({error}); rebuild it {_HOW}"
+
+
+def tensors_of(module: ModuleType, tensors: Tensors) -> object:
+    """The tensors of a plan, as the extension takes them."""
+    return module.Tensors(
+        names=tensors.names,
+        numbers=tensors.numbers,
+        groups=tensors.groups,
+        slots=tensors.slots,
+        exp_avgs=tensors.exp_avgs,
+        exp_avg_sqs=tensors.exp_avg_sqs,
+        masters=tensors.masters,
+        steps=tensors.steps,
+        mu_products=tensors.mu_products,
+    )
 
 
 def _find() -> Path | None:

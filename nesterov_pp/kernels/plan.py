@@ -39,6 +39,9 @@ class Tensors:
 class Plan(Protocol):
     """A step in two halves: everything is checked in the first, everything is written in the second."""
 
+    on_device: bool
+    """Whether the pass runs on a device that the host does not wait for; then gradients are scaled by ``scale``."""
+
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
         """Take the gradients of slot ``grads_of`` for a step from slot ``source`` to slot ``target``.
 
@@ -53,6 +56,13 @@ class Plan(Protocol):
 
     def nonfinite_parameter(self) -> str:
         """The first parameter whose gradient is not finite everywhere; empty if there is none."""
+
+    def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
+        """Have the next ``apply`` divide the gradients by ``grad_scale`` and clip them to the norm ``limit``.
+
+        Everything stays on the device. Returns the norm, of gradients times ``scale`` and unscaled, in float64; None
+        where nothing is clipped. Only of plans that are ``on_device``.
+        """
 
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         """Run the step collected, with one row and one new mu product for each class, and count it."""

@@ -68,6 +68,8 @@ def _store(to: Tensor, value: Tensor, noise: Noise | None, which: int) -> None:
 class ReferencePlan:
     """The reference backend's plan: a loop over parameters."""
 
+    on_device = False
+
     def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
         self._tensors = tensors
         self._seed = seed
@@ -110,6 +112,9 @@ class ReferencePlan:
 
     def gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([widened(grad) for grad in self._grads if grad is not None]))
+
+    def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
+        raise NotImplementedError("the reference computes the scale of gradients on the host")
 
     def nonfinite_parameter(self) -> str:
         for name, grad in zip(self._tensors.names, self._grads, strict=True):

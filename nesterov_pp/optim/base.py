@@ -193,11 +193,16 @@ class FusedOptimizer(Optimizer):
         The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
         """
         loss_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
         limit, raises = self.options.max_grad_norm, self.options.on_nonfinite == "raise"
+        leaves = prepared.leaves[grads_of]
+        if prepared.plan.on_device and not raises and not any(map(is_dtensor, leaves)):
+            if limit is not None or loss_scale is not None:
+                norm_on_device = prepared.plan.scale(1.0 / microbatches, limit, loss_scale)
+                self.last_grad_norm = norm_on_device if limit is not None else self.last_grad_norm
+            return 1.0 / microbatches
+        scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
         if limit is None and not raises:
             return scale
-        leaves = prepared.leaves[grads_of]
         if any(map(is_dtensor, leaves)):
             norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
         else:

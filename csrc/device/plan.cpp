@@ -1,0 +1,117 @@
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "pass.h"
+
+namespace nesterov_pp::device {
+namespace {
+
+int64_t address(const at::Tensor& t) {
+  return t.defined() ? static_cast<int64_t>(reinterpret_cast<intptr_t>(t.const_data_ptr())) : 0;
+}
+
+int64_t address(const at::Tensor* t) { return t == nullptr ? 0 : address(*t); }
+
+bool same(const Dtypes& a, const Dtypes& b) { return a.weight == b.weight && a.grad == b.grad && a.moment == b.moment; }
+
+}  // namespace
+
+DevicePlan::DevicePlan(Tensors tensors, std::optional<uint64_t> seed) : Plan(std::move(tensors), seed) {
+  std::vector<std::pair<Dtypes, std::vector<size_t>>> found;
+  for (size_t i = 0; i < t_.names.size(); ++i) {
+    const at::Tensor none;
+    const Item item{&t_.names[i],
+                    &t_.slots[0][i],
+                    &t_.slots[0][i],
+                    &none,
+                    &t_.exp_avgs[i],
+                    adaptive() ? &t_.exp_avg_sqs[i] : nullptr,
+                    t_.masters[i].defined() ? &t_.masters[i] : nullptr,
+                    0,
+                    t_.numbers[i]};
+    check(item, seed_.has_value(), device_);
+    const Dtypes dtypes = dtypes_of(item);
+    auto group = std::find_if(found.begin(), found.end(), [&](const auto& g) { return same(g.first, dtypes); });
+    if (group == found.end()) group = found.insert(found.end(), {dtypes, {}});
+    group->second.push_back(i);
+  }
+  for (auto& [dtypes, members] : found) groups_.push_back(make_group(dtypes, std::move(members)));
+}
+
+Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
+  const auto n = static_cast<int64_t>(members.size());
+  HostTable host(n, static_cast<int64_t>(t_.slots.size()));
+  std::vector<int64_t> sizes;
+  for (int64_t k = 0; k < n; ++k) {
+    const size_t i = members[static_cast<size_t>(k)];
+    sizes.push_back(t_.slots[0][i].numel());
+    host.set(kNumel, k, sizes.back());
+    host.set(kNumber, k, t_.numbers[i]);
+    for (size_t s = 0; s < t_.slots.size(); ++s) host.set(kSlots + static_cast<int>(s), k, address(t_.slots[s][i]));
+  }
+  const std::vector<int64_t> chunks = chunks_of(sizes);
+  Group group{dtypes,
+              std::move(members),
+              std::move(host),
+              {},
+              send(chunks.data(), static_cast<int64_t>(chunks.size()), at::kLong),
+              chunk_count_};
+  const auto words = static_cast<int64_t>(group.host.all().size());
+  group.table = at::empty({words}, at::device(device_).dtype(at::kLong));
+  chunk_count_ += static_cast<int64_t>(chunks.size());
+  return group;
+}
+
+std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t to) {
+  auto classes = Plan::collect(grads_of, from, to);
+  from_ = from;
+  to_ = to;
+  for (Group& group : groups_) {
+    for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), items_[group.members[k]]);
+    const auto begin = static_cast<int64_t>(group.host.begin()), end = static_cast<int64_t>(group.host.end());
+    if (begin == end) continue;
+    group.table.narrow(0, begin, end - begin).copy_(send(group.host.all().data() + begin, end - begin, at::kLong));
+    group.host.sent();
+  }
+  return classes;
+}
+
+void DevicePlan::enter(Group& group, int64_t k, const Item& item) {
+  HostTable& host = group.host;
+  const bool has_grad = item.grad->defined();
+  const int64_t weight = address(item.weight), next = address(item.next), grad = address(*item.grad),
+                m = address(item.exp_avg), v = address(item.exp_avg_sq), master = address(item.master);
+  host.set(kRow, k, has_grad ? item.row : -1);
+  host.set(kGrad, k, grad);
+  host.set(kAligned, k, (weight | next | grad | m | v | master) % kVectorBytes == 0);
+  host.set(kMaster, k, master);
+  host.set(kExpAvg, k, m);
+  host.set(kExpAvgSq, k, v);
+  host.set(kSlots + static_cast<int>(from_), k, weight);
+  host.set(kSlots + static_cast<int>(to_), k, next);
+}
+
+at::Tensor DevicePlan::send_rows(const std::vector<Row>& rows) const {
+  std::vector<double> values;
+  for (size_t k = 0; k < rows.size(); ++k) {
+    values.insert(values.end(), rows[k].begin(), rows[k].end());
+    values.push_back(number_of_step(classes_[k]));
+  }
+  return send(values.data(), static_cast<int64_t>(values.size()), at::kDouble);
+}
+
+at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dtype) const {
+  // The allocator of pinned memory waits for copies that were started from a block before it gives the block away
+  // again.
+  const bool pinned = device_.is_cuda();
+  const at::Tensor staged = at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(pinned));
+  if (count > 0) std::memcpy(staged.mutable_data_ptr(), values, static_cast<size_t>(staged.nbytes()));
+  return pinned ? staged.to(device_, /*non_blocking=*/true) : staged;
+}
+
+}  // namespace nesterov_pp::device

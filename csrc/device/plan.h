@@ -1,0 +1,53 @@
+// A plan whose tensors are on a device: what its kernels need, kept there from step to step.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../plan.h"
+#include "host_table.h"
+
+namespace nesterov_pp::device {
+
+// The tensors of one launch: those that agree in dtypes.
+struct Group {
+  Dtypes dtypes;
+  std::vector<size_t> members;  // numbers of items
+  HostTable host;
+  at::Tensor table;     // int64, the words of table.h on the device
+  at::Tensor chunks;    // int64
+  int64_t first_chunk;  // of this group among the chunks of all
+};
+
+class DevicePlan : public Plan {
+ public:
+  DevicePlan(Tensors tensors, std::optional<uint64_t> seed);
+
+  // Also sends what has changed in the tables. Does not wait for the device.
+  std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
+
+  const std::vector<Group>& groups() const { return groups_; }
+  int64_t chunk_count() const { return chunk_count_; }
+  bool adaptive() const { return !t_.exp_avg_sqs.empty(); }
+  size_t from() const { return from_; }
+  size_t to() const { return to_; }
+
+ protected:
+  // float64 of shape [classes, device::kRowWords] on the device: coefficients and the number of the step.
+  at::Tensor send_rows(const std::vector<Row>& rows) const;
+
+  // Copies values to the device without waiting; the staging memory is not used again before the copy is done.
+  at::Tensor send(const void* values, int64_t count, at::ScalarType dtype) const;
+
+ private:
+  Group make_group(Dtypes dtypes, std::vector<size_t> members);
+  void enter(Group& group, int64_t k, const Item& item);
+
+  std::vector<Group> groups_;
+  int64_t chunk_count_ = 0;
+  size_t from_ = 0, to_ = 0;
+};
+
+}  // namespace nesterov_pp::device

@@ -1,0 +1,40 @@
+// The types that tensors are stored in.
+#pragma once
+
+namespace nesterov_pp {
+
+struct BFloat16 {
+  unsigned short bits;
+};
+struct Half {
+  unsigned short bits;
+};
+
+enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+
+constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+
+// Of the weights computed with, of gradients (and of the copy of the new weights, where that is another dtype), and of
+// the moments.
+struct Dtypes {
+  Dtype weight;
+  Dtype grad;
+  Dtype moment;
+};
+
+// The scalar that elements of type S are computed in.
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+}  // namespace nesterov_pp

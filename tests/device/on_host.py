@@ -1,0 +1,130 @@
+"""The device pass, compiled for the host and run on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq")
+ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ = range(8)
+SLOTS = len(COLUMNS)
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+I64, F64 = ctypes.c_int64, ctypes.c_double
+
+
+@cache
+def library(folder: str) -> ctypes.CDLL:
+    """Compiles ``host.cpp`` into ``folder``; raises ``FileNotFoundError`` where there is no compiler."""
+    target = Path(folder) / "host.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    source = Path(__file__).with_name("host.cpp")
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True
+    )
+    found = ctypes.CDLL(str(target))
+    for name, result in {
+        "chunk_elements": I64,
+        "words_new": ctypes.c_void_p,
+        "words_data": ctypes.POINTER(I64),
+        "chunks": I64,
+        "squares_on_host": F64,
+        "clipping_factor": F64,
+    }.items():
+        getattr(found, name).restype = result
+    return found
+
+
+class Table:
+    """A table of tensors with ``slots`` ring slots, as the host keeps it."""
+
+    def __init__(self, lib: ctypes.CDLL, sizes: Sequence[int], slots: int) -> None:
+        self.lib, self.sizes, self.slots = lib, list(sizes), slots
+        self._words = ctypes.c_void_p(lib.words_new(I64(len(sizes)), I64(slots)))
+        self._sizes = (I64 * len(sizes))(*sizes)
+        for i, size in enumerate(sizes):
+            self.set(NUMEL, i, size)
+
+    def __del__(self) -> None:
+        self.lib.words_delete(self._words)
+
+    def set(self, column: int, tensor: int, value: int) -> None:
+        self.lib.words_set(self._words, column, I64(tensor), I64(value))
+
+    def changed(self) -> tuple[int, int]:
+        begin, end = I64(), I64()
+        self.lib.words_changed(self._words, ctypes.byref(begin), ctypes.byref(end))
+        return begin.value, end.value
+
+    def sent(self) -> None:
+        self.lib.words_sent(self._words)
+
+    @property
+    def data(self) -> ctypes.Array:
+        return self.lib.words_data(self._words)
+
+    def chunks(self) -> ctypes.Array:
+        count = self.lib.chunks(self._sizes, I64(len(self.sizes)), None)
+        found = (I64 * count)()
+        self.lib.chunks(self._sizes, I64(len(self.sizes)), found)
+        return found
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        chunks = self.chunks()
+        found = (I64 * (3 * len(chunks)))()
+        self.lib.spans(self.data, I64(len(self.sizes)), chunks, I64(len(chunks)), found)
+        return [(found[k], found[k + 1], found[k + 2]) for k in range(0, len(found), 3)]
+
+    def hold(self, i: int, columns: dict[int, Tensor | None], slots: Sequence[Tensor], *, row: int = 0) -> None:
+        """Enter the addresses of tensor ``i``."""
+        addresses = [t.data_ptr() for t in [*columns.values(), *slots] if t is not None]
+        for column, t in columns.items():
+            self.set(column, i, 0 if t is None else t.data_ptr())
+        for slot, t in enumerate(slots):
+            self.set(SLOTS + slot, i, t.data_ptr())
+        self.set(ALIGNED, i, int(all(a % 16 == 0 for a in addresses)))
+        self.set(NUMBER, i, i)
+        self.set(ROW, i, row)
+
+    def step(
+        self,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        rows: Tensor,
+        *,
+        source: int = 0,
+        target: int = 0,
+        adaptive: bool = True,
+        seed: int | None = None,
+        factor: float | None = None,
+        found_inf: float | None = None,
+        blocks: int = 3,
+        threads: int = 5,
+    ) -> None:
+        """One pass; ``rows`` is float64 of shape [rows, 10]: coefficients and the number of the step."""
+        chunks = self.chunks()
+        assert rows.dtype == torch.float64
+        assert rows.shape[1] == self.lib.row_words()
+        self.lib.step_on_host(
+            self.data,
+            I64(len(self.sizes)),
+            chunks,
+            I64(len(chunks)),
+            ctypes.c_void_p(rows.data_ptr()),
+            None if factor is None else ctypes.byref(F64(factor)),
+            None if found_inf is None else ctypes.byref(ctypes.c_float(found_inf)),
+            source,
+            target,
+            ctypes.c_uint64(seed or 0),
+            *(DTYPES[d] for d in dtypes),
+            int(adaptive),
+            int(seed is not None),
+            I64(blocks),
+            I64(threads),
+        )

@@ -1,0 +1,278 @@
+"""The optimizers on the backends for devices, beside the cpu backend: on a GPU, or by Triton's interpreter without."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import nesterov_pp as npp
+from nesterov_pp.kernels import extension
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+SIZES = [0, 1, 3, 64, 1000, 4096, 16384, 17_001]
+EXACT = {"rtol": 0.0, "atol": 0.0}
+ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # where a sum was taken in another order
+
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is no GPU; `make test` runs these under TRITON_INTERPRET=1 too", allow_module_level=True)
+pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=str(extension.load()[1]))
+
+
+def backends() -> list[str]:
+    return ["triton", "cuda"] if GPU else ["triton"]
+
+
+def needs(backend: str) -> None:
+    reason = npp.kernels.available_backends()[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=backends())
+def backend(request) -> str:
+    needs(request.param)
+    return request.param
+
+
+def values(dtype: torch.dtype, sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
+
+
+def trained(kind, backend: str, dtype=F32, *, sizes=SIZES, steps: int = 3, missing=(), view=None, **options):
+    """Parameters and optimizer after some steps; ``view`` makes tensors of another layout out of plain ones."""
+    device = "cpu" if backend == "cpu" else DEVICE
+    view = view or (lambda t: t)
+    ps = [nn.Parameter(view(w.to(device))) for w in values(dtype, sizes)]
+    half = len(ps) // 2
+    groups = [{"params": ps[:half]}, {"params": ps[half:], "lr": 3e-3, "weight_decay": 0.1}]
+    optimizer = kind(groups, lr=1e-2, backend=backend, **options)
+    assert optimizer.backend == backend
+    for step in range(steps):
+        for i, (p, g) in enumerate(zip(ps, values(dtype, sizes, seed=step + 1), strict=True)):
+            p.grad = None if (i, step) in missing else view(g.to(device))
+        optimizer.step()
+    return ps, optimizer
+
+
+def assert_alike(kind, backend: str, *arguments, close=EXACT, **options) -> None:
+    ours, optimizer = trained(kind, backend, *arguments, **options)
+    theirs, judge = trained(kind, "cpu", *arguments, **options)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), **close, msg=lambda m, i=i: f"parameter {i}: {m}")
+        for name, value in judge.state[b].items():
+            found = optimizer.state[a][name]
+            assert found.dtype == value.dtype
+            torch.testing.assert_close(found.cpu(), value, **close, msg=lambda m, n=name, i=i: f"{n} of {i}: {m}")
+
+
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+def test_every_rule_and_dtype(kind, dtype, backend):
+    assert_alike(kind, backend, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (F32, {"state_dtype": BF16}),
+        (BF16, {"state_dtype": F32}),
+        (F16, {"state_dtype": F32}),
+        (BF16, {"master_weights": True}),
+        (F16, {"master_weights": True}),
+        (BF16, {"master_weights": True, "state_dtype": BF16}),
+        (BF16, {"stochastic_rounding": True, "seed": (1 << 63) + 5}),
+        (BF16, {"stochastic_rounding": True, "seed": 3, "state_dtype": F32}),
+        (F32, {"stochastic_rounding": True, "seed": 3, "state_dtype": BF16}),
+        (F32, {"maximize": True}),
+        (F32, {"decoupled_weight_decay": True}),
+    ],
+    ids=str,
+)
+def test_every_option(dtype, options, backend):
+    assert_alike(npp.NAdam, backend, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_clipping(dtype, backend):
+    ours, optimizer = trained(npp.NAdam, backend, dtype, max_grad_norm=1.0)
+    theirs, judge = trained(npp.NAdam, "cpu", dtype, max_grad_norm=1.0)
+    assert optimizer.last_grad_norm.item() == pytest.approx(judge.last_grad_norm.item(), rel=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        close = ROUNDED if dtype == F32 else {"rtol": 2**-7, "atol": 2**-7}
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), **close)
+
+
+def test_a_norm_is_the_same_in_every_run(backend):
+    norms = {float(trained(npp.NAdam, backend, steps=1, max_grad_norm=1.0)[1].last_grad_norm) for _ in range(3)}
+    assert len(norms) == 1
+
+
+def test_missing_gradients(backend):
+    assert_alike(npp.NAdam, backend, missing={(2, 0), (5, 1), (7, 2), (4, 0), (4, 1)})
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, 1).repeat(1, 6).reshape(-1, 2, 3).transpose(0, 2)
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is no multiple of 16."""
+    return torch.cat([t.new_zeros(1), t])[1:]
+
+
+@pytest.mark.parametrize("view", [strided, shifted])
+def test_layouts_and_addresses(view, backend):
+    assert_alike(npp.NAdam, backend, sizes=[3, 64, 1000], view=view)
+
+
+def test_gradients_of_another_layout(backend):
+    results = []
+    for name in (backend, "cpu"):
+        device = "cpu" if name == "cpu" else DEVICE
+        p = nn.Parameter(torch.arange(24.0, device=device).reshape(4, 6))
+        p.grad = torch.linspace(-1, 1, 24, device=device).reshape(6, 4).t()
+        npp.NAdam([p], backend=name).step()
+        results.append(p.detach().cpu())
+    assert torch.equal(*results)
+
+
+def test_a_ring(backend):
+    results = []
+    for name in (backend, "cpu"):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(7, 33), nn.LayerNorm(33), nn.Linear(33, 5))
+        module.to("cpu" if name == "cpu" else DEVICE)
+        stash = npp.WeightStash(module, versions=3)
+        optimizer = npp.NAdam(module.parameters(), backend=name, stash=stash, max_grad_norm=100.0)
+        for step in range(7):
+            version = max(stash.oldest, stash.newest - step % 2)
+            for i, leaf in enumerate(stash.parameters(version).values()):
+                grad = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(step * 10 + i))
+                leaf.grad = None if (i, step) == (1, 3) else grad.to(leaf.device)
+            optimizer.step(version=version)
+        results.append(
+            [p.detach().cpu() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Scaler:
+    """What ``torch.amp.GradScaler`` leaves on an optimizer for its step."""
+
+    def __init__(self, scale: float, found: bool) -> None:
+        self.grad_scale = torch.full((), scale, device=DEVICE)
+        self.found_inf = torch.full((), float(found), device=DEVICE)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("found", [False, True])
+def test_the_scale_of_a_loss(limit, found, backend):
+    results = []
+    for name, scaled in ((backend, True), (backend, False)):
+        ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
+        optimizer = npp.NAdam(ps, backend=name, max_grad_norm=limit)
+        for p, g in zip(ps, values(F32, seed=1), strict=True):
+            p.grad = g.to(DEVICE) * (1024 if scaled else 1)
+        if scaled:
+            optimizer.grad_scale, optimizer.found_inf = vars(Scaler(1024.0, found)).values()
+        if scaled or not found:
+            optimizer.step()
+        counts = {float(s["step"]) for s in optimizer.state.values()}
+        assert counts == {0.0 if found else 1.0}
+        results.append([p.detach().cpu() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **ROUNDED)
+
+
+def test_not_a_number_reaches_every_weight_and_raises_on_request(backend):
+    ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
+    optimizer = npp.NAdam(ps, backend=backend, on_nonfinite="raise")
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    ps[4].grad[7] = float("nan")
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises(FloatingPointError, match="parameter 4 is not finite"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ps, before, strict=True))
+    clipping = npp.NAdam(ps, backend=backend, max_grad_norm=1.0)
+    clipping.step()
+    assert all(bool(p.isnan().all()) for p in ps if p.numel())
+
+
+def test_memory_replaced_behind_the_optimizers_back(backend):
+    results = []
+    for name in (backend, "cpu"):
+        device = "cpu" if name == "cpu" else DEVICE
+        ps = [nn.Parameter(w.to(device)) for w in values(F32)]
+        optimizer = npp.NAdam(ps, backend=name)
+        for step in range(4):
+            for p, g in zip(ps, values(F32, seed=step), strict=True):
+                p.grad = g.to(device)
+            if step == 2:
+                for p in ps:
+                    p.data = p.data.clone()
+            optimizer.step()
+        results.append([p.detach().cpu() for p in ps])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: setattr(p, "data", p.data[:5]), "shape"),
+        (lambda p: setattr(p, "data", p.data.double()), "Double|double|float64"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(spoil, message, backend):
+    ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
+    optimizer = npp.NAdam(ps, backend=backend)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone() for p in ps]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    spoil(ps[4])
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        optimizer.step()
+    others = [i for i in range(len(ps)) if i != 4]
+    assert all(torch.equal(ps[i], before[i]) for i in others)
+    assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
+
+
+def test_a_plan_is_let_go(backend):
+    ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
+    optimizer = npp.NAdam(ps, backend=backend)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    gone = weakref.ref(ps[4])
+    del ps, p, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+def test_several_devices_are_refused():
+    if not GPU or torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU at most")
+    ps = [nn.Parameter(torch.ones(3, device=f"cuda:{k}")) for k in range(2)]
+    with pytest.raises(ValueError, match="one device, not of cuda:0 and cuda:1"):
+        npp.NAdam(ps, backend="triton")
+
+
+def test_the_choice():
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    available = npp.kernels.available_backends()
+    fastest = next(name for name in (("cuda", "triton", "reference") if GPU else ("cpu",)) if available[name] is None)
+    assert npp.NAdam([p]).backend == fastest
+    if available["cuda"] is not None:
+        with pytest.raises(ValueError, match="backend 'cuda' cannot be used: "):
+            npp.NAdam([p], backend="cuda")

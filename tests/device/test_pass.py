@@ -1,0 +1,266 @@
+"""The pass that CUDA threads run, on the host: chunks, tails, alignment, dtypes, slots, rounding."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+
+import pytest
+import torch
+from on_host import ALIGNED, EXP_AVG, EXP_AVG_SQ, GRAD, MASTER, NUMEL, ROW, SLOTS, Table, library
+from on_host import DTYPES as CODES
+
+from nesterov_pp.kernels import Coefficients, Tensors, extension, make_plan
+
+MISSING = extension.load()[1] or (None if shutil.which("c++") else "there is no C++ compiler")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+C = Coefficients(0.5, 0.1, 0.1, 0.01, 0.02, 0.3, 0.7, 1.5, 1e-8)
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = [
+    (F32, F32, F32),
+    (F32, F32, BF16),
+    (F64, F64, F64),
+    (BF16, BF16, BF16),
+    (BF16, BF16, F32),
+    (F16, F16, F16),
+    (F16, F16, F32),
+    (F32, BF16, F32),
+    (F32, BF16, BF16),
+    (F32, F16, F32),
+]
+SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 1000, 16384, 16385, 40_003]
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    return library(str(tmp_path_factory.mktemp("host")))
+
+
+def rows(*coefficients: Coefficients, step: int = 1) -> torch.Tensor:
+    return torch.tensor([[*c, step] for c in coefficients], dtype=F64)
+
+
+def drawn(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> torch.Tensor:
+    """Random values at an address ``offset`` elements beyond an aligned one."""
+    base = torch.randn(n + offset, generator=generator, dtype=F64).to(dtype)
+    return base[offset:]
+
+
+class Problem:
+    """Tensors of a step: the table of the device pass, and copies for the reference."""
+
+    def __init__(self, lib, dtypes, sizes, *, slots: int = 1, offset: int = 0, adaptive: bool = True) -> None:
+        weight, grad, moment = dtypes
+        self.dtypes, self.adaptive = dtypes, adaptive
+        generator = torch.Generator().manual_seed(len(sizes))
+
+        def draw(dtype: torch.dtype) -> list[torch.Tensor]:
+            return [drawn(n, dtype, generator, offset) for n in sizes]
+
+        self.slots = [draw(grad) for _ in range(slots)]
+        self.grads, self.m, self.v = draw(grad), draw(moment), [v.abs() for v in draw(moment)]
+        self.masters = [w.to(F32) for w in self.slots[0]] if weight != grad else [None] * len(sizes)
+        self.table = Table(lib, sizes, slots)
+        for i in range(len(sizes)):
+            self.enter(i)
+
+    def enter(self, i: int, row: int = 0) -> None:
+        columns = {GRAD: self.grads[i], EXP_AVG: self.m[i], EXP_AVG_SQ: self.v[i], MASTER: self.masters[i]}
+        self.table.hold(i, columns, [slot[i] for slot in self.slots], row=row)
+
+    def expected(self, *, source: int, target: int, seed: int | None = None, c: Coefficients = C):
+        """What the cpu backend makes of copies: new weights, moments, masters."""
+        count = len(self.m)
+        slots = [[torch.nn.Parameter(w.clone()) for w in slot] for slot in self.slots]
+        for p, grad in zip(slots[source], self.grads, strict=True):
+            p.grad = grad.clone()
+        m, v = [t.clone() for t in self.m], [t.clone() for t in self.v]
+        masters = [None if t is None else t.clone() for t in self.masters]
+        tensors = Tensors(
+            names=[str(i) for i in range(count)],
+            numbers=list(range(count)),
+            groups=[0] * count,
+            slots=slots,
+            exp_avgs=m,
+            exp_avg_sqs=v if self.adaptive else [],
+            masters=masters,
+            steps=[torch.zeros(()) for _ in range(count)],
+            mu_products=[],
+            max_exp_avg_sqs=[],
+        )
+        plan = make_plan("cpu", tensors, seed)
+        plan.collect(source, source, target)
+        plan.apply([c], [1.0])
+        return [p.detach() for p in slots[target]], m, v, masters
+
+
+def assert_as_expected(problem: Problem, target: int, expected) -> None:
+    """Bit for bit: both compute with the same arithmetic."""
+    for found, wanted in zip((problem.slots[target], problem.m, problem.v, problem.masters), expected, strict=True):
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            assert a is b is None or torch.equal(a, b), f"tensor {i} of {a.numel()} elements"
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_step_has_the_bits_of_the_cpu_backend(lib, dtypes, adaptive, offset):
+    problem = Problem(lib, dtypes, SIZES, adaptive=adaptive, offset=offset)
+    expected = problem.expected(source=0, target=0)
+    problem.table.step(dtypes, rows(C), adaptive=adaptive)
+    assert_as_expected(problem, 0, expected)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (F32, BF16, F32)], ids=str)
+def test_a_ring_step_reads_one_slot_and_writes_the_next(lib, dtypes):
+    problem = Problem(lib, dtypes, SIZES, slots=4)
+    before = [[w.clone() for w in slot] for slot in problem.slots]
+    expected = problem.expected(source=2, target=3)
+    problem.table.step(dtypes, rows(C), source=2, target=3)
+    assert_as_expected(problem, 3, expected)
+    for slot in (0, 1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(problem.slots[slot], before[slot], strict=True))
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_tensor_without_gradient_is_carried_over(lib, target):
+    problem = Problem(lib, (F32, F32, F32), SIZES, slots=2)
+    expected = problem.expected(source=0, target=target)
+    for i in range(1, len(SIZES), 2):
+        problem.enter(i, row=-1)
+        problem.table.set(GRAD, i, 0)
+        expected[0][i].copy_(problem.slots[0][i])
+        expected[1][i].copy_(problem.m[i])
+        expected[2][i].copy_(problem.v[i])
+    problem.table.step(problem.dtypes, rows(C), target=target)
+    assert_as_expected(problem, target, expected)
+
+
+def test_every_tensor_takes_its_row(lib):
+    other = C._replace(c_grad=0.05, decay=0.0)
+    problem = Problem(lib, (F32, F32, F32), SIZES)
+    first, second = (problem.expected(source=0, target=0, c=c) for c in (C, other))
+    for i in range(len(SIZES)):
+        problem.enter(i, row=i % 2)
+    problem.table.step(problem.dtypes, rows(C, other))
+    expected = [
+        [b if i % 2 else a for i, (a, b) in enumerate(zip(x, y, strict=True))]
+        for x, y in zip(first, second, strict=True)
+    ]
+    assert_as_expected(problem, 0, expected)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, BF16, BF16), (BF16, BF16, F32), (F32, F32, BF16), (F32, BF16, BF16)], ids=str
+)
+def test_stochastic_rounding_takes_the_bits_of_every_backend(lib, dtypes, offset):
+    problem = Problem(lib, dtypes, SIZES, offset=offset)
+    expected = problem.expected(source=0, target=0, seed=(1 << 40) + 5)
+    problem.table.step(dtypes, rows(C), seed=(1 << 40) + 5)
+    assert_as_expected(problem, 0, expected)
+
+
+def test_the_factor_and_found_inf(lib):
+    problem = Problem(lib, (F32, F32, F32), SIZES)
+    before = [w.clone() for w in problem.slots[0]]
+    problem.table.step(problem.dtypes, rows(C), found_inf=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(problem.slots[0], before, strict=True))
+    expected = problem.expected(source=0, target=0, c=C._replace(grad_scale=C.grad_scale * 0.25))
+    problem.table.step(problem.dtypes, rows(C), factor=0.25, found_inf=0.0)
+    assert_as_expected(problem, 0, expected)
+
+
+@pytest.mark.parametrize(("limit", "loss_scale"), [(0.0, 1.0), (0.0, 1024.0), (1.0, 1.0), (1.0, 512.0), (100.0, 8.0)])
+def test_the_clipping_factor_is_torchs(lib, limit, loss_scale):
+    norm = 3.5
+    clipped = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+    args = [torch.tensor(x, dtype=F64).item() for x in (norm, limit, loss_scale)]
+    assert lib.clipping_factor(*map(ctypes.c_double, args)) == clipped / loss_scale
+    nan = lib.clipping_factor(*map(ctypes.c_double, (float("nan"), 1.0, 1.0)))
+    assert nan != nan
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_of_squares(lib, dtype, offset):
+    problem = Problem(lib, (F32 if dtype != F64 else F64, dtype, F32 if dtype != F64 else F64), SIZES, offset=offset)
+    total = 0.0
+    for chunk in problem.table.chunks():
+        total += lib.squares_on_host(
+            problem.table.data, ctypes.c_int64(len(SIZES)), ctypes.c_int64(chunk), CODES[dtype], ctypes.c_int64(256)
+        )
+    wanted = sum(float(g.double().square().sum()) for g in problem.grads)
+    assert total == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 1), (2, 256), (7, 32), (1000, 3)])
+def test_the_grid_changes_nothing(lib, blocks, threads):
+    results = []
+    for grid in ((3, 5), (blocks, threads)):
+        problem = Problem(lib, (F32, F32, F32), SIZES)
+        problem.table.step(problem.dtypes, rows(C), blocks=grid[0], threads=grid[1])
+        results.append([*problem.slots[0], *problem.m, *problem.v])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_spans_cover_every_element_once(lib):
+    draw = random.Random(0)
+    chunk = lib.chunk_elements()
+    for _ in range(200):
+        sizes = [
+            draw.choice([0, 1, draw.randrange(100), draw.randrange(5 * chunk), chunk, 3 * chunk, chunk + 1])
+            for _ in range(draw.randrange(1, 40))
+        ]
+        table = Table(lib, sizes, 1)
+        seen: dict[int, int] = dict.fromkeys(range(len(sizes)), 0)
+        for tensor, begin, count in table.spans():
+            assert begin == seen[tensor]
+            assert 0 < count <= chunk
+            seen[tensor] += count
+        assert list(seen.values()) == sizes
+
+
+def test_sizes_beyond_32_bits(lib):
+    size = (1 << 33) + 12_345
+    table = Table(lib, [5, size], 1)
+    spans = table.spans()
+    assert spans[0] == (0, 0, 5)
+    assert sum(count for tensor, _, count in spans if tensor == 1) == size
+    assert spans[-1][1] + spans[-1][2] == size
+
+
+def test_only_what_changed_is_sent(lib):
+    table = Table(lib, [4, 5, 6], 2)
+    assert table.changed() == (0, (SLOTS + 2) * 3)
+    table.sent()
+    assert table.changed() == (0, 0)
+    table.set(NUMEL, 1, 5)
+    assert table.changed() == (0, 0)
+    table.set(GRAD, 2, 4096)
+    table.set(ROW, 1, 7)
+    assert table.changed() == (ROW * 3 + 1, GRAD * 3 + 3)
+    table.set(ALIGNED, 0, 1)
+    assert table.changed() == (ROW * 3 + 1, ALIGNED * 3 + 1)
+    table.sent()
+    table.set(SLOTS + 1, 0, 8)
+    assert table.changed() == ((SLOTS + 1) * 3, (SLOTS + 1) * 3 + 1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_every_value_of_two_bytes_is_converted_as_torch_does(lib, dtype):
+    values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    found = torch.empty(65536)
+    lib.widen_all(CODES[dtype], ctypes.c_void_p(found.data_ptr()))
+    assert torch.equal(found.nan_to_num(nan=7.0), values.float().nan_to_num(nan=7.0))
+    assert torch.equal(found.isnan(), values.isnan())
+    wide = values.float()
+    near = torch.cat([wide, wide.nextafter(torch.tensor(1e30)), wide * 1.0009765625, wide * 1.001953125, wide * 1.0029])
+    narrow = torch.empty(len(near), dtype=torch.int16)
+    lib.narrow_all(
+        CODES[dtype], ctypes.c_void_p(near.data_ptr()), ctypes.c_int64(len(near)), ctypes.c_void_p(narrow.data_ptr())
+    )
+    got, wanted = narrow.view(dtype), near.to(dtype)
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(nan=0.0).view(torch.int16), wanted.nan_to_num(nan=0.0).view(torch.int16))

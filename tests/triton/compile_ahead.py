@@ -1,0 +1,106 @@
+"""Compiles every Triton kernel ahead of time for the compute capability given, and prints what the machine code does.
+
+``python compile_ahead.py 90`` prints a JSON list: name, registers, spilled bytes, counts of loads and stores by width,
+and multiplications fused with additions. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from nesterov_pp.triton_kernels import kernels
+from nesterov_pp.triton_kernels.plan import SQUARES, STEP
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+STEPS = [
+    ("float32", F32, F32, F32, False),
+    ("float32, bfloat16 moments", F32, F32, BF16, False),
+    ("float64", F64, F64, F64, False),
+    ("bfloat16", BF16, BF16, BF16, False),
+    ("bfloat16, rounded stochastically", BF16, BF16, BF16, True),
+    ("bfloat16, float32 moments", BF16, BF16, F32, False),
+    ("float16", F16, F16, F16, False),
+    ("float32 masters of bfloat16", F32, BF16, F32, False),
+]
+COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
+
+
+def compiled(fn, signature: dict[str, str], constants: dict[str, object], capability: int, warps: int):
+    source = ASTSource(
+        fn=fn,
+        signature={name: signature.get(name, "constexpr") for name in fn.arg_names},
+        constexprs=constants,
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+
+
+def described(name: str, kernel) -> dict[str, object]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    counts = collections.Counter(COUNTED.findall(sass))
+    return {
+        "name": name,
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "loads_128": sum(n for op, n in counts.items() if op.startswith("LDG") and ".128" in op),
+        "stores_128": sum(n for op, n in counts.items() if op.startswith("STG") and ".128" in op),
+        "spills": sum(n for op, n in counts.items() if op[:3] in ("LDL", "STL")),
+        "fused": kernel.asm["ptx"].count("fma."),
+    }
+
+
+def main(capability: int) -> list[dict[str, object]]:
+    found = []
+    for name, weight, grad, moment, stochastic in STEPS:
+        constants = {
+            "W": weight,
+            "G": grad,
+            "M": moment,
+            "T": F64 if weight == F64 else F32,
+            "ADAPTIVE": True,
+            "STOCHASTIC": stochastic,
+            "COPIES": weight != grad,
+            "SCALED": True,
+            "SKIPS": True,
+            "BLOCK": STEP.block,
+        }
+        signature = dict.fromkeys(("table", "chunks"), "*i64")
+        signature |= {"rows": "*fp64", "factor": "*fp64", "found_inf": "*fp32"}
+        signature |= dict.fromkeys(("tensors", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
+        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, STEP.warps)))
+    signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
+    constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
+    found.append(
+        described("squares", compiled(kernels.squares_kernel, signature, constants, capability, SQUARES.warps))
+    )
+    signature = dict.fromkeys(("partials", "scale", "limit", "result"), "*fp64") | {
+        "count": "i32",
+        "grad_scale": "*fp32",
+    }
+    constants = {"UNSCALES": True, "BLOCK": 1024}
+    found.append(described("scaling", compiled(kernels.scaling_kernel, signature, constants, capability, 4)))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]))))

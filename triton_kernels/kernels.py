@@ -1,0 +1,249 @@
+"""The passes over many tensors as Triton kernels.
+
+They read the table of ``csrc/device/table.h`` and compute what ``csrc/device/pass.h`` does, one program a chunk.
+Numbers that change from step to step are never compile-time constants, so no step compiles anything anew.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = 16384
+"""Elements of one tensor that one program passes over: ``device::kChunk``."""
+
+# Columns of the table, in words of 64 bits a tensor.
+_ROW = tl.constexpr(0)
+_GRAD = tl.constexpr(1)
+_ALIGNED = tl.constexpr(2)
+_NUMEL = tl.constexpr(3)
+_NUMBER = tl.constexpr(4)
+_MASTER = tl.constexpr(5)
+_EXP_AVG = tl.constexpr(6)
+_EXP_AVG_SQ = tl.constexpr(7)
+_SLOTS = tl.constexpr(8)
+_ROW_WORDS = tl.constexpr(10)
+_CHUNK = tl.constexpr(CHUNK)
+
+
+@triton.jit
+def _word(table, tensors, column, tensor):
+    return tl.load(table + column * tensors + tensor)
+
+
+@triton.jit
+def _load(pointer, lanes, mask, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(tl.multiple_of(pointer + lanes, 16))
+    else:
+        return tl.load(pointer + lanes, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(pointer, lanes, value, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(tl.multiple_of(pointer + lanes, 16), value)
+    else:
+        tl.store(pointer + lanes, value, mask=mask)
+
+
+@triton.jit
+def _root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _quotient(x, y):
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """``value`` in the dtype ``TO``: bfloat16 in integers, since the interpreter would cut the lower bits off."""
+    if tl.bfloat16 != TO:
+        return value.to(TO)
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+        increment = noise if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
+        rounded = (bits + increment) >> 16
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
+    """Two words of each of BLOCK elements from ``first`` on, which is even (csrc/random.h)."""
+    pair = (first // 2).to(tl.uint64) + tl.arange(0, BLOCK // 2).to(tl.uint64)
+    a = (pair & 0xFFFFFFFF).to(tl.uint32)
+    b = (pair >> 32).to(tl.uint32)
+    c = tl.zeros_like(a) + number
+    d = tl.zeros_like(a) + step
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(a, tl.full(a.shape, 0xD2511F53, tl.uint32)), a * tl.full(a.shape, 0xD2511F53, tl.uint32)
+        high1, low1 = tl.umulhi(c, tl.full(a.shape, 0xCD9E8D57, tl.uint32)), c * tl.full(a.shape, 0xCD9E8D57, tl.uint32)
+        a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
+        key0 = key0 + tl.full((), 0x9E3779B9, tl.uint32)
+        key1 = key1 + tl.full((), 0xBB67AE85, tl.uint32)
+    return tl.interleave(a, c), tl.interleave(b, d)
+
+
+@triton.jit
+def _step_block(
+    w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
+    grad_scale, l2, beta1_complement, beta2_complement, decay, c_grad, c_momentum, inv_bias2, eps,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    mask = start + lanes < count
+    weight = _load(w + start, lanes, mask, FULL).to(T)
+    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T) + l2 * weight
+    m1 = _load(m + start, lanes, mask, FULL).to(T)
+    m1 = m1 + beta1_complement * (g - m1)
+    direction = c_grad * g + c_momentum * m1
+    if STOCHASTIC:
+        first, second = _random_words(key0, key1, number, step, begin + start, BLOCK)
+    else:
+        first = tl.zeros([BLOCK], tl.uint32)
+        second = first
+    if ADAPTIVE:
+        v1 = _load(v + start, lanes, mask, FULL).to(T)
+        v1 = v1 + beta2_complement * (g * g - v1)
+        direction = _quotient(direction, _root(v1 * inv_bias2) + eps)
+        _store(v + start, lanes, _narrowed(v1, second & 0xFFFF, M, STOCHASTIC), mask, FULL)
+    weight = weight - (decay * weight + direction)
+    _store(m + start, lanes, _narrowed(m1, first >> 16, M, STOCHASTIC), mask, FULL)
+    _store(out + start, lanes, _narrowed(weight, first & 0xFFFF, W, STOCHASTIC), mask, FULL)
+    if COPIES:
+        _store(copy + start, lanes, _narrowed(weight, first, G, False), mask, FULL)
+
+
+@triton.jit(do_not_specialize=["tensors", "source", "target", "key0", "key1"])
+def step_kernel(
+    table, chunks, rows, factor, found_inf, tensors, source, target, key0, key1,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
+    ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, SCALED: tl.constexpr,
+    SKIPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of the step. ``table``, ``chunks``: int64; ``rows``: float64, 10 words each; ``factor``: float64, read if
+    SCALED; ``found_inf``: float32, read if SKIPS; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes of the
+    weights computed with, of gradients and of moments; T: the dtype to compute in."""
+    if SKIPS:
+        if tl.load(found_inf) > 0:
+            return
+    word = tl.load(chunks + tl.program_id(0))
+    tensor = word >> 32
+    begin = (word & 0xFFFFFFFF) * _CHUNK
+    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
+    aligned = _word(table, tensors, _ALIGNED, tensor)
+    row = _word(table, tensors, _ROW, tensor)
+    old = _word(table, tensors, _SLOTS + source, tensor)
+    new = _word(table, tensors, _SLOTS + target, tensor)
+    if row < 0:
+        if source != target:
+            lanes = tl.arange(0, BLOCK)
+            from_ = old.to(tl.pointer_type(G)) + begin
+            to = new.to(tl.pointer_type(G)) + begin
+            start = 0
+            while start < count:
+                mask = start + lanes < count
+                tl.store(to + start + lanes, tl.load(from_ + start + lanes, mask=mask), mask=mask)
+                start += BLOCK
+        return
+    r = rows + row * _ROW_WORDS
+    grad_scale = tl.load(r)
+    if SCALED:
+        grad_scale = grad_scale * tl.load(factor)
+    if COPIES:
+        w = _word(table, tensors, _MASTER, tensor).to(tl.pointer_type(W)) + begin
+        out = w
+        copy = new.to(tl.pointer_type(G)) + begin
+    else:
+        w = old.to(tl.pointer_type(W)) + begin
+        out = new.to(tl.pointer_type(W)) + begin
+        copy = out
+    grad = _word(table, tensors, _GRAD, tensor).to(tl.pointer_type(G)) + begin
+    m = _word(table, tensors, _EXP_AVG, tensor).to(tl.pointer_type(M)) + begin
+    v = _word(table, tensors, _EXP_AVG_SQ, tensor).to(tl.pointer_type(M)) + begin
+    number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
+    step = tl.load(r + 9).to(tl.uint32)
+    key0 = key0.to(tl.uint32)
+    key1 = key1.to(tl.uint32)
+    g0 = grad_scale.to(T)
+    l2 = tl.load(r + 1).to(T)
+    b1 = tl.load(r + 2).to(T)
+    b2 = tl.load(r + 3).to(T)
+    decay = tl.load(r + 4).to(T)
+    c_grad = tl.load(r + 5).to(T)
+    c_momentum = tl.load(r + 6).to(T)
+    inv_bias2 = tl.load(r + 7).to(T)
+    eps = tl.load(r + 8).to(T)
+    start = 0
+    if aligned != 0:
+        while start + BLOCK <= count:
+            _step_block(
+                w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
+                g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
+                W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, True,
+            )  # fmt: skip
+            start += BLOCK
+    while start < count:
+        _step_block(
+            w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
+            g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
+            W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, False,
+        )  # fmt: skip
+        start += BLOCK
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of squares of one chunk's gradients, 0 for a tensor without one, to ``partials`` (float64)."""
+    word = tl.load(chunks + tl.program_id(0))
+    tensor = word >> 32
+    begin = (word & 0xFFFFFFFF) * _CHUNK
+    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
+    if _word(table, tensors, _ROW, tensor) < 0:
+        count = 0
+    aligned = _word(table, tensors, _ALIGNED, tensor)
+    grad = _word(table, tensors, _GRAD, tensor).to(tl.pointer_type(G)) + begin
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], T)
+    start = 0
+    if aligned != 0:
+        while start + BLOCK <= count:
+            x = _load(grad + start, lanes, lanes < BLOCK, True).to(T)
+            sums += x * x
+            start += BLOCK
+    while start < count:
+        x = _load(grad + start, lanes, start + lanes < count, False).to(T)
+        sums += x * x
+        start += BLOCK
+    tl.store(partials + tl.program_id(0), tl.sum(sums.to(tl.float64)))
+
+
+@triton.jit(do_not_specialize=["count"])
+def scaling_kernel(partials, count, scale, limit, grad_scale, result, UNSCALES: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the norm times ``scale`` over the loss scale, and the factor of ``device::factor_of``, to ``result``."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    start = 0
+    while start < count:
+        sums += tl.load(partials + start + lanes, mask=start + lanes < count, other=0.0)
+        start += BLOCK
+    loss_scale = tl.full((), 1.0, tl.float64)
+    if UNSCALES:
+        loss_scale = tl.load(grad_scale).to(tl.float64)
+    norm = tl.sqrt(tl.sum(sums)) * (tl.load(scale) / loss_scale)
+    unscaled = 1.0 / loss_scale
+    most = tl.load(limit)
+    clipped = most / (norm + 1e-6)
+    factor = tl.where(most > 0, tl.where(clipped >= 1, unscaled, unscaled * clipped), unscaled)
+    tl.store(result, norm)
+    tl.store(result + 1, factor)

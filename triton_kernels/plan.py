@@ -1,0 +1,161 @@
+"""A step by Triton kernels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nesterov_pp.kernels import extension
+from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.plan import StepClass, Tensors
+
+from . import kernels
+
+_DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
+_SUMS = 1024  # elements that the last reduction adds up at a time
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a pass is cut: the same for every step, and never chosen by trying out a kernel that works in place."""
+
+    block: int
+    warps: int
+
+
+# Eight elements a thread: a vector of 16 bytes of bfloat16, two of float32.
+STEP, SQUARES = Shape(block=1024, warps=4), Shape(block=2048, warps=8)
+
+
+class Launches:
+    """What the kernels of one plan are launched with."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+        self.groups: list[Any] = []
+        self.adaptive = False
+        self.scaling: Tensor | None = None  # norm and factor, for the next step only
+        self.found_inf: Tensor | None = None
+
+    def step(self, rows: Tensor, source: int, target: int) -> None:
+        """One launch for each group of tensors that agree in dtypes."""
+        key = self.seed or 0
+        scaling, found_inf = self.scaling, self.found_inf
+        for group in self.groups:
+            weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
+            rounds = tl.bfloat16 in (weight, moment)
+            stochastic = self.seed is not None and rounds
+            kernels.step_kernel[(group.chunks.numel(),)](
+                group.table,
+                group.chunks,
+                rows,
+                rows if scaling is None else scaling[1:],
+                rows if found_inf is None else found_inf,
+                group.tensors,
+                source,
+                target,
+                key & _WORD,
+                key >> 32,
+                W=weight,
+                G=grad,
+                M=moment,
+                T=tl.float64 if weight == tl.float64 else tl.float32,
+                ADAPTIVE=self.adaptive,
+                STOCHASTIC=stochastic,
+                COPIES=weight != grad,
+                SCALED=scaling is not None,
+                SKIPS=found_inf is not None,
+                BLOCK=STEP.block,
+                num_warps=STEP.warps,
+                enable_fp_fusion=False,
+            )
+        self.scaling = self.found_inf = None
+
+    def reduce(self, scale: float, limit: float, grad_scale: Tensor | None, *, norm: bool = True) -> Tensor:
+        """The gradients' norm times ``scale`` over the loss scale, and the factor for the next step, in float64."""
+        device = self.groups[0].table.device
+        counts = [group.chunks.numel() if norm else 0 for group in self.groups]
+        partials = torch.empty(max(1, sum(counts)), dtype=torch.float64, device=device)
+        for group, first, count in zip(self.groups, itertools.accumulate([0, *counts]), counts, strict=False):
+            if count == 0:
+                continue
+            grad = _DTYPES[group.dtypes[1]]
+            kernels.squares_kernel[(count,)](
+                group.table,
+                group.chunks,
+                partials[first:],
+                group.tensors,
+                G=grad,
+                T=tl.float64 if grad == tl.float64 else tl.float32,
+                BLOCK=SQUARES.block,
+                num_warps=SQUARES.warps,
+                enable_fp_fusion=False,
+            )
+        result = torch.empty(2, dtype=torch.float64, device=device)
+        numbers = torch.tensor([scale, limit], dtype=torch.float64, pin_memory=device.type == "cuda")
+        numbers = numbers.to(device, non_blocking=True)
+        kernels.scaling_kernel[(1,)](
+            partials,
+            sum(counts),
+            numbers,
+            numbers[1:],
+            numbers if grad_scale is None else grad_scale,
+            result,
+            UNSCALES=grad_scale is not None,
+            BLOCK=_SUMS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+        return result
+
+
+class TritonPlan:
+    """The plan of the triton backend (``nesterov_pp.kernels.plan.Plan``)."""
+
+    on_device = True
+
+    def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
+        module, reason = extension.load()
+        if module is None:
+            raise ValueError(f"backend 'triton' cannot be used: {reason}")
+        # The plan keeps the launches and not the other way round: C++ holds no reference back to Python's plan.
+        self._launches = Launches(seed)
+        self._plan = module.DevicePlan(
+            tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step
+        )
+        self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
+        self._launches.adaptive = bool(tensors.exp_avg_sqs)
+
+    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
+        self._launches.scaling = self._launches.found_inf = None
+        classes: list[StepClass] = self._plan.collect(grads_of, source, target)
+        return classes
+
+    def gradient_norm(self) -> float:
+        return float(self._launches.reduce(1.0, 0.0, None)[0]) if self._launches.groups else 0.0
+
+    def nonfinite_parameter(self) -> str:
+        return str(self._plan.nonfinite_parameter())
+
+    def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
+        if not self._launches.groups:
+            return None if limit is None else torch.zeros((), dtype=torch.float64)
+        scaling = self._launches.reduce(scale, limit or 0.0, grad_scale, norm=limit is not None)
+        self._launches.scaling = scaling
+        return None if limit is None else scaling[0]
+
+    def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
+        self._plan.apply(rows, mu_products)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors too."""
+    return bool(triton.knobs.runtime.interpret)
