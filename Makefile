@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format bench sanitize coverage clean
+.PHONY: help setup demo test test-all check format cuda-build bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ format: setup ## put Python and C++ sources into their form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+cuda-build: setup ## compile the CUDA sources for three architectures (needs nvcc), and count in the machine code
+	$(BIN)/python -m benchmarks.machine_code
 
 bench: setup ## measure the step beside torch's
 	$(BIN)/python -m pytest benchmarks -m "" --benchmark-enable

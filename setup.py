@@ -1,16 +1,21 @@
-"""Builds ``nesterov_pp._C`` against the torch of the environment it will run in."""
+"""Builds ``nesterov_pp._C`` against the torch of the environment it will run in, with CUDA where there is a toolkit.
+
+Environment: ``NPP_CUDA=0`` leaves CUDA out, ``NPP_CUDA=1`` fails where it cannot be built; ``CUDA_HOME``,
+``TORCH_CUDA_ARCH_LIST`` and ``CXX`` as torch has them; ``NPP_WERROR=1`` makes warnings errors.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
         "nesterov_pp builds against the torch it will run with, and this build environment has none: "
@@ -19,6 +24,62 @@ except ImportError:
 from setuptools import Extension, find_packages, setup
 
 EXTENSION = "nesterov_pp._C"
+
+
+def toolkit() -> Path | None:
+    """The folder of the CUDA toolkit. ``nvcc`` on the path may be a script that calls one elsewhere."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        top = re.search(r"TOP=(\S+)", plan.stderr + plan.stdout)
+        candidates += [top.group(1) if top else None, str(Path(nvcc).resolve().parents[1])]
+    candidates.append("/usr/local/cuda")
+    for folder in filter(None, candidates):
+        if (Path(folder) / "include" / "cuda_runtime.h").exists() and (Path(folder) / "bin" / "nvcc").exists():
+            return Path(folder).resolve()
+    return None
+
+
+def cuda() -> Path | None:
+    """The toolkit to build the CUDA kernels with; None, after a line that says why, for an extension without them."""
+    wanted = os.environ.get("NPP_CUDA", "")
+    found = toolkit() if wanted != "0" else None
+    if torch.version.cuda is not None and found is not None:
+        return found
+    why = (
+        "NPP_CUDA=0"
+        if wanted == "0"
+        else f"torch {torch.__version__} has no CUDA"
+        if torch.version.cuda is None
+        else "no CUDA toolkit was found (CUDA_HOME, nvcc)"
+    )
+    if wanted == "1":
+        sys.exit(f"nesterov_pp cannot be built with CUDA, as NPP_CUDA=1 asks: {why}")
+    print(f"nesterov_pp is built without CUDA kernels: {why}", file=sys.stderr)
+    return None
+
+
+def architectures(home: Path) -> str:
+    """Where no GPU is visible: one of each generation, and code that newer ones can compile."""
+    version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    recent = release is not None and (int(release.group(1)), int(release.group(2))) >= (12, 8)
+    return "8.0;9.0;10.0+PTX" if recent else "8.0;9.0+PTX"
+
+
+CUDA = cuda()
+if CUDA is not None:
+    os.environ["CUDA_HOME"] = str(CUDA)  # read when torch.utils.cpp_extension is imported
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(CUDA)
+
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    get_cxx_compiler,
+)
 
 
 def extension() -> Extension:
@@ -31,19 +92,26 @@ def extension() -> Extension:
         "-Wall",
         "-Wextra",
     ]
+    cuda_flags = ["-O3", "--fmad=false"]  # for the bits of the CPU
     if os.environ.get("NPP_WERROR") == "1":
         flags.append("-Werror")
-    ext = CppExtension(
+        cuda_flags += ["-Werror", "all-warnings"]
+    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/device/*.cpp")]
+    if CUDA is not None:
+        sources += [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
+        flags.append("-DNPP_CUDA")
+    ext = (CppExtension if CUDA is None else CUDAExtension)(
         EXTENSION,
-        sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/device/*.cpp")]),
+        sorted(sources),
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         extra_link_args=["-fopenmp", "-s"],
     )
     # torch's headers as system headers, whose warnings are not ours.
     for folder in ext.include_dirs:
         flags += ["-isystem", folder]
+        cuda_flags += ["-isystem", folder]
     ext.include_dirs = []
-    ext.extra_compile_args = {"cxx": flags}
+    ext.extra_compile_args = {"cxx": flags, "nvcc": cuda_flags}
     return ext
 
 

@@ -15,6 +15,9 @@
 #include "device/plan.h"
 #include "memory.h"
 #include "plan.h"
+#if defined(NPP_CUDA)
+#include "cuda/plan.h"
+#endif
 
 namespace py = pybind11;
 using nesterov_pp::Dtype;
@@ -148,4 +151,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function>(), py::arg("tensors"), py::arg("seed"),
            py::arg("launch"))
       .def("launches", &CallingPlan::launches);
+
+#if defined(NPP_CUDA)
+  using nesterov_pp::cuda::CudaPlan;
+  py::class_<CudaPlan, Plan>(m, "CudaPlan")
+      .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
+      .def_property_readonly("on_device", [](const CudaPlan&) { return true; })
+      .def("scale", &CudaPlan::scale, py::arg("scale"), py::arg("limit"), py::arg("grad_scale"));
+#endif
 }

@@ -57,7 +57,11 @@ struct Pointers {
 
 template <class S>
 NPP_HD S* pointer(int64_t address) {
-  return reinterpret_cast<S*>(static_cast<uintptr_t>(address));
+  auto* p = reinterpret_cast<S*>(static_cast<uintptr_t>(address));
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));  // else accesses are generic ones
+#endif
+  return p;
 }
 
 template <class P>

@@ -1,0 +1,196 @@
+"""Compiles the CUDA sources for several architectures and counts what the machine code does: no GPU takes part.
+
+``python -m benchmarks.machine_code`` needs ``nvcc``, and ``cuobjdump`` from the toolkit or from Triton. The C++ around
+the kernels is compiled against the headers of the torch at hand, which need not have CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc"
+PAGE = ROOT / "docs" / "kernels.md"
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
+
+
+class MissingToolError(RuntimeError):
+    """A program that this needs is not on the machine."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's machine code for one architecture."""
+
+    architecture: int
+    name: str
+    registers: int
+    stack: int  # bytes
+    instructions: int
+    loads_128: int
+    stores_128: int
+    spills: int  # loads and stores of local memory
+
+
+def nvcc() -> tuple[Path, Path]:
+    """The compiler and the folder of its headers."""
+    found = shutil.which("nvcc")
+    if found is None:
+        raise MissingToolError("the CUDA sources need nvcc, which is not on the path")
+    plan = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"TOP=(\S+)", plan.stderr + plan.stdout)
+    home = Path(top.group(1)) if top else Path(found).resolve().parents[1]
+    return Path(found), home.resolve() / "include"
+
+
+def cuobjdump() -> Path:
+    """From the toolkit, or the one that Triton brings along."""
+    found = shutil.which("cuobjdump")
+    if found is not None:
+        return Path(found)
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if bundled.exists():
+            return bundled
+    raise MissingToolError("reading machine code needs cuobjdump, from the CUDA toolkit or from Triton")
+
+
+def compile_kernels(folder: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Path]:
+    """Every .cu file as an object file with machine code for all architectures; warnings are errors."""
+    compiler, _ = nvcc()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    objects = []
+    for source in sorted(SOURCES.glob("cuda/*.cu")):
+        objects.append(folder / f"{source.stem}.o")
+        flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Werror", "all-warnings"]
+        _run([compiler, *flags, "-Xptxas", "-warn-spills", *targets, "-c", source, "-o", objects[-1]])
+    return objects
+
+
+def check_host_code(folder: Path) -> None:
+    """The C++ that launches the kernels, against torch's headers."""
+    import torch
+
+    _, cuda_headers = nvcc()
+    headers = Path(torch.__file__).parent / "include"
+    # A torch without CUDA lacks this one generated header.
+    stub = folder / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    folders = [cuda_headers, headers, headers / "torch/csrc/api/include", sysconfig.get_paths()["include"], folder]
+    system = [argument for folder in folders for argument in ("-isystem", folder)]
+    standard = "-std=c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "-std=c++17"
+    flags = [standard, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DNPP_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
+    for source in [*sorted(SOURCES.glob("cuda/*.cpp")), SOURCES / "bindings.cpp"]:
+        _run([*shlex.split(os.environ.get("CXX", "c++")), *flags, *system, source])
+
+
+def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """What is in the object files."""
+    tool = cuobjdump()
+    found = []
+    for file in objects:
+        for architecture in architectures:
+            only = ["-arch", f"sm_{architecture}"]
+            usage = _run([tool, "-res-usage", *only, file])
+            resources = {
+                mangled: (int(registers), int(stack))
+                for mangled, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+            }
+            code = _run([tool, "-sass", *only, file])
+            for part in code.split("Function : ")[1:]:
+                mangled = part.split(maxsplit=1)[0]
+                registers, stack = resources[mangled]
+                operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part)
+                found.append(
+                    Kernel(
+                        architecture,
+                        readable(mangled),
+                        registers,
+                        stack,
+                        len(operations),
+                        sum(o.startswith("LDG") and ".128" in o for o in operations),
+                        sum(o.startswith("STG") and ".128" in o for o in operations),
+                        sum(o.startswith(("LDL", "STL")) for o in operations),
+                    )
+                )
+    return sorted(found, key=lambda k: (k.name, k.architecture))
+
+
+def readable(mangled: str) -> str:
+    """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"."""
+    name = _run(["c++filt", mangled]).replace("nesterov_pp::", "").strip()
+    step = re.search(r"Pass<(\w+), (\w+), (\w+), (true|false), (true|false)>", name)
+    if step is None:
+        reduction = re.search(r"(\w+)_kernel(?:<(\w+)>)?", name)
+        kind, dtype = reduction.groups() if reduction else (name, None)
+        return kind if dtype is None else f"{kind}: {DTYPES[dtype]}"
+    weight, grad, moment = (DTYPES[t] for t in step.groups()[:3])
+    shown = weight if weight == grad == moment else f"{weight} weights, {grad} gradients, {moment} moments"
+    adaptive = "" if step.group(4) == "true" else ", no second moment"
+    return f"step: {shown}{adaptive}{', stochastic rounding' if step.group(5) == 'true' else ''}"
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One row a kernel, with the numbers of all architectures."""
+    architectures = sorted({k.architecture for k in kernels})
+    lines = [
+        "| kernel | "
+        + " | ".join(f"sm_{a}: registers, instructions" for a in architectures)
+        + " | 128-bit loads, stores |",
+        "|---|" + "--:|" * (len(architectures) + 1),
+    ]
+    for name in dict.fromkeys(k.name for k in kernels):
+        rows = {k.architecture: k for k in kernels if k.name == name}
+        last = rows[architectures[-1]]
+        cells = [f"{rows[a].registers}, {rows[a].instructions}" for a in architectures]
+        lines.append(f"| {name} | {' | '.join(cells)} | {last.loads_128}, {last.stores_128} |")
+    return "\n".join(lines)
+
+
+def _run(command: list[object]) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"`{shlex.join(map(str, command))}` fails:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            check_host_code(Path(folder))
+            found = kernels_of(compile_kernels(Path(folder)))
+    except MissingToolError as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    print(table(found))
+    if options.write:
+        text = PAGE.read_text()
+        start, end = "<!-- machine code -->\n", "<!-- /machine code -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        PAGE.write_text(before + start + table(found) + "\n" + end + after)
+    spilling = [asdict(k) for k in found if k.spills]
+    for kernel in spilling:
+        print(f"registers are spilled: {kernel}", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

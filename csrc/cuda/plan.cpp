@@ -1,0 +1,85 @@
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace nesterov_pp::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what, const at::Device& device) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error("nesterov_pp: the " + std::string(what) + " on " + device.str() +
+                           " was not launched: " + cudaGetErrorString(error));
+}
+
+device::Table table_of(const device::Group& group) {
+  return {group.table.const_data_ptr<int64_t>(), static_cast<int64_t>(group.members.size())};
+}
+
+}  // namespace
+
+std::vector<StepClass> CudaPlan::collect(size_t grads_of, size_t from, size_t to) {
+  const c10::cuda::OptionalCUDAGuard guard(device_);
+  scaling_.reset();
+  return DevicePlan::collect(grads_of, from, to);
+}
+
+at::Tensor CudaPlan::reduce(double scale, double limit, const float* grad_scale, bool with_norm) const {
+  const c10::cuda::OptionalCUDAGuard guard(device_);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index());
+  const auto options = at::device(device_).dtype(at::kDouble);
+  const int64_t count = with_norm ? chunk_count() : 0;
+  const at::Tensor partials = at::empty({std::max<int64_t>(count, 1)}, options), result = at::empty({2}, options);
+  auto* sums = partials.mutable_data_ptr<double>();
+  if (with_norm)
+    for (const auto& group : groups())
+      check(squares(table_of(group), group.chunks.const_data_ptr<int64_t>(), group.chunks.numel(), group.dtypes.grad,
+                    sums + group.first_chunk, stream),
+            "norm of the gradients", device_);
+  static_assert(sizeof(Scaling) == 2 * sizeof(double), "a tensor of two elements");
+  check(scaling(sums, count, scale, limit, grad_scale, reinterpret_cast<Scaling*>(result.mutable_data_ptr<double>()),
+                stream),
+        "scaling of the gradients", device_);
+  return result;
+}
+
+double CudaPlan::gradient_norm() { return reduce(1, 0, nullptr, true)[0].item<double>(); }
+
+std::optional<at::Tensor> CudaPlan::scale(double scale, std::optional<double> limit,
+                                          const std::optional<at::Tensor>& grad_scale) {
+  const float* divisor = nullptr;
+  if (grad_scale) {
+    if (grad_scale->device() != device_ || grad_scale->scalar_type() != at::kFloat || grad_scale->numel() != 1)
+      throw std::invalid_argument("grad_scale must be one float32 number on " + device_.str());
+    divisor = grad_scale->const_data_ptr<float>();
+  }
+  scaling_ = reduce(scale, limit.value_or(0), divisor, limit.has_value());
+  return limit ? std::optional<at::Tensor>(scaling_[0]) : std::nullopt;
+}
+
+void CudaPlan::pass(const std::vector<Row>& rows) {
+  const c10::cuda::OptionalCUDAGuard guard(device_);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index());
+  const at::Tensor sent = send_rows(rows);
+  const double* factor = scaling_.defined() ? scaling_.const_data_ptr<double>() + 1 : nullptr;
+  for (const auto& group : groups()) {
+    const device::Launch launch{table_of(group),
+                                group.chunks.const_data_ptr<int64_t>(),
+                                group.chunks.numel(),
+                                sent.const_data_ptr<double>(),
+                                factor,
+                                nullptr,
+                                static_cast<int32_t>(from()),
+                                static_cast<int32_t>(to()),
+                                seed_.value_or(0)};
+    check(step(launch, group.dtypes, adaptive(), seed_.has_value(), stream), "step", device_);
+  }
+  scaling_.reset();
+}
+
+}  // namespace nesterov_pp::cuda

@@ -1,0 +1,36 @@
+// A plan whose pass runs in the kernels of kernels.cu, on torch's current stream of the parameters' device.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../device/plan.h"
+#include "kernels.h"
+
+namespace nesterov_pp::cuda {
+
+class CudaPlan : public device::DevicePlan {
+ public:
+  using DevicePlan::DevicePlan;
+
+  std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
+
+  // Waits for the device.
+  double gradient_norm() override;
+
+  // Has the next pass divide the gradients by `grad_scale` (float32 on the device) and clip their norm, times `scale`,
+  // to `limit`. Returns that norm, float64 on the device, if there is a limit. Does not wait.
+  std::optional<at::Tensor> scale(double scale, std::optional<double> limit,
+                                  const std::optional<at::Tensor>& grad_scale);
+
+ protected:
+  void pass(const std::vector<Row>& rows) override;
+
+ private:
+  // The norm and the factor (Scaling), float64 of two elements.
+  at::Tensor reduce(double scale, double limit, const float* grad_scale, bool with_norm) const;
+
+  at::Tensor scaling_;  // of the next pass; undefined without
+};
+
+}  // namespace nesterov_pp::cuda
