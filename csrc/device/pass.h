@@ -45,6 +45,59 @@ struct alignas(sizeof(S) * N < kVectorBytes ? sizeof(S) * N : kVectorBytes) Pack
   S values[N];
 };
 
+#if defined(__CUDA_ARCH__)
+// What the intrinsics below move at once.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using type = unsigned long long;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <class S>
+using WordOf = typename Word<sizeof(S) < kVectorBytes ? sizeof(S) : kVectorBytes>::type;
+#endif
+
+// N elements from and to global memory, 16 bytes at a time where there are so many. A device's compiler is told so by
+// intrinsics, since it cannot know what an address from the table points to; they also say that nothing is used twice.
+template <int N, class S>
+NPP_HD Pack<S, N> load(const S* from) {
+#if defined(__CUDA_ARCH__)
+  using Part = WordOf<Pack<S, N>>;
+  Part parts[sizeof(Pack<S, N>) / sizeof(Part)];
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(Pack<S, N>) / sizeof(Part); ++k)
+    parts[k] = __ldcs(reinterpret_cast<const Part*>(from) + k);
+  return bits_of<Pack<S, N>>(parts);
+#else
+  return *reinterpret_cast<const Pack<S, N>*>(from);
+#endif
+}
+
+template <int N, class S>
+NPP_HD void store(S* to, const Pack<S, N>& pack) {
+#if defined(__CUDA_ARCH__)
+  using Part = WordOf<Pack<S, N>>;
+  Part parts[sizeof(pack) / sizeof(Part)];
+  __builtin_memcpy(parts, &pack, sizeof(pack));
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(pack) / sizeof(Part); ++k) __stcs(reinterpret_cast<Part*>(to) + k, parts[k]);
+#else
+  *reinterpret_cast<Pack<S, N>*>(to) = pack;
+#endif
+}
+
 template <class P>
 struct Pointers {
   const typename P::W* w;
@@ -57,11 +110,7 @@ struct Pointers {
 
 template <class S>
 NPP_HD S* pointer(int64_t address) {
-  auto* p = reinterpret_cast<S*>(static_cast<uintptr_t>(address));
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(p));  // else accesses are generic ones
-#endif
-  return p;
+  return reinterpret_cast<S*>(static_cast<uintptr_t>(address));
 }
 
 template <class P>
@@ -122,11 +171,11 @@ NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const 
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
-  auto w = *reinterpret_cast<const Pack<W, N>*>(p.w + i);
-  const auto grad = *reinterpret_cast<const Pack<G, N>*>(p.grad + i);
-  auto m = *reinterpret_cast<const Pack<M, N>*>(p.m + i);
+  auto w = load<N>(p.w + i);
+  const auto grad = load<N>(p.grad + i);
+  auto m = load<N>(p.m + i);
   Pack<M, N> v{};
-  if constexpr (P::kAdaptive) v = *reinterpret_cast<const Pack<M, N>*>(p.v + i);
+  if constexpr (P::kAdaptive) v = load<N>(p.v + i);
   Pack<G, N> copy{};
   Bits bits[N] = {};
   if constexpr (P::kStochastic) random_bits<N>(l.seed, number, step, first, bits);
@@ -141,10 +190,10 @@ NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const 
     w.values[j] = narrowed<W, P::kStochastic>(next, bits[j].weight);
     if constexpr (P::kCopies) copy.values[j] = Narrow<G>::nearest(next);
   }
-  *reinterpret_cast<Pack<M, N>*>(p.m + i) = m;
-  if constexpr (P::kAdaptive) *reinterpret_cast<Pack<M, N>*>(p.v + i) = v;
-  *reinterpret_cast<Pack<W, N>*>(p.out + i) = w;
-  if constexpr (P::kCopies) *reinterpret_cast<Pack<G, N>*>(p.copy + i) = copy;
+  store(p.m + i, m);
+  if constexpr (P::kAdaptive) store(p.v + i, v);
+  store(p.out + i, w);
+  if constexpr (P::kCopies) store(p.copy + i, copy);
 }
 
 // Copies a weight that received no gradient into the next slot.
@@ -155,9 +204,8 @@ NPP_HD void carry(const Launch& l, const Span& span, int64_t thread, int64_t thr
   const auto* from = pointer<const S>(l.table.at(kSlots + l.source, span.tensor)) + span.begin;
   auto* to = pointer<S>(l.table.at(kSlots + l.target, span.tensor)) + span.begin;
   const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
-  for (int64_t i = thread * N; i < whole; i += threads * N)
-    *reinterpret_cast<Pack<S, N>*>(to + i) = *reinterpret_cast<const Pack<S, N>*>(from + i);
-  for (int64_t i = whole + thread; i < span.count; i += threads) to[i] = from[i];
+  for (int64_t i = thread * N; i < whole; i += threads * N) store(to + i, load<N>(from + i));
+  for (int64_t i = whole + thread; i < span.count; i += threads) store(to + i, load<1>(from + i));
 }
 
 // One thread's part of a step, for a grid of `blocks` blocks of `threads` threads.
@@ -199,7 +247,7 @@ NPP_HD double squares(const Table& table, int64_t chunk, int64_t thread, int64_t
   const int64_t whole = table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
   T sum = 0;
   for (int64_t i = thread * N; i < whole; i += threads * N) {
-    const auto pack = *reinterpret_cast<const Pack<G, N>*>(grad + i);
+    const auto pack = load<N>(grad + i);
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
@@ -209,7 +257,7 @@ NPP_HD double squares(const Table& table, int64_t chunk, int64_t thread, int64_t
     }
   }
   for (int64_t i = whole + thread; i < span.count; i += threads) {
-    const T value = widened(grad[i]);
+    const T value = widened(load<1>(grad + i).values[0]);
     sum += value * value;
   }
   return static_cast<double>(sum);
