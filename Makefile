@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format cuda-build bench sanitize coverage clean
+.PHONY: help setup demo test test-all check format cuda-build gpu-check bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -61,6 +61,10 @@ cuda-build: setup ## compile the CUDA sources for three architectures (needs nvc
 
 bench: setup ## measure the step beside torch's
 	$(BIN)/python -m pytest benchmarks -m "" --benchmark-enable
+
+GPU_CHECK ?=
+gpu-check: ## on a machine with a GPU, without a network: build, test, measure and check the kernels, within nine minutes
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # In a copy of the tree, so that the extension in use stays as it is. torch itself is not instrumented: no leak check.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

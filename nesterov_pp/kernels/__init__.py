@@ -56,10 +56,10 @@ def _no_triton() -> str | None:
     if reason is not None:
         return reason
     try:
-        from nesterov_pp.triton_kernels.plan import interpreting
+        plans = extension.triton_plans()
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    if torch.cuda.is_available() or interpreting():
+    if torch.cuda.is_available() or plans.interpreting():
         return None
     return "torch finds no GPU (on the CPU, Triton runs under TRITON_INTERPRET=1 only)"
 
@@ -138,9 +138,7 @@ def make_plan(backend: str, tensors: Tensors, seed: int | None = None) -> Plan:
     if module is None:
         raise ValueError(f"backend {backend!r} cannot be used: {reason}")
     if backend == "triton":
-        from nesterov_pp.triton_kernels.plan import TritonPlan
-
-        return cast(Plan, TritonPlan(tensors, seed))
+        return cast(Plan, extension.triton_plans().TritonPlan(tensors, seed))
     kind = module.CudaPlan if backend == "cuda" else module.Plan
     plan = kind(tensors=extension.tensors_of(module, tensors), seed=seed)
     return cast(Plan, plan)

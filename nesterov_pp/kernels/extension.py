@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from functools import cache
@@ -55,6 +56,23 @@ def tensors_of(module: ModuleType, tensors: Tensors) -> object:
         steps=tensors.steps,
         mu_products=tensors.mu_products,
     )
+
+
+def triton_plans() -> ModuleType:
+    """The module ``nesterov_pp.triton_kernels.plan``, also where the package runs from its source tree uninstalled.
+
+    Raises:
+        ImportError: Triton is not installed, or does not work.
+    """
+    name = "nesterov_pp.triton_kernels"
+    source = Path(__file__).resolve().parents[2] / "triton_kernels"
+    if importlib.util.find_spec(name) is None and source.is_dir():
+        spec = importlib.util.spec_from_file_location(
+            name, source / "__init__.py", submodule_search_locations=[str(source)]
+        )
+        assert spec is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{name}.plan")
 
 
 def _find() -> Path | None:

@@ -351,4 +351,4 @@ def _refuse_capturable(parameters: list[Tensor], named: str) -> None:
     supported = _get_capturable_supported_devices()
     if any(p.device.type not in supported for p in parameters):
         raise AssertionError(f"If capturable=True, {named} and state_steps must be on supported devices: {supported}.")
-    raise RuntimeError("capturable=True needs CUDA kernels, which this version does not have; use capturable=False")
+    raise RuntimeError("capturable=True is not supported: the step count is kept on the host; use capturable=False")

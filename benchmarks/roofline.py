@@ -1,0 +1,483 @@
+"""How near each step comes to the memory's speed: ``python -m benchmarks.roofline --help``.
+
+What a step must move (each input read once, each output written once) over its time, beside a copy of as many bytes
+in the same round. On a GPU the time of the device is taken while the host is ahead, as it is in training, and the time
+of the host by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import nesterov_pp as npp
+from benchmarks import workloads as w
+from benchmarks.gpu_check import driver, write_json
+from benchmarks.plain import NoCompilerError
+from benchmarks.step import machine
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+OPERATIONS = 20  # of csrc/update.h, for each parameter
+COPY = "copy"
+UNMEASURED = 3
+COMPILED_AT_MOST = 300  # tensors: compiling for more takes minutes
+CYCLES = 2e9  # of a GPU in a second, or fewer
+LONGEST_WAIT = 0.25  # seconds that the device is kept busy for
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperative", "cuLaunchKernel", "cuLaunchCooperative", "cudaGraphLaunch")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v")
+DEVICE_BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+def gpt_1b() -> w.Shapes:
+    """292 tensors, 1.0B parameters: 24 blocks of width 1,792."""
+    width = 1792
+    wide = {768: width, 4 * 768: 4 * width, 3 * 768: 3 * width}
+    embeddings, block, norm = w.gpt2_small()[:2], w.gpt2_small()[2:14], w.gpt2_small()[-2:]
+    return [tuple(wide.get(n, n) for n in shape) for shape in [*embeddings, *block * 24, *norm]]
+
+
+def odd_shapes() -> w.Shapes:
+    """96 tensors, 50M parameters, hardly a size a multiple of anything."""
+    return [(1,), (3,), (127,), (3, 5, 7, 11), (4099, 3), (997, 1009), (1_000_003,), (2_097_143,)] * 12
+
+
+WORKLOADS: dict[str, Callable[[], w.Shapes]] = {
+    "gpt2-small": w.gpt2_small,
+    "1b": gpt_1b,
+    "one": lambda: [(2**28,)],
+    "tiny": lambda: [(1024,)] * 2000,
+    "tiny-in-one": lambda: [(1024 * 2000,)],
+    "odd": odd_shapes,
+    "short": lambda: [(513, 129), (1,), (3, 5, 7), (1024,), (70_001,)],
+}
+
+
+class Problem(w.Problem):
+    """The same on a device, where the random values are made."""
+
+    def __init__(self, shapes: w.Shapes, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        self.weights = [draw(shape).to(dtype) for shape in shapes]
+        self.grads = [(draw(shape) * 1e-2).to(dtype) for shape in shapes]
+        self.bytes_per_parameter = w.STREAMS * dtype.itemsize
+        self.elements = sum(t.numel() for t in self.weights)
+        self.device = device
+
+
+class Ours:
+    """Our step, from one ring slot to the next where there is a ring; gradients are handed over beforehand."""
+
+    def __init__(self, problem: w.Problem, backend: str, ring: int = 0, **options: Any) -> None:
+        parameters = problem.parameters()
+        self.stash = npp.WeightStash(nn.ParameterList(parameters), ring) if ring else None
+        self.grads = problem.grads
+        self.optimizer = npp.NAdam(
+            parameters,
+            decoupled_weight_decay=True,
+            weight_decay=0.01,
+            backend=backend,
+            stash=self.stash,
+            **options,
+        )
+        for _ in range(ring):
+            self.prepare()
+            self()
+
+    def prepare(self) -> None:
+        if self.stash is not None:
+            leaves = self.stash.parameters(self.stash.newest).values()
+            for leaf, grad in zip(leaves, self.grads, strict=True):
+                leaf.grad = grad
+
+    def __call__(self) -> None:
+        self.optimizer.step(version=None if self.stash is None else self.stash.newest)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step to measure: the bytes that it must move, and about those that it holds, for each parameter."""
+
+    name: str
+    build: Callable[[Problem], w.Step]
+    bytes: int
+    held: int
+    dtype: torch.dtype = FLOAT  # of parameters and gradients
+    ours: bool = False
+    compiled: bool = False
+
+
+def moved(dtype: torch.dtype, state: torch.dtype | None = None, master: bool = False, clip: bool = False) -> int:
+    """Bytes for each parameter: weights and moments read and written, the gradient read, once more for its norm."""
+    weight = FLOAT if master else dtype
+    moments = state or weight
+    copy_of_master = dtype.itemsize if master else 0
+    return 2 * weight.itemsize + 4 * moments.itemsize + dtype.itemsize * (1 + clip) + copy_of_master
+
+
+def our_rows(backend: str) -> list[Row]:
+    def row(note: str, dtype: torch.dtype = FLOAT, ring: int = 0, **options: Any) -> Row:
+        state, master = options.get("state_dtype"), options.get("master_weights", False)
+        held = dtype.itemsize * max(ring, 1) + 2 * (state or (FLOAT if master else dtype)).itemsize + 4 * master
+        return Row(
+            f"nesterov_pp.NAdam, {backend}{note}",
+            lambda problem: Ours(problem, backend, ring, **options),
+            moved(dtype, state, master, "max_grad_norm" in options),
+            held,
+            dtype,
+            ours=True,
+        )
+
+    if backend == "reference":
+        return [row("")]
+    return [
+        row(""),
+        row(", ring of 8", ring=8),
+        row(", max_grad_norm=1.0", max_grad_norm=1.0),
+        row(", bfloat16 moments", state_dtype=HALF),
+        row(", bfloat16", HALF),
+        row(", bfloat16 with float32 masters", HALF, master_weights=True),
+    ]
+
+
+def torch_nadam_capturable(problem: w.Problem) -> w.Step:
+    return _capturable(problem).step
+
+
+def torch_nadam_compiled(problem: Problem) -> w.Step:
+    """Compiled in the first call: seconds, to be left unmeasured. On the CPU nothing is capturable."""
+    if problem.device.type != "cuda":
+        return w.torch_nadam_compiled(problem)
+    return torch.compile(_capturable(problem, lr=torch.tensor(2e-3, device=problem.device)).step)
+
+
+def _capturable(problem: w.Problem, **options: Any) -> torch.optim.NAdam:
+    return torch.optim.NAdam(
+        problem.parameters(),
+        foreach=True,
+        decoupled_weight_decay=True,
+        weight_decay=0.01,
+        capturable=True,
+        **options,
+    )
+
+
+def peers() -> list[Row]:
+    foreach = "torch.optim.NAdam(foreach=True"
+    return [
+        Row(f"{foreach})", w.torch_nadam, 28, 12),
+        Row(f"{foreach}, capturable=True)", torch_nadam_capturable, 28, 12),
+        Row(f"clip_grad_norm_ + {foreach})", w.torch_clip_and_nadam, 32, 16),
+        Row(f"{foreach}) + stash by copies", w.torch_nadam_with_stash, 28, 24),
+        Row("torch.optim.AdamW(fused=True)", w.torch_adamw_fused, 28, 12),
+        Row(f"{foreach}) under torch.compile", torch_nadam_compiled, 28, 12, compiled=True),
+    ]
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Clock(Protocol):
+    def time(self, step: w.Step) -> tuple[float, float]:
+        """Seconds of one step on the device and of the host in it."""
+
+    def launches(self, step: w.Step) -> int | None:
+        """Kernels that one step launches; None where there are none to count."""
+
+
+class HostClock:
+    def time(self, step: w.Step) -> tuple[float, float]:
+        w.prepare(step)
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        return seconds, seconds
+
+    def launches(self, step: w.Step) -> int | None:
+        return None
+
+
+class CudaClock:
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def time(self, step: w.Step) -> tuple[float, float]:
+        w.prepare(step)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        host = time.perf_counter() - start
+        w.prepare(step)
+        torch.cuda.synchronize()
+        # The device waits until the host has launched everything, so that its gaps are not the host's.
+        torch.cuda._sleep(int(CYCLES * min(LONGEST_WAIT, 1.5 * host + 5e-5)))  # type: ignore[no-untyped-call]
+        self._begin.record()
+        step()
+        self._end.record()
+        torch.cuda.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3, host
+
+    def launches(self, step: w.Step) -> int | None:
+        kinds = torch.profiler.ProfilerActivity
+        w.prepare(step)
+        try:
+            with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+                step()
+                torch.cuda.synchronize()
+        except RuntimeError:  # some machines do not let it
+            return None
+        return sum(event.count for event in profile.key_averages() if event.key.startswith(LAUNCHES)) or None
+
+
+def copy_step(problem: Problem) -> tuple[w.Step, int]:
+    """What the memory gives: a copy of as many bytes as a step moves, and that number. On a CPU the plain loop."""
+    if problem.device.type == "cpu":
+        with contextlib.suppress(NoCompilerError):
+            return w.plain_loop(problem), 28 * problem.elements
+    source = torch.empty(14 * problem.elements // 4 + 1, device=problem.device).normal_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 2**33
+
+
+def groups(rows: list[Row], elements: int, budget: float) -> Iterator[list[Row]]:
+    """Rows that are held in memory and measured together; what is compiled comes last and alone."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: row.compiled):
+        full = sum(r.held for r in [*group, row]) * elements > budget
+        if group and (full or row.compiled):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+Samples = dict[str, list[tuple[float, float]]]
+
+
+def measure(steps: dict[str, w.Step], clock: Clock, rounds: int, failed: dict[str, str]) -> Samples:
+    """Samples of every step, taken in turn after unmeasured rounds; a step that fails is left out from then on."""
+    samples: Samples = {name: [] for name in steps}
+    for r in range(rounds + UNMEASURED):
+        for name in list(samples):
+            try:
+                sample = clock.time(steps[name])
+            except Exception as error:
+                failed[name] = reason(error)
+                del samples[name], steps[name]
+                continue
+            if r >= UNMEASURED:
+                samples[name].append(sample)
+    return samples
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:240]
+
+
+def quartiles(values: Iterable[float]) -> list[float]:
+    return [float(f"{q:.5g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def measured(row: Row, elements: int, samples: Samples, anchor: str, copied: int) -> dict[str, Any]:
+    """The figures of a row; its ratios to the copy and to our first row are those of single rounds."""
+    seconds = [device for device, _ in samples[row.name]]
+    copies = [device for device, _ in samples[COPY]]
+    step = row.bytes * elements
+    rates = [step / s / (copied / c) for s, c in zip(seconds, copies, strict=True)]
+    first = samples.get(anchor)
+    ratios = [s / a for s, (a, _) in zip(seconds, first, strict=True)] if first else None
+    return {
+        "name": row.name,
+        "ours": row.ours,
+        "bytes_per_parameter": row.bytes,
+        "quartiles_ms": quartiles(s * 1e3 for s in seconds),
+        "gb_per_s": round(step / statistics.median(seconds) / 1e9, 2),
+        "copy_gb_per_s": round(copied / statistics.median(copies) / 1e9, 2),
+        "of_copy": quartiles(rates),
+        "times_ours": quartiles(ratios) if ratios else None,
+        "host_us": quartiles(host * 1e6 for _, host in samples[row.name]),
+        "samples_ms": [[round(t * 1e3, 5) for t in sample] for sample in samples[row.name]],
+    }
+
+
+def run(
+    workload: str, device: torch.device, rounds: int, wanted: Callable[[Row], bool], save: Callable[[Any], None]
+) -> dict[str, Any]:
+    """The rows wanted of one list of tensors; what is there so far is handed to ``save`` after each group."""
+    shapes = WORKLOADS[workload]()
+    clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
+    problems = {dtype: Problem(shapes, dtype, device) for dtype in (FLOAT, HALF)}
+    elements = problems[FLOAT].elements
+    found: dict[str, Any] = {"workload": workload, "tensors": len(shapes), "parameters": elements, "rows": []}
+    missing: dict[str, str] = {}
+    found["missing"] = missing
+    rows: list[Row] = []
+    for backend in DEVICE_BACKENDS[device.type]:
+        unavailable = npp.kernels.available_backends()[backend]
+        if unavailable is None:
+            rows += our_rows(backend)
+        else:
+            missing[f"nesterov_pp.NAdam, {backend}"] = unavailable
+    anchor = rows[0]
+    rows = [row for row in [*rows, *peers()] if wanted(row)]
+    if len(shapes) > COMPILED_AT_MOST:
+        missing |= {row.name: f"compiling for {len(shapes):,} tensors takes minutes" for row in rows if row.compiled}
+    # Beside the rows of a group: the copy, our first row, and room for what foreach allocates as it goes.
+    budget = 0.9 * free_bytes(device) - (28 + anchor.held + 16) * elements
+    for group in groups([row for row in rows if row.name not in missing], elements, budget):
+        step, copied = copy_step(problems[FLOAT])
+        steps: dict[str, w.Step] = {COPY: step}
+        for row in dict.fromkeys([anchor, *group]):
+            try:
+                steps[row.name] = row.build(problems[row.dtype])
+            except Exception as error:
+                missing[row.name] = reason(error)
+        samples = measure(steps, clock, rounds, missing)
+        for row in group:
+            if row.name in samples:
+                entry = measured(row, elements, samples, anchor.name, copied)
+                found["rows"].append({**entry, "launches": clock.launches(steps[row.name])})
+        save(found)
+        del step, steps
+        torch.compiler.reset()  # what was compiled holds on to its tensors
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    found["failed"] = [row.name for row in rows if row.ours and row.name in missing]
+    save(found)
+    return found
+
+
+# ---------------------------------------------------------------------- showing
+
+
+def table(found: dict[str, Any], conditions: str) -> str:
+    lines = [
+        f"{found['workload']}: {found['tensors']:,} tensors, {found['parameters'] / 1e6:.1f}M parameters, {conditions}",
+        "",
+        "| step | B/parameter | median ms (quartiles) | GB/s | of the copy | time / ours | host us | launches |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in found["rows"]:
+        low, median, high = row["quartiles_ms"]
+        few, share, many = row["of_copy"]
+        times = f"{row['times_ours'][1]:.3f}" if row["times_ours"] else "-"
+        lines.append(
+            f"| {row['name']} | {row['bytes_per_parameter']} | {median:.4g} ({low:.4g} to {high:.4g}) "
+            f"| {row['gb_per_s']:.1f} | {share:.3f} ({few:.3f} to {many:.3f}) | {times} "
+            f"| {row['host_us'][1]:.0f} | {row['launches'] or '-'} |"
+        )
+    missing = [f"Not measured: {name}: {why}" for name, why in found["missing"].items()]
+    return "\n".join([*lines, *([""] if missing else []), *missing])
+
+
+def draw(workloads: list[dict[str, Any]], path: Path) -> str:
+    """Operations a second over operations a byte, under the roof that the copy is; the line to print about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "The picture is left out: matplotlib is not installed."
+    figure = Figure(figsize=(5.0 * len(workloads) + 4.0, 5.0), dpi=150, layout="constrained")
+    (all_axes,) = figure.subplots(1, len(workloads), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(row["name"] for found in workloads for row in found["rows"]))
+    for axes, found in zip(all_axes, workloads, strict=True):
+        for row in found["rows"]:
+            k = names.index(row["name"])
+            intensity = OPERATIONS / row["bytes_per_parameter"]
+            axes.loglog(
+                intensity,
+                intensity * row["gb_per_s"],
+                MARKERS[k % len(MARKERS)],
+                color=COLOURS[k % len(COLOURS)],
+                fillstyle="full" if row["ours"] else "none",
+                label=row["name"],
+            )
+        copy = statistics.median(row["copy_gb_per_s"] for row in found["rows"])
+        axes.loglog([0.4, 2.0], [0.4 * copy, 2.0 * copy], "k-", label="the copy")
+        axes.set(title=f"{found['workload']}: the copy moves {copy:,.0f} GB/s")
+        axes.set(xlabel="operations a byte that must be moved", ylabel="10^9 operations a second")
+        axes.grid(color="0.9", which="both")
+    handles = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return f"Picture: {path}"
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a result was measured with."""
+    found = {**machine(), "device": "cpu", "driver": "-", "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        found |= {"device": torch.cuda.get_device_name(device), "driver": driver()}
+        with contextlib.suppress(ImportError):
+            found["triton"] = importlib.import_module("triton").__version__
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["gpt2-small"], metavar="NAME")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each row (default: %(default)s)")
+    parser.add_argument("--rows", default="", metavar="PATTERN", help="only rows whose name has it (default: all)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file")
+    parser.add_argument("--png", type=Path, help="also draw the roofline")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("quartiles need --rounds of at least 2")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda needs a GPU, and torch finds none.", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    report: dict[str, Any] = {**conditions(device), "rounds": options.rounds}
+    done: list[dict[str, Any]] = []
+
+    def wanted(row: Row) -> bool:
+        return re.search(options.rows, row.name) is not None and not (row.compiled and options.no_compile)
+
+    def save(found: dict[str, Any]) -> None:
+        if options.json:
+            write_json(options.json, {**report, "workloads": [*done, found]})
+
+    picture = ""
+    shown = f"float32 unless said otherwise, {report['device']}, torch {report['torch']}"
+    for workload in options.workload:
+        found = run(workload, device, options.rounds, wanted, save)
+        done.append(found)
+        print(f"{table(found, shown)}\n", flush=True)
+        if options.png:
+            picture = draw(done, options.png) + "\n"  # after each list, since the next one may take too long
+    count, missing = sum(len(found["rows"]) for found in done), sum(len(found["missing"]) for found in done)
+    print(f"{picture}measured {count} rows, {missing} not")
+    return 1 if any(found["failed"] for found in done) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
