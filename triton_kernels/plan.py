@@ -43,44 +43,48 @@ class Launches:
         self.groups: list[Any] = []
         self.adaptive = False
         self.scaling: Tensor | None = None  # norm and factor, for the next step only
-        self.found_inf: Tensor | None = None
 
     def step(self, rows: Tensor, source: int, target: int) -> None:
         """One launch for each group of tensors that agree in dtypes."""
-        key = self.seed or 0
-        scaling, found_inf = self.scaling, self.found_inf
-        for group in self.groups:
-            weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
-            rounds = tl.bfloat16 in (weight, moment)
-            stochastic = self.seed is not None and rounds
-            kernels.step_kernel[(group.chunks.numel(),)](
-                group.table,
-                group.chunks,
-                rows,
-                rows if scaling is None else scaling[1:],
-                rows if found_inf is None else found_inf,
-                group.tensors,
-                source,
-                target,
-                key & _WORD,
-                key >> 32,
-                W=weight,
-                G=grad,
-                M=moment,
-                T=tl.float64 if weight == tl.float64 else tl.float32,
-                ADAPTIVE=self.adaptive,
-                STOCHASTIC=stochastic,
-                COPIES=weight != grad,
-                SCALED=scaling is not None,
-                SKIPS=found_inf is not None,
-                BLOCK=STEP.block,
-                num_warps=STEP.warps,
-                enable_fp_fusion=False,
-            )
-        self.scaling = self.found_inf = None
+        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call] # Triton launches on the current device
+            for group in self.groups:
+                self._step(group, rows, source, target)
+        self.scaling = None
+
+    def _step(self, group: Any, rows: Tensor, source: int, target: int) -> None:
+        weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
+        key, scaling = self.seed or 0, self.scaling
+        kernels.step_kernel[(group.chunks.numel(),)](
+            group.table,
+            group.chunks,
+            rows,
+            rows if scaling is None else scaling[1:],
+            rows,
+            group.tensors,
+            source,
+            target,
+            key & _WORD,
+            key >> 32,
+            W=weight,
+            G=grad,
+            M=moment,
+            T=tl.float64 if weight == tl.float64 else tl.float32,
+            ADAPTIVE=self.adaptive,
+            STOCHASTIC=self.seed is not None and tl.bfloat16 in (weight, moment),
+            COPIES=weight != grad,
+            SCALED=scaling is not None,
+            SKIPS=False,
+            BLOCK=STEP.block,
+            num_warps=STEP.warps,
+            enable_fp_fusion=False,
+        )
 
     def reduce(self, scale: float, limit: float, grad_scale: Tensor | None, *, norm: bool = True) -> Tensor:
         """The gradients' norm times ``scale`` over the loss scale, and the factor for the next step, in float64."""
+        with torch.cuda.device_of(self.groups[0].table):  # type: ignore[no-untyped-call]
+            return self._reduce(scale, limit, grad_scale, norm=norm)
+
+    def _reduce(self, scale: float, limit: float, grad_scale: Tensor | None, *, norm: bool) -> Tensor:
         device = self.groups[0].table.device
         counts = [group.chunks.numel() if norm else 0 for group in self.groups]
         partials = torch.empty(max(1, sum(counts)), dtype=torch.float64, device=device)
@@ -135,7 +139,7 @@ class TritonPlan:
         self._launches.adaptive = bool(tensors.exp_avg_sqs)
 
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
-        self._launches.scaling = self._launches.found_inf = None
+        self._launches.scaling = None
         classes: list[StepClass] = self._plan.collect(grads_of, source, target)
         return classes
 

@@ -75,7 +75,8 @@ std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t 
     for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), items_[group.members[k]]);
     const auto begin = static_cast<int64_t>(group.host.begin()), end = static_cast<int64_t>(group.host.end());
     if (begin == end) continue;
-    group.table.narrow(0, begin, end - begin).copy_(send(group.host.all().data() + begin, end - begin, at::kLong));
+    const at::Tensor staged = stage(group.host.all().data() + begin, end - begin, at::kLong);
+    group.table.narrow(0, begin, end - begin).copy_(staged, /*non_blocking=*/true);
     group.host.sent();
   }
   return classes;
@@ -106,12 +107,15 @@ at::Tensor DevicePlan::send_rows(const std::vector<Row>& rows) const {
 }
 
 at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dtype) const {
+  return stage(values, count, dtype).to(device_, /*non_blocking=*/true);
+}
+
+at::Tensor DevicePlan::stage(const void* values, int64_t count, at::ScalarType dtype) const {
   // The allocator of pinned memory waits for copies that were started from a block before it gives the block away
   // again.
-  const bool pinned = device_.is_cuda();
-  const at::Tensor staged = at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(pinned));
+  const at::Tensor staged = at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(device_.is_cuda()));
   if (count > 0) std::memcpy(staged.mutable_data_ptr(), values, static_cast<size_t>(staged.nbytes()));
-  return pinned ? staged.to(device_, /*non_blocking=*/true) : staged;
+  return staged;
 }
 
 }  // namespace nesterov_pp::device

@@ -38,8 +38,11 @@ class DevicePlan : public Plan {
   // float64 of shape [classes, device::kRowWords] on the device: coefficients and the number of the step.
   at::Tensor send_rows(const std::vector<Row>& rows) const;
 
-  // Copies values to the device without waiting; the staging memory is not used again before the copy is done.
+  // Values on the device, copied there without waiting.
   at::Tensor send(const void* values, int64_t count, at::ScalarType dtype) const;
+
+  // Values in memory of the host that a device copies from without waiting.
+  at::Tensor stage(const void* values, int64_t count, at::ScalarType dtype) const;
 
  private:
   Group make_group(Dtypes dtypes, std::vector<size_t> members);

@@ -273,6 +273,7 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
         checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
+        checkpoint.counts_to_host(self.state)
         for p in self._parameters():
             if not self.options.has_master(p) and p in self.state:
                 self.state[p].pop("master_weight", None)

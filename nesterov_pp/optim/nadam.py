@@ -50,7 +50,7 @@ class NAdam(FusedOptimizer):
             nearest.
         seed: of that rounding; its random bits depend on (seed, step, parameter, element) and nothing else, so a rerun
             gives the same bits (0).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Parameters are float32, float64, bfloat16 or float16, of which the last two are computed in float32; complex ones
     are stepped as pairs of numbers, the shards of ``DTensor`` each in its process. State is allocated here.

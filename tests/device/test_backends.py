@@ -248,6 +248,27 @@ def test_bad_input_is_refused_and_nothing_is_written(spoil, message, backend):
     assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
 
 
+def test_counts_that_were_loaded_onto_the_device(backend):
+    """As ``torch.load(..., map_location="cuda")`` leaves them."""
+    results = []
+    for name in (backend, "cpu"):
+        device = "cpu" if name == "cpu" else DEVICE
+        ps = [nn.Parameter(w.to(device)) for w in values(F32)]
+        theirs = torch.optim.NAdam(ps)
+        for p in ps:
+            p.grad = torch.full_like(p, 0.1)
+        theirs.step()
+        saved = theirs.state_dict()
+        for state in saved["state"].values():
+            state.update({key: value.to(device) for key, value in state.items()})
+        optimizer = npp.NAdam(ps, backend=name)
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        results.append([p.detach().cpu() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **ROUNDED)
+
+
 def test_a_plan_is_let_go(backend):
     ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
     optimizer = npp.NAdam(ps, backend=backend)

@@ -1,0 +1,47 @@
+"""With CUDA or without: what the build says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def version(**environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k != "NPP_CUDA"}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("nesterov_pp")]
+
+
+def test_cuda_left_out_on_request_is_one_line():
+    done = version(NPP_CUDA="0")
+    assert done.returncode == 0
+    assert said(done) == ["nesterov_pp is built without CUDA kernels: NPP_CUDA=0"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_is_one_line_or_an_error_where_cuda_is_asked_for():
+    done = version()
+    assert done.returncode == 0
+    assert said(done) == [f"nesterov_pp is built without CUDA kernels: torch {torch.__version__} has no CUDA"]
+    done = version(NPP_CUDA="1")
+    assert done.returncode == 1
+    assert said(done) == [
+        f"nesterov_pp cannot be built with CUDA, as NPP_CUDA=1 asks: torch {torch.__version__} has no CUDA"
+    ]
