@@ -227,10 +227,10 @@ class FusedOptimizer(Optimizer):
         parameters = self.param_groups[-1]["params"]
         try:
             self._check_group(parameters)
-        except ValueError:
+            self._init_state([p for p in parameters if p.requires_grad])
+        except BaseException:  # out of memory too
             del self.param_groups[-1]
             raise
-        self._init_state([p for p in parameters if p.requires_grad])
         self._prepared = None
         if self._ready:
             self._warn_of_reference(stacklevel=3)

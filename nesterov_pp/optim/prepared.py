@@ -74,6 +74,9 @@ class Prepared:
             max_exp_avg_sqs=[None if v is None else local(v) for v in largest],
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
+        # When all memory has been had.
+        for s, master, most in zip(states, masters, largest, strict=True):
+            s.update({k: v for k, v in (("master_weight", master), ("max_exp_avg_sq", most)) if v is not None})
         self._stateless = [p for group in groups for p in group["params"] if not state.get(p)]
         self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
 
@@ -98,14 +101,10 @@ class Prepared:
 
 
 def _master(state: dict[str, Any], p: Tensor) -> Tensor:
-    if "master_weight" not in state:
-        state["master_weight"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
-    master: Tensor = state["master_weight"]
-    return master
+    found: Tensor | None = state.get("master_weight")
+    return p.detach().to(torch.float32, memory_format=torch.preserve_format) if found is None else found
 
 
 def _largest(state: dict[str, Any]) -> Tensor:
-    if "max_exp_avg_sq" not in state:
-        state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
-    largest: Tensor = state["max_exp_avg_sq"]
-    return largest
+    found: Tensor | None = state.get("max_exp_avg_sq")
+    return torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format) if found is None else found

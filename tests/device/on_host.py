@@ -25,6 +25,7 @@ def library(folder: str) -> ctypes.CDLL:
     """Compiles ``host.cpp`` into ``folder``; raises ``FileNotFoundError`` where there is no compiler."""
     target = Path(folder) / "host.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     source = Path(__file__).with_name("host.cpp")
     subprocess.run(
         [os.environ.get("CXX", "c++"), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True
