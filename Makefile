@@ -44,6 +44,7 @@ test-all: check ## make check and all tests, the slow ones and those of other fr
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

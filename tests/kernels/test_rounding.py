@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import BACKENDS
 
 import nesterov_pp as npp
 from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.rounding import Noise, philox
 
 C, REASON = extension.load()
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 ALL = 0xFFFFFFFF
 LOW = torch.bfloat16
 

@@ -7,11 +7,10 @@ import pickle
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 
 import nesterov_pp as npp
-
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 
 
 def parameters(seed: int = 0) -> list[torch.nn.Parameter]:

@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 from torch.optim import optimizer as torch_optimizer
 
 import nesterov_pp as npp
 
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 SHARED = ["NAdam", "AdamW"]
 ALL = ["NAdam", "AdamW", "NAG"]
 CLOSE = MANY_STEPS[torch.float32]

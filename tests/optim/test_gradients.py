@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 
 import nesterov_pp as npp
-
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 
 
 def regression() -> tuple[torch.nn.Module, torch.Tensor]:

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 
 import nesterov_pp as npp
 
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 LOW = [torch.bfloat16, torch.float16]
 SHAPES = [(64, 33), (5,), (), (0,), (130, 130)]
 

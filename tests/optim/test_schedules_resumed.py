@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 from torch.optim import lr_scheduler, swa_utils
 
 import nesterov_pp as npp
 
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 STEPS = 24
 DTYPE = torch.float64
 MAKERS = {

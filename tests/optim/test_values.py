@@ -5,12 +5,12 @@ from __future__ import annotations
 import golden
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS, ONE_STEP
 
 import nesterov_pp as npp
 from nesterov_pp.optim import coefficients, convex_schedule
 
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 SHAPES = [(3,), (7, 5), (), (0,), (1, 1), (129, 257), (65_537,)]
 NADAM_OPTIONS = [
     {},

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
+from backends import BACKENDS
 from layers import data, layer, objective
 from torch import nn
 
 import nesterov_pp as npp
 from nesterov_pp import WeightStash
-
-BACKENDS = [name for name in ("cpu", "reference") if npp.kernels.available_backends()[name] is None]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
