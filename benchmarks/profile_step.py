@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import nesterov_pp as npp
-from benchmarks.roofline import DEVICE_BACKENDS, WORKLOADS, Ours, Problem
+from benchmarks.rows import DEVICE_BACKENDS, WORKLOADS, Ours, Problem
 from benchmarks.workloads import prepare
 
 WARM_UP = 3

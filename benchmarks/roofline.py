@@ -16,17 +16,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 import nesterov_pp as npp
 from benchmarks import workloads as w
 from benchmarks.gpu_check import driver, write_json
 from benchmarks.plain import NoCompilerError
+from benchmarks.rows import DEVICE_BACKENDS, WORKLOADS, Problem, Row, our_rows, peers
 from benchmarks.step import machine
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -39,156 +38,6 @@ LONGEST_WAIT = 0.25  # seconds that the device is kept busy for
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperative", "cuLaunchKernel", "cuLaunchCooperative", "cudaGraphLaunch")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v")
-DEVICE_BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-
-
-def gpt_1b() -> w.Shapes:
-    """292 tensors, 1.0B parameters: 24 blocks of width 1,792."""
-    width = 1792
-    wide = {768: width, 4 * 768: 4 * width, 3 * 768: 3 * width}
-    embeddings, block, norm = w.gpt2_small()[:2], w.gpt2_small()[2:14], w.gpt2_small()[-2:]
-    return [tuple(wide.get(n, n) for n in shape) for shape in [*embeddings, *block * 24, *norm]]
-
-
-def odd_shapes() -> w.Shapes:
-    """96 tensors, 50M parameters, hardly a size a multiple of anything."""
-    return [(1,), (3,), (127,), (3, 5, 7, 11), (4099, 3), (997, 1009), (1_000_003,), (2_097_143,)] * 12
-
-
-WORKLOADS: dict[str, Callable[[], w.Shapes]] = {
-    "gpt2-small": w.gpt2_small,
-    "1b": gpt_1b,
-    "one": lambda: [(2**28,)],
-    "tiny": lambda: [(1024,)] * 2000,
-    "tiny-in-one": lambda: [(1024 * 2000,)],
-    "odd": odd_shapes,
-    "short": lambda: [(513, 129), (1,), (3, 5, 7), (1024,), (70_001,)],
-}
-
-
-class Problem(w.Problem):
-    """The same on a device, where the random values are made."""
-
-    def __init__(self, shapes: w.Shapes, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        self.weights = [draw(shape).to(dtype) for shape in shapes]
-        self.grads = [(draw(shape) * 1e-2).to(dtype) for shape in shapes]
-        self.bytes_per_parameter = w.STREAMS * dtype.itemsize
-        self.elements = sum(t.numel() for t in self.weights)
-        self.device = device
-
-
-class Ours:
-    """Our step, from one ring slot to the next where there is a ring; gradients are handed over beforehand."""
-
-    def __init__(self, problem: w.Problem, backend: str, ring: int = 0, **options: Any) -> None:
-        parameters = problem.parameters()
-        self.stash = npp.WeightStash(nn.ParameterList(parameters), ring) if ring else None
-        self.grads = problem.grads
-        self.optimizer = npp.NAdam(
-            parameters,
-            decoupled_weight_decay=True,
-            weight_decay=0.01,
-            backend=backend,
-            stash=self.stash,
-            **options,
-        )
-        for _ in range(ring):
-            self.prepare()
-            self()
-
-    def prepare(self) -> None:
-        if self.stash is not None:
-            leaves = self.stash.parameters(self.stash.newest).values()
-            for leaf, grad in zip(leaves, self.grads, strict=True):
-                leaf.grad = grad
-
-    def __call__(self) -> None:
-        self.optimizer.step(version=None if self.stash is None else self.stash.newest)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A step to measure: the bytes that it must move, and about those that it holds, for each parameter."""
-
-    name: str
-    build: Callable[[Problem], w.Step]
-    bytes: int
-    held: int
-    dtype: torch.dtype = FLOAT  # of parameters and gradients
-    ours: bool = False
-    compiled: bool = False
-
-
-def moved(dtype: torch.dtype, state: torch.dtype | None = None, master: bool = False, clip: bool = False) -> int:
-    """Bytes for each parameter: weights and moments read and written, the gradient read, once more for its norm."""
-    weight = FLOAT if master else dtype
-    moments = state or weight
-    copy_of_master = dtype.itemsize if master else 0
-    return 2 * weight.itemsize + 4 * moments.itemsize + dtype.itemsize * (1 + clip) + copy_of_master
-
-
-def our_rows(backend: str) -> list[Row]:
-    def row(note: str, dtype: torch.dtype = FLOAT, ring: int = 0, **options: Any) -> Row:
-        state, master = options.get("state_dtype"), options.get("master_weights", False)
-        held = dtype.itemsize * max(ring, 1) + 2 * (state or (FLOAT if master else dtype)).itemsize + 4 * master
-        return Row(
-            f"nesterov_pp.NAdam, {backend}{note}",
-            lambda problem: Ours(problem, backend, ring, **options),
-            moved(dtype, state, master, "max_grad_norm" in options),
-            held,
-            dtype,
-            ours=True,
-        )
-
-    if backend == "reference":
-        return [row("")]
-    return [
-        row(""),
-        row(", ring of 8", ring=8),
-        row(", max_grad_norm=1.0", max_grad_norm=1.0),
-        row(", bfloat16 moments", state_dtype=HALF),
-        row(", bfloat16", HALF),
-        row(", bfloat16 with float32 masters", HALF, master_weights=True),
-    ]
-
-
-def torch_nadam_capturable(problem: w.Problem) -> w.Step:
-    return _capturable(problem).step
-
-
-def torch_nadam_compiled(problem: Problem) -> w.Step:
-    """Compiled in the first call: seconds, to be left unmeasured. On the CPU nothing is capturable."""
-    if problem.device.type != "cuda":
-        return w.torch_nadam_compiled(problem)
-    return torch.compile(_capturable(problem, lr=torch.tensor(2e-3, device=problem.device)).step)
-
-
-def _capturable(problem: w.Problem, **options: Any) -> torch.optim.NAdam:
-    return torch.optim.NAdam(
-        problem.parameters(),
-        foreach=True,
-        decoupled_weight_decay=True,
-        weight_decay=0.01,
-        capturable=True,
-        **options,
-    )
-
-
-def peers() -> list[Row]:
-    foreach = "torch.optim.NAdam(foreach=True"
-    return [
-        Row(f"{foreach})", w.torch_nadam, 28, 12),
-        Row(f"{foreach}, capturable=True)", torch_nadam_capturable, 28, 12),
-        Row(f"clip_grad_norm_ + {foreach})", w.torch_clip_and_nadam, 32, 16),
-        Row(f"{foreach}) + stash by copies", w.torch_nadam_with_stash, 28, 24),
-        Row("torch.optim.AdamW(fused=True)", w.torch_adamw_fused, 28, 12),
-        Row(f"{foreach}) under torch.compile", torch_nadam_compiled, 28, 12, compiled=True),
-    ]
 
 
 # ---------------------------------------------------------------------- measuring

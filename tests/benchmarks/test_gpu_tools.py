@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, profile_step, roofline
+from benchmarks import rows as lists_of_rows
 from benchmarks.gpu_check import FAILED, NOT_RUN, PASSED, Outcome, Part, Report, run_part
 
 CPU = torch.device("cpu")
@@ -182,7 +183,7 @@ def test_tests_that_cannot_be_imported_are_named(tmp_path):
 
 
 def test_bytes_of_each_row():
-    counted = {row.name.removeprefix("nesterov_pp.NAdam, cuda"): row.bytes for row in roofline.our_rows("cuda")}
+    counted = {row.name.removeprefix("nesterov_pp.NAdam, cuda"): row.bytes for row in lists_of_rows.our_rows("cuda")}
     assert counted == {
         "": 28,
         ", ring of 8": 28,
@@ -191,11 +192,11 @@ def test_bytes_of_each_row():
         ", bfloat16": 14,
         ", bfloat16 with float32 masters": 28,
     }
-    assert [row.bytes for row in roofline.peers() if row.name.startswith("torch.")] == [28] * 5
+    assert [row.bytes for row in lists_of_rows.peers() if row.name.startswith("torch.")] == [28] * 5
 
 
 def test_the_lists_are_as_large_as_they_say():
-    lists = {name: make() for name, make in roofline.WORKLOADS.items()}
+    lists = {name: make() for name, make in lists_of_rows.WORKLOADS.items()}
     sizes = {name: (len(shapes), sum(map(math.prod, shapes))) for name, shapes in lists.items()}
     assert sizes["gpt2-small"] == (148, 124_439_808)
     assert sizes["1b"] == (292, 1_017_302_272)
@@ -206,7 +207,7 @@ def test_the_lists_are_as_large_as_they_say():
 def test_the_roofline_on_the_cpu(tmp_path, capsys, monkeypatch):
     path = tmp_path / "found.json"
     asked = ["--device", "cpu", "--workload", "short", "odd", "--rounds", "2", "--no-compile", "--json", str(path)]
-    monkeypatch.setitem(roofline.WORKLOADS, "odd", lambda: [(3,), (5, 7)])
+    monkeypatch.setitem(lists_of_rows.WORKLOADS, "odd", lambda: [(3,), (5, 7)])
     assert roofline.main(asked) == 0
     printed = capsys.readouterr().out
     found = json.loads(path.read_text())
@@ -235,7 +236,7 @@ def test_a_row_of_ours_that_fails_is_told_and_fails_the_run(monkeypatch, capsys)
     def none(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory\nand more")
 
-    monkeypatch.setattr(roofline, "Ours", none)
+    monkeypatch.setattr(lists_of_rows, "Ours", none)
     rows = "reference|AdamW"
     assert roofline.main(["--device", "cpu", "--workload", "short", "--rounds", "2", "--rows", rows]) == 1
     printed = capsys.readouterr().out
@@ -261,7 +262,7 @@ def test_a_step_that_fails_later_is_left_out_from_then_on():
 
 
 def test_ratios_are_those_of_single_rounds():
-    row = roofline.Row("row", lambda problem: lambda: None, 10, 0)
+    row = lists_of_rows.Row("row", lambda problem: lambda: None, 10, 0)
     samples = {
         "row": [(1.0, 0.1), (2.0, 0.1), (4.0, 0.1)],
         "first": [(1.0, 0.0)] * 3,
@@ -274,8 +275,8 @@ def test_ratios_are_those_of_single_rounds():
 
 
 def test_rows_share_the_memory_and_what_is_compiled_comes_last_and_alone():
-    def row(name: str, held: int, compiled: bool = False) -> roofline.Row:
-        return roofline.Row(name, lambda problem: lambda: None, 28, held, compiled=compiled)
+    def row(name: str, held: int, compiled: bool = False) -> lists_of_rows.Row:
+        return lists_of_rows.Row(name, lambda problem: lambda: None, 28, held, compiled=compiled)
 
     rows = [row("c", 1, True), row("big", 90), row("x", 4), row("y", 4), row("z", 4)]
     assert [[r.name for r in group] for group in roofline.groups(rows, 10, 80.0)] == [["big"], ["x", "y"], ["z"], ["c"]]
@@ -365,8 +366,8 @@ def test_the_parts_of_a_step_are_ranges():
         names.append(name)
         yield
 
-    problem = roofline.Problem([(3,), (5, 7)], torch.float32, CPU)
-    step = roofline.Ours(problem, "reference", ring=2, max_grad_norm=1.0)
+    problem = lists_of_rows.Problem([(3,), (5, 7)], torch.float32, CPU)
+    step = lists_of_rows.Ours(problem, "reference", ring=2, max_grad_norm=1.0)
     profile_step.mark_parts(step, mark)
     profile_step.run({"reference": step}, 1, mark)
     assert names == ["optimizer.step, reference", "ring check", "gather", "norm", "step", "ring advance"]
