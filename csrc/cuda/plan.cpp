@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -24,8 +25,9 @@ device::Table table_of(const device::Group& group) {
 }  // namespace
 
 std::vector<StepClass> CudaPlan::collect(size_t grads_of, size_t from, size_t to) {
-  const c10::cuda::OptionalCUDAGuard guard(device_);
   scaling_.reset();
+  if (groups().empty()) return DevicePlan::collect(grads_of, from, to);  // no parameter, so no device
+  const c10::cuda::OptionalCUDAGuard guard(device_);
   return DevicePlan::collect(grads_of, from, to);
 }
 
@@ -48,10 +50,11 @@ at::Tensor CudaPlan::reduce(double scale, double limit, const float* grad_scale,
   return result;
 }
 
-double CudaPlan::gradient_norm() { return reduce(1, 0, nullptr, true)[0].item<double>(); }
+double CudaPlan::gradient_norm() { return groups().empty() ? 0 : reduce(1, 0, nullptr, true)[0].item<double>(); }
 
 std::optional<at::Tensor> CudaPlan::scale(double scale, std::optional<double> limit,
                                           const std::optional<at::Tensor>& grad_scale) {
+  if (groups().empty()) return limit ? std::optional<at::Tensor>(at::zeros({}, at::kDouble)) : std::nullopt;
   const float* divisor = nullptr;
   if (grad_scale) {
     if (grad_scale->device() != device_ || grad_scale->scalar_type() != at::kFloat || grad_scale->numel() != 1)
@@ -63,6 +66,7 @@ std::optional<at::Tensor> CudaPlan::scale(double scale, std::optional<double> li
 }
 
 void CudaPlan::pass(const std::vector<Row>& rows) {
+  if (groups().empty()) return;
   const c10::cuda::OptionalCUDAGuard guard(device_);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index());
   const at::Tensor sent = send_rows(rows);

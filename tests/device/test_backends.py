@@ -269,6 +269,17 @@ def test_counts_that_were_loaded_onto_the_device(backend):
         torch.testing.assert_close(a, b, **ROUNDED)
 
 
+def test_nothing_to_step(backend):
+    p = nn.Parameter(torch.ones(3, device=DEVICE), requires_grad=False)
+    optimizer = npp.NAdam([p], backend=backend, max_grad_norm=1.0)
+    optimizer.step()
+    assert float(optimizer.last_grad_norm) == 0.0
+    empty = npp.NAdam([nn.Parameter(torch.ones(0, device=DEVICE))], backend=backend, max_grad_norm=1.0)
+    empty.param_groups[0]["params"][0].grad = torch.ones(0, device=DEVICE)
+    empty.step()
+    assert float(empty.last_grad_norm) == 0.0
+
+
 def test_a_plan_is_let_go(backend):
     ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
     optimizer = npp.NAdam(ps, backend=backend)
