@@ -39,7 +39,16 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None where it can be used and else the reason why not."""
-    return {"cuda": _no_cuda(), "triton": _no_triton(), "cpu": extension.load()[1], "reference": None}
+    return {name: _unavailable(name) for name in BACKENDS if name != "auto"}
+
+
+def _unavailable(backend: str) -> str | None:
+    """Why a backend cannot be used here, or None. Only a question about Triton imports Triton."""
+    if backend == "cuda":
+        return _no_cuda()
+    if backend == "triton":
+        return _no_triton()
+    return extension.load()[1] if backend == "cpu" else None
 
 
 def _no_cuda() -> str | None:
@@ -79,7 +88,7 @@ def _refusal(backend: str, tensors: Iterable[Tensor]) -> str | None:
         devices.add(t.device)
     if len(devices) > 1:
         return f"it steps parameters of one device, not of {' and '.join(sorted(map(str, devices)))}"
-    return available_backends()[backend]
+    return _unavailable(backend)
 
 
 def _device_types(backend: str) -> tuple[str, ...]:
@@ -123,7 +132,7 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
         refusals[name] = refusal
     if requested != "auto":
         raise ValueError(f"backend {requested!r} cannot be used: {refusals[requested]}")
-    missing = [available_backends()[name] for name in candidates]
+    missing = [_unavailable(name) for name in candidates]
     if all(missing) and any(t.device.type in ("cpu", "cuda") for t in tensors):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in zip(candidates, missing, strict=True))
         warnings.warn(f"the slower reference backend is used ({reasons})", RuntimeWarning, stacklevel=4)

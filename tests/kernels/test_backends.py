@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tolerances import ONE_STEP
@@ -173,3 +176,11 @@ def test_low_precision_computes_in_float32(dtype):
     exact = torch.zeros(100)
     npp.kernels.reference.update(w.float(), exact, g.float(), torch.zeros(100), torch.zeros(100), ROW)
     assert torch.equal(out, exact.to(dtype))
+
+
+def test_a_step_on_the_cpu_imports_no_kernels_for_devices():
+    code = (
+        "import sys, torch, nesterov_pp as npp; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
+        "npp.NAdam([p]).step(); sys.exit('nesterov_pp.triton_kernels' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
