@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.gpu_check import toolkit
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
@@ -46,13 +48,10 @@ class Kernel:
 
 def nvcc() -> tuple[Path, Path]:
     """The compiler and the folder of its headers."""
-    found = shutil.which("nvcc")
-    if found is None:
-        raise MissingToolError("the CUDA sources need nvcc, which is not on the path")
-    plan = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    top = re.search(r"TOP=(\S+)", plan.stderr + plan.stdout)
-    home = Path(top.group(1)) if top else Path(found).resolve().parents[1]
-    return Path(found), home.resolve() / "include"
+    home = toolkit(os.environ)
+    if home is None:
+        raise MissingToolError("the CUDA sources need nvcc, and no CUDA toolkit was found (CUDA_HOME, nvcc)")
+    return home / "bin" / "nvcc", home / "include"
 
 
 def cuobjdump() -> Path:

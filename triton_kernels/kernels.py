@@ -126,17 +126,14 @@ def _step_block(
 
 @triton.jit(do_not_specialize=["tensors", "source", "target", "key0", "key1"])
 def step_kernel(
-    table, chunks, rows, factor, found_inf, tensors, source, target, key0, key1,
+    table, chunks, rows, factor, tensors, source, target, key0, key1,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, SCALED: tl.constexpr,
-    SKIPS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk of the step. ``table``, ``chunks``: int64; ``rows``: float64, 10 words each; ``factor``: float64, read if
-    SCALED; ``found_inf``: float32, read if SKIPS; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes of the
+    SCALED; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes of the
     weights computed with, of gradients and of moments; T: the dtype to compute in."""
-    if SKIPS:
-        if tl.load(found_inf) > 0:
-            return
     word = tl.load(chunks + tl.program_id(0))
     tensor = word >> 32
     begin = (word & 0xFFFFFFFF) * _CHUNK

@@ -77,7 +77,6 @@ void CudaPlan::pass(const std::vector<Row>& rows) {
                                 group.chunks.numel(),
                                 sent.const_data_ptr<double>(),
                                 factor,
-                                nullptr,
                                 static_cast<int32_t>(from()),
                                 static_cast<int32_t>(to()),
                                 seed_.value_or(0)};

@@ -17,10 +17,9 @@ struct Launch {
   Table table;
   const int64_t* chunks;
   int64_t chunk_count;
-  const double* rows;      // kRowWords each
-  const double* factor;    // null, or what the gradients are multiplied by beside the rows' grad_scale
-  const float* found_inf;  // null, or nothing is written where it is above 0
-  int32_t source;          // ring slots
+  const double* rows;    // kRowWords each
+  const double* factor;  // null, or what the gradients are multiplied by beside the rows' grad_scale
+  int32_t source;        // ring slots
   int32_t target;
   uint64_t seed;
 };
@@ -213,7 +212,6 @@ template <class P>
 NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread, int64_t threads) {
   using T = typename P::T;
   constexpr int N = P::kVector;
-  if (l.found_inf != nullptr && *l.found_inf > 0) return;
   for (int64_t k = block; k < l.chunk_count; k += blocks) {
     const Span span = span_of(l.table, l.chunks[k]);
     const int64_t row = l.table.at(kRow, span.tensor);

@@ -76,9 +76,9 @@ void spans(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t 
 }
 
 void step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
-                  const double* factor, const float* found_inf, int source, int target, uint64_t seed, int weight,
-                  int grad, int moment, int adaptive, int stochastic, int64_t blocks, int64_t threads) {
-  const Launch l{{words, tensors}, chunk, chunk_count, rows, factor, found_inf, source, target, seed};
+                  const double* factor, int source, int target, uint64_t seed, int weight, int grad, int moment,
+                  int adaptive, int stochastic, int64_t blocks, int64_t threads) {
+  const Launch l{{words, tensors}, chunk, chunk_count, rows, factor, source, target, seed};
   const auto w = static_cast<Dtype>(weight), g = static_cast<Dtype>(grad), m = static_cast<Dtype>(moment);
   if (w == Dtype::kDouble)
     run_dtypes<double, double, double>(l, adaptive, stochastic, blocks, threads);

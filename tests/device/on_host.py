@@ -104,7 +104,6 @@ class Table:
         adaptive: bool = True,
         seed: int | None = None,
         factor: float | None = None,
-        found_inf: float | None = None,
         blocks: int = 3,
         threads: int = 5,
     ) -> None:
@@ -119,7 +118,6 @@ class Table:
             I64(len(chunks)),
             ctypes.c_void_p(rows.data_ptr()),
             None if factor is None else ctypes.byref(F64(factor)),
-            None if found_inf is None else ctypes.byref(ctypes.c_float(found_inf)),
             source,
             target,
             ctypes.c_uint64(seed or 0),

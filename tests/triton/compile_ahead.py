@@ -81,11 +81,10 @@ def main(capability: int) -> list[dict[str, object]]:
             "STOCHASTIC": stochastic,
             "COPIES": weight != grad,
             "SCALED": True,
-            "SKIPS": True,
             "BLOCK": STEP.block,
         }
         signature = dict.fromkeys(("table", "chunks"), "*i64")
-        signature |= {"rows": "*fp64", "factor": "*fp64", "found_inf": "*fp32"}
+        signature |= {"rows": "*fp64", "factor": "*fp64"}
         signature |= dict.fromkeys(("tensors", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
         found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, STEP.warps)))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
