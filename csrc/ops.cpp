@@ -40,10 +40,10 @@ void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorLis
       throw std::invalid_argument(names[i] + " takes row " + std::to_string(row_of[i]) + " of " +
                                   std::to_string(rows.size()) + " rows of coefficients");
     items.push_back({&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i],
-                     adaptive ? &exp_avg_sqs[i] : nullptr, nullptr, row_of[i], static_cast<int64_t>(i)});
+                     adaptive ? &exp_avg_sqs[i] : nullptr, nullptr});
     check(items.back(), false, at::kCPU);
   }
-  run(items, rows);
+  run(items, row_of, rows);
 }
 
 void step_(at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,

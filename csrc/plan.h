@@ -9,39 +9,16 @@
 #include <string>
 #include <vector>
 
-#include "dtype.h"
+#include "counts.h"
+#include "item.h"
 #include "update.h"
 
 namespace nesterov_pp {
 
 using Row = std::array<double, kCoefficients>;
 
-// One parameter's tensors in one step.
-struct Item {
-  const std::string* name;
-  const at::Tensor* weight;
-  const at::Tensor* next;  // takes the new weight; `weight` itself for a step in place
-  const at::Tensor* grad;  // undefined: the weight is carried over unchanged
-  const at::Tensor* exp_avg;
-  const at::Tensor* exp_avg_sq;  // null: the rule has none
-  const at::Tensor* master;      // null, or the float32 weights that are stepped, of which `next` takes a copy
-  int64_t row;                   // of the coefficients
-  int64_t number;                // of the parameter, for stochastic rounding
-};
-
-// Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: on `device`,
-// dense, same shape and strides, the gradient in the weight's dtype (float32, float64, bfloat16 or float16), both
-// moments in one that goes with it.
-void check(const Item& item, bool stochastic, const at::Device& device);
-
-// The dtypes of a checked item's pass.
-Dtypes dtypes_of(const Item& item);
-
-// Whether the new weights go to another slot than the one that is read.
-bool moves(const Item& item);
-
-// One pass over checked items on the CPU.
-void run(const std::vector<Item>& items, const std::vector<Row>& rows);
+// One pass over checked items on the CPU; item i takes row row_of[i].
+void run(const std::vector<Item>& items, at::IntArrayRef row_of, const std::vector<Row>& rows);
 
 // Parameters of one group that share a step count, and so their coefficients.
 struct StepClass {
@@ -49,6 +26,9 @@ struct StepClass {
   double step;
   double mu_product;
 };
+
+// The number of the step that a class takes, counted from 1.
+inline uint32_t number_of_step(const StepClass& c) { return static_cast<uint32_t>(c.step) + 1; }
 
 // The tensors of one optimizer; every list runs over its parameters. slots[s][i] is parameter i in ring slot s (one
 // slot for an optimizer without a ring). `exp_avg_sqs` and `mu_products` are empty where the rule has none, and a
@@ -87,17 +67,29 @@ class Plan {
   // Starts, or runs, the pass over the items collected.
   virtual void pass(const std::vector<Row>& rows);
 
-  // The number of the step that a class takes, counted from 1.
-  static uint32_t number_of_step(const StepClass& c) { return static_cast<uint32_t>(c.step) + 1; }
+  // Parameter i in a step with this gradient.
+  Item item(size_t i, const at::Tensor& grad) const;
 
   const Tensors t_;
+  const Counts steps_, mu_products_;
   const std::optional<uint64_t> seed_;
   const at::Device device_;  // of all parameters
 
   bool collected_ = false;
-  std::vector<Item> items_;        // of the step collected
+  // Of the step collected.
+  size_t from_ = 0, to_ = 0;       // slots
   std::vector<at::Tensor> grads_;  // undefined where a parameter has none
+  std::vector<cpu::Task> tasks_;
   std::vector<StepClass> classes_;
+
+ private:
+  // All that is known of parameter i in a step. Of several threads at once, each for its own i.
+  void gather(size_t i, size_t grads_of);
+  void prefetch(size_t i, size_t grads_of) const;
+  void note_written(size_t i) const;
+  size_t class_of(const StepClass& now);
+
+  std::vector<StepClass> counts_;  // of each parameter that has a gradient
 };
 
 }  // namespace nesterov_pp

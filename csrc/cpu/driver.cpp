@@ -13,10 +13,14 @@ namespace {
 
 // Threads meet only at multiples of this many elements: whole cache lines (128 to 512 bytes) for every dtype.
 constexpr int64_t kUnit = 64;
+// What finding a tensor's elements in memory costs, in elements passed over.
+constexpr int64_t kTaskElements = 512;
 // Below this many elements waking the other threads costs more than it saves.
 constexpr int64_t kParallelElements = 131072;
 // A pass that writes at least this many bytes of new weights to memory it has not read streams them past the caches.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
+
+constexpr size_t kTasksAhead = 2;
 
 std::atomic<Isa>& selected() {
   static std::atomic<Isa> isa{best_isa()};
@@ -34,7 +38,8 @@ Pointer advance(Pointer base, int64_t bytes) {
 // Where the new version goes: memory that the pass does not read, if that is another slot or the copy of a master.
 bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
 
-void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa isa) {
+void run_part(const Task& task, const std::vector<Coefficients<double>>& rows, int64_t begin, int64_t end,
+              bool streaming, Isa isa) {
   const int64_t weights = begin * size_of(task.dtypes.weight), grads = begin * size_of(task.dtypes.grad),
                 moments = begin * size_of(task.dtypes.moment);
   Run part{advance(task.run.weight, weights),
@@ -47,16 +52,27 @@ void run_part(const Task& task, int64_t begin, int64_t end, bool streaming, Isa 
            streaming && writes_unread(task),
            task.run.noise};
   part.noise.first += begin;
-  if (task.coefficients == nullptr) {
+  if (task.row == kCarried) {
     carry(part.weight, part.weight_out, part.count * size_of(task.dtypes.weight));
     return;
   }
-  kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, *task.coefficients);
+  kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, rows[static_cast<size_t>(task.row)]);
+}
+
+// Asks for the elements of a small tensor: between small ones the processor's own prefetching finds no rhythm.
+void prefetch(const Task& task) {
+  constexpr int64_t kSmall = 256;
+  if (task.run.count > kSmall) return;
+  const int64_t bytes = task.run.count * size_of(task.dtypes.weight);
+  for (const void* list : {task.run.weight, task.run.grad, static_cast<const void*>(task.run.exp_avg),
+                           static_cast<const void*>(task.run.exp_avg_sq)})
+    if (list != nullptr)
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(list) + line, 1);
 }
 
 }  // namespace
 
-void run(const std::vector<Task>& tasks) {
+void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows) {
   std::vector<int64_t> first_unit(tasks.size() + 1, 0);
   int64_t new_bytes = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
@@ -68,12 +84,16 @@ void run(const std::vector<Task>& tasks) {
   const bool streaming = new_bytes >= kStreamingBytes;
   const Isa isa = selected().load(std::memory_order_relaxed);
 
-  at::parallel_for(0, units, kParallelElements / kUnit, [&](int64_t begin, int64_t end) {
+  const auto all = static_cast<int64_t>(tasks.size()) * kTaskElements + units * kUnit;
+  const int64_t grain = std::max<int64_t>(1, units * kParallelElements / all);
+
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     auto it = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - 1;
     for (auto i = static_cast<size_t>(it - first_unit.begin()); i < tasks.size() && first_unit[i] < end; ++i) {
       const int64_t from = std::max<int64_t>(0, begin - first_unit[i]) * kUnit;
       const int64_t to = std::min<int64_t>(tasks[i].run.count, (end - first_unit[i]) * kUnit);
-      if (from < to) run_part(tasks[i], from, to, streaming, isa);
+      if (i + kTasksAhead < tasks.size()) prefetch(tasks[i + kTasksAhead]);
+      if (from < to) run_part(tasks[i], rows, from, to, streaming, isa);
     }
   });
 }

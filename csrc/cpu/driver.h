@@ -8,17 +8,20 @@
 
 namespace nesterov_pp::cpu {
 
-// One tensor's share of a step. Without coefficients the weight is carried to the next slot unchanged.
+// The row of a weight that is carried to the next slot unchanged.
+constexpr long long kCarried = -1;
+
+// One tensor's share of a step. `stochastic` and a row of coefficients go with a gradient only.
 struct Task {
   Run run;
   Dtypes dtypes;
   bool adaptive;
   bool stochastic;
-  const Coefficients<double>* coefficients;
+  long long row;  // of the coefficients
 };
 
 // Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements.
-void run(const std::vector<Task>& tasks);
+void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows);
 
 // Values of one tensor.
 struct Values {

@@ -11,11 +11,7 @@
 namespace nesterov_pp::device {
 namespace {
 
-int64_t address(const at::Tensor& t) {
-  return t.defined() ? static_cast<int64_t>(reinterpret_cast<intptr_t>(t.const_data_ptr())) : 0;
-}
-
-int64_t address(const at::Tensor* t) { return t == nullptr ? 0 : address(*t); }
+int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(pointer)); }
 
 bool same(const Dtypes& a, const Dtypes& b) { return a.weight == b.weight && a.grad == b.grad && a.moment == b.moment; }
 
@@ -25,15 +21,7 @@ DevicePlan::DevicePlan(Tensors tensors, std::optional<uint64_t> seed) : Plan(std
   std::vector<std::pair<Dtypes, std::vector<size_t>>> found;
   for (size_t i = 0; i < t_.names.size(); ++i) {
     const at::Tensor none;
-    const Item item{&t_.names[i],
-                    &t_.slots[0][i],
-                    &t_.slots[0][i],
-                    &none,
-                    &t_.exp_avgs[i],
-                    adaptive() ? &t_.exp_avg_sqs[i] : nullptr,
-                    t_.masters[i].defined() ? &t_.masters[i] : nullptr,
-                    0,
-                    t_.numbers[i]};
+    const Item item = this->item(i, none);
     check(item, seed_.has_value(), device_);
     const Dtypes dtypes = dtypes_of(item);
     auto group = std::find_if(found.begin(), found.end(), [&](const auto& g) { return same(g.first, dtypes); });
@@ -52,7 +40,8 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
     sizes.push_back(t_.slots[0][i].numel());
     host.set(kNumel, k, sizes.back());
     host.set(kNumber, k, t_.numbers[i]);
-    for (size_t s = 0; s < t_.slots.size(); ++s) host.set(kSlots + static_cast<int>(s), k, address(t_.slots[s][i]));
+    for (size_t s = 0; s < t_.slots.size(); ++s)
+      host.set(kSlots + static_cast<int>(s), k, address(t_.slots[s][i].const_data_ptr()));
   }
   const std::vector<int64_t> chunks = chunks_of(sizes);
   Group group{dtypes,
@@ -69,10 +58,8 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
 
 std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t to) {
   auto classes = Plan::collect(grads_of, from, to);
-  from_ = from;
-  to_ = to;
   for (Group& group : groups_) {
-    for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), items_[group.members[k]]);
+    for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), tasks_[group.members[k]]);
     const auto begin = static_cast<int64_t>(group.host.begin()), end = static_cast<int64_t>(group.host.end());
     if (begin == end) continue;
     const at::Tensor staged = stage(group.host.all().data() + begin, end - begin, at::kLong);
@@ -82,19 +69,26 @@ std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t 
   return classes;
 }
 
-void DevicePlan::enter(Group& group, int64_t k, const Item& item) {
+void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
+  const cpu::Run& run = task.run;
   HostTable& host = group.host;
-  const bool has_grad = item.grad->defined();
-  const int64_t weight = address(item.weight), next = address(item.next), grad = address(*item.grad),
-                m = address(item.exp_avg), v = address(item.exp_avg_sq), master = address(item.master);
-  host.set(kRow, k, has_grad ? item.row : -1);
+  const int64_t weight = address(run.weight), out = address(run.weight_out), grad = address(run.grad),
+                m = address(run.exp_avg), v = address(run.exp_avg_sq), copy = address(run.copy);
+  host.set(kRow, k, task.row);
   host.set(kGrad, k, grad);
-  host.set(kAligned, k, (weight | next | grad | m | v | master) % kVectorBytes == 0);
-  host.set(kMaster, k, master);
-  host.set(kExpAvg, k, m);
-  host.set(kExpAvgSq, k, v);
-  host.set(kSlots + static_cast<int>(from_), k, weight);
-  host.set(kSlots + static_cast<int>(to_), k, next);
+  host.set(kAligned, k, (weight | out | grad | m | v | copy) % kVectorBytes == 0);
+  if (run.count == 0) return;
+  if (task.row != cpu::kCarried) {
+    host.set(kExpAvg, k, m);
+    host.set(kExpAvgSq, k, v);
+  }
+  if (copy != 0) {
+    host.set(kMaster, k, weight);
+    host.set(kSlots + static_cast<int>(to_), k, copy);
+  } else {
+    host.set(kSlots + static_cast<int>(from_), k, weight);
+    host.set(kSlots + static_cast<int>(to_), k, out);
+  }
 }
 
 at::Tensor DevicePlan::send_rows(const std::vector<Row>& rows) const {

@@ -46,11 +46,10 @@ class DevicePlan : public Plan {
 
  private:
   Group make_group(Dtypes dtypes, std::vector<size_t> members);
-  void enter(Group& group, int64_t k, const Item& item);
+  void enter(Group& group, int64_t k, const cpu::Task& task);
 
   std::vector<Group> groups_;
   int64_t chunk_count_ = 0;
-  size_t from_ = 0, to_ = 0;
 };
 
 }  // namespace nesterov_pp::device

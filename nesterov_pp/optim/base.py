@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import Coefficients, StepClass, choose_backend, zeros_like
-from nesterov_pp.optim import checkpoint
+from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.local import global_norm, is_dtensor, local
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
@@ -273,7 +273,8 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
         checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
-        checkpoint.counts_to_host(self.state)
+        counts.to_host(self.state)
+        counts.lay_side_by_side(self.state)
         for p in self._parameters():
             if not self.options.has_master(p) and p in self.state:
                 self.state[p].pop("master_weight", None)
@@ -290,19 +291,16 @@ class FusedOptimizer(Optimizer):
         return names + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
 
     def _init_state(self, parameters: list[Tensor]) -> None:
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        moments = {
-            name: zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
-            for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
-        }
+        scalar = counts.default_dtype()
+        entries = {"step": counts.side_by_side([torch.zeros((), dtype=scalar)] * len(parameters))}
+        if self._has_mu_product:
+            real = [p.dtype.to_real() if p.is_complex() else p.dtype for p in parameters]
+            ones = [torch.ones((), dtype=torch.promote_types(scalar, dtype)) for dtype in real]
+            entries["mu_product"] = counts.side_by_side(ones)
+        for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive:
+            entries[name] = zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
         for i, p in enumerate(parameters):
-            state = self.state[p]
-            state["step"] = torch.zeros((), dtype=scalar)
-            if self._has_mu_product:
-                real = p.dtype.to_real() if p.is_complex() else p.dtype
-                state["mu_product"] = torch.ones((), dtype=torch.promote_types(scalar, real))
-            for name, zeros in moments.items():
-                state[name] = zeros[i]
+            self.state[p].update({name: values[i] for name, values in entries.items()})
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -342,7 +340,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self._legacy.items():
                 group.setdefault(key, value)
-        checkpoint.numbers_to_tensors(self.state)
+        counts.to_tensors(self.state)
 
 
 def _refuse_capturable(parameters: list[Tensor], named: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_pp.optim.counts import COUNTS
+
 KEPT_DTYPES = (torch.float32, torch.bfloat16)
-COUNTS = ("step", "mu_product")
 
 
 def check_form(state_dict: object) -> None:
@@ -99,21 +100,3 @@ def keep_dtypes(saved: Mapping[str, Any], parameters: Sequence[Tensor], state: M
             keeps = isinstance(value, Tensor) and value.dtype in KEPT_DTYPES and p.dtype != torch.float64
             if keeps and now.dtype != value.dtype:
                 state[p][name] = value.to(device=now.device, copy=True)
-
-
-def counts_to_host(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Bring back what loading moved to the parameters' device: a step reads counts without waiting for it."""
-    for entry in state.values():
-        for name in COUNTS:
-            value = entry.get(name)
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                entry[name] = value.cpu()
-
-
-def numbers_to_tensors(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Turn the plain numbers of old checkpoints into the tensors they are now."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for entry in state.values():
-        for name in COUNTS:
-            if isinstance(entry, dict) and isinstance(entry.get(name), int | float):
-                entry[name] = torch.tensor(float(entry[name]), dtype=dtype)

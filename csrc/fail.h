@@ -1,0 +1,16 @@
+// One sentence for what is wrong, made of its parts.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+
+namespace nesterov_pp {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace nesterov_pp

@@ -1,0 +1,145 @@
+#include "item.h"
+
+#include <optional>
+
+#include "fail.h"
+
+namespace nesterov_pp {
+namespace {
+
+// Whether both can be passed over side by side as flat runs.
+bool laid_out_alike(const at::Tensor& weight, const at::Tensor& other) {
+  return other.layout() == at::kStrided && other.device() == weight.device() && other.sizes() == weight.sizes() &&
+         (other.strides() == weight.strides() || weight.numel() <= 1);
+}
+
+void check_beside(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
+  if (laid_out_alike(weight, other)) return;
+  if (other.layout() != weight.layout())
+    fail("the ", what, " of ", name, " has layout ", other.layout(), ", but the parameter is ", weight.layout());
+  if (other.device() != weight.device())
+    fail("the ", what, " of ", name, " is on ", other.device(), ", but the parameter is on ", weight.device());
+  if (other.sizes() != weight.sizes())
+    fail("the ", what, " of ", name, " has shape ", other.sizes(), ", but the parameter has ", weight.sizes());
+  fail("the ", what, " of ", name, " has strides ", other.strides(), ", but the parameter has ", weight.strides());
+}
+
+std::optional<Dtype> known_dtype(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    default:
+      return std::nullopt;
+  }
+}
+
+void check_dtype(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
+  if (other.dtype() != weight.dtype())
+    fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
+}
+
+// The weights that are computed with, and the dtypes of their pass. Null where the tensors do not go together.
+const at::Tensor& stepped(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
+
+std::optional<Dtypes> known_dtypes(const Item& item) {
+  const auto weight = known_dtype(stepped(item)), grad = known_dtype(*item.weight), moment = known_dtype(*item.exp_avg);
+  if (!weight || !grad || !moment) return std::nullopt;
+  return Dtypes{*weight, *grad, *moment};
+}
+
+void check_dtypes(const Item& item, bool stochastic) {
+  const auto dtypes = known_dtypes(item);
+  // The pass that most parameters take, without asking for it.
+  const bool plain = dtypes && dtypes->weight == dtypes->grad && dtypes->moment == dtypes->weight;
+  if (plain && !stochastic) return;
+  if (!dtypes || cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, false) == nullptr)
+    fail("the first moment of ", *item.name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
+         item.weight->scalar_type(),
+         " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
+  if (stochastic && cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, true) == nullptr)
+    fail(*item.name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
+}
+
+}  // namespace
+
+Dtypes dtypes_of(const Item& item) { return *known_dtypes(item); }
+
+Dtype dtype_of(const at::Tensor& checked) { return *known_dtype(checked); }
+
+void check(const Item& item, bool stochastic, const at::Device& device) {
+  const std::string& name = *item.name;
+  const at::Tensor& weight = *item.weight;
+  if (weight.layout() != at::kStrided || weight.device() != device || !known_dtype(weight))
+    fail(name, " is a ", weight.layout(), " ", weight.scalar_type(), " tensor on ", weight.device(),
+         "; this pass takes strided tensors of float32, float64, bfloat16 and float16 on ", device);
+  if (!weight.is_non_overlapping_and_dense())
+    fail(name, " has strides ", weight.strides(), " for shape ", weight.sizes(),
+         "; this pass takes dense tensors without overlap");
+  if (moves(item)) {
+    check_beside(name, "next version", weight, *item.next);
+    check_dtype(name, "next version", weight, *item.next);
+  }
+  if (item.grad->defined()) {
+    check_beside(name, "gradient", weight, *item.grad);
+    check_dtype(name, "gradient", weight, *item.grad);
+  }
+  if (item.master != nullptr) {
+    check_beside(name, "master weight", weight, *item.master);
+    if (item.master->scalar_type() != at::kFloat)
+      fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
+  }
+  check_beside(name, "first moment", weight, *item.exp_avg);
+  check_dtypes(item, stochastic);
+  if (item.exp_avg_sq == nullptr) return;
+  check_beside(name, "second moment", weight, *item.exp_avg_sq);
+  if (item.exp_avg_sq->dtype() != item.exp_avg->dtype())
+    fail("the second moment of ", name, " is ", item.exp_avg_sq->scalar_type(), ", but the first is ",
+         item.exp_avg->scalar_type());
+}
+
+cpu::Task task_of(const Item& item) {
+  cpu::Task task{};
+  task.dtypes = dtypes_of(item);
+  if (!item.grad->defined()) {
+    task.row = cpu::kCarried;
+    if (!moves(item)) return task;
+    task.run.count = item.weight->numel();
+    task.run.weight = item.weight->const_data_ptr();
+    task.run.weight_out = item.next->mutable_data_ptr();
+    task.dtypes.weight = task.dtypes.grad;
+    return task;
+  }
+  task.run.count = item.weight->numel();
+  task.adaptive = item.exp_avg_sq != nullptr;
+  task.run.grad = item.grad->const_data_ptr();
+  task.run.exp_avg = item.exp_avg->mutable_data_ptr();
+  if (task.adaptive) task.run.exp_avg_sq = item.exp_avg_sq->mutable_data_ptr();
+  if (item.master != nullptr) {
+    task.run.weight = task.run.weight_out = item.master->mutable_data_ptr();
+    task.run.copy = item.next->mutable_data_ptr();
+  } else if (moves(item)) {
+    task.run.weight = item.weight->const_data_ptr();
+    task.run.weight_out = item.next->mutable_data_ptr();
+  } else {
+    task.run.weight = task.run.weight_out = item.weight->mutable_data_ptr();
+  }
+  return task;
+}
+
+void note_writes(const Item& item) {
+  const auto note = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
+  const bool steps = item.grad->defined();
+  if (steps || moves(item)) note(*item.next);
+  if (!steps) return;
+  note(*item.exp_avg);
+  if (item.exp_avg_sq != nullptr) note(*item.exp_avg_sq);
+  if (item.master != nullptr) note(*item.master);
+}
+
+}  // namespace nesterov_pp

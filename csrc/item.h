@@ -1,0 +1,46 @@
+// One parameter's tensors in one step, and what they have to be.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/driver.h"
+#include "dtype.h"
+
+namespace nesterov_pp {
+
+struct Item {
+  const std::string* name;
+  const at::Tensor* weight;
+  const at::Tensor* next;  // takes the new weight; `weight` itself for a step in place
+  const at::Tensor* grad;  // undefined: the weight is carried over unchanged
+  const at::Tensor* exp_avg;
+  const at::Tensor* exp_avg_sq;  // null: the rule has none
+  const at::Tensor* master;      // null, or the float32 weights that are stepped, of which `next` takes a copy
+};
+
+// Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: on `device`,
+// dense, same shape and strides, the gradient in the weight's dtype (float32, float64, bfloat16 or float16), both
+// moments in one that goes with it.
+void check(const Item& item, bool stochastic, const at::Device& device);
+
+// The dtypes of a checked item's pass.
+Dtypes dtypes_of(const Item& item);
+
+// The dtype of a checked tensor.
+Dtype dtype_of(const at::Tensor& checked);
+
+// Whether the new weights go to another slot than the one that is read.
+inline bool moves(const Item& item) { return item.next != item.weight && !item.next->is_same(*item.weight); }
+
+// The pass of a checked item, over no elements if there is nothing to do. It takes the first row of coefficients and
+// rounds to nearest, until the caller sets others.
+cpu::Task task_of(const Item& item);
+
+// Notes with autograd what the pass of an item writes, since it goes through raw pointers: a graph that has saved such
+// a tensor then raises instead of returning a wrong gradient.
+void note_writes(const Item& item);
+
+}  // namespace nesterov_pp

@@ -1,0 +1,54 @@
+"""The numbers that are counted for every parameter, each a tensor of its own as torch.optim has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTS = ("step", "mu_product")
+
+
+def default_dtype() -> torch.dtype:
+    """The dtype of step counts, as torch.optim chooses it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def side_by_side(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers, those of one dtype in one piece of memory: a step over many parameters reads them faster."""
+    result = list(numbers)
+    for dtype in {t.dtype for t in numbers}:
+        chosen = [i for i, t in enumerate(numbers) if t.dtype == dtype and t.numel() == 1 and t.device.type == "cpu"]
+        if chosen:
+            together = torch.stack([numbers[i].detach().reshape(()) for i in chosen])
+            for i, view in zip(chosen, together.unbind(), strict=True):
+                result[i] = view.view_as(numbers[i])
+    return result
+
+
+def lay_side_by_side(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Have every count ``side_by_side``."""
+    for name in COUNTS:
+        entries = [entry for entry in state.values() if isinstance(entry.get(name), Tensor)]
+        for entry, number in zip(entries, side_by_side([entry[name] for entry in entries]), strict=True):
+            entry[name] = number
+
+
+def to_host(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Bring back what loading moved to the parameters' device: a step reads counts without waiting for it."""
+    for entry in state.values():
+        for name in COUNTS:
+            value = entry.get(name)
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                entry[name] = value.cpu()
+
+
+def to_tensors(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Turn the plain numbers of old checkpoints into the tensors they are now."""
+    for entry in state.values():
+        for name in COUNTS:
+            if isinstance(entry, dict) and isinstance(entry.get(name), int | float):
+                entry[name] = torch.tensor(float(entry[name]), dtype=default_dtype())
