@@ -53,6 +53,17 @@ std::optional<Dtypes> known_dtypes(const Item& item) {
   return Dtypes{*weight, *grad, *moment};
 }
 
+// The elements of a checked tensor, without the questions that data_ptr() asks of an unknown one.
+const void* elements(const at::Tensor& t) {
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  return static_cast<const char*>(impl->unsafe_storage().data()) + impl->storage_offset() * impl->itemsize();
+}
+
+void* writable(const at::Tensor& t) {
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  return static_cast<char*>(impl->unsafe_storage().mutable_data()) + impl->storage_offset() * impl->itemsize();
+}
+
 void check_dtypes(const Item& item, bool stochastic) {
   const auto dtypes = known_dtypes(item);
   // The pass that most parameters take, without asking for it.
@@ -110,24 +121,24 @@ cpu::Task task_of(const Item& item) {
     task.row = cpu::kCarried;
     if (!moves(item)) return task;
     task.run.count = item.weight->numel();
-    task.run.weight = item.weight->const_data_ptr();
-    task.run.weight_out = item.next->mutable_data_ptr();
+    task.run.weight = elements(*item.weight);
+    task.run.weight_out = writable(*item.next);
     task.dtypes.weight = task.dtypes.grad;
     return task;
   }
   task.run.count = item.weight->numel();
   task.adaptive = item.exp_avg_sq != nullptr;
-  task.run.grad = item.grad->const_data_ptr();
-  task.run.exp_avg = item.exp_avg->mutable_data_ptr();
-  if (task.adaptive) task.run.exp_avg_sq = item.exp_avg_sq->mutable_data_ptr();
+  task.run.grad = elements(*item.grad);
+  task.run.exp_avg = writable(*item.exp_avg);
+  if (task.adaptive) task.run.exp_avg_sq = writable(*item.exp_avg_sq);
   if (item.master != nullptr) {
-    task.run.weight = task.run.weight_out = item.master->mutable_data_ptr();
-    task.run.copy = item.next->mutable_data_ptr();
+    task.run.weight = task.run.weight_out = writable(*item.master);
+    task.run.copy = writable(*item.next);
   } else if (moves(item)) {
-    task.run.weight = item.weight->const_data_ptr();
-    task.run.weight_out = item.next->mutable_data_ptr();
+    task.run.weight = elements(*item.weight);
+    task.run.weight_out = writable(*item.next);
   } else {
-    task.run.weight = task.run.weight_out = item.weight->mutable_data_ptr();
+    task.run.weight = task.run.weight_out = writable(*item.weight);
   }
   return task;
 }

@@ -31,6 +31,9 @@ void compute(const std::vector<cpu::Task>& tasks, const std::vector<Row>& rows) 
 // Below twice as many tensors waking the other threads costs more than it saves.
 constexpr int64_t kTensorsOfThread = 256;
 
+// Of a leaf; Tensor::grad() asks first whether it is one.
+const at::Tensor& grad_of(const at::Tensor& leaf) { return leaf.unsafeGetTensorImpl()->grad(); }
+
 // Calls `visit(i)` for all i below n, on torch's intra-op threads where they are many.
 template <class Visit>
 void for_each_tensor(size_t n, const Visit& visit) {
@@ -115,7 +118,7 @@ void Plan::prefetch(size_t i, size_t grads_of) const {
     prefetch_storage(t_.exp_avgs[middle]);
     if (!t_.exp_avg_sqs.empty()) prefetch_storage(t_.exp_avg_sqs[middle]);
   }
-  if (near < n) prefetch_tensor(t_.slots[grads_of][near].grad());
+  if (near < n) prefetch_tensor(grad_of(t_.slots[grads_of][near]));
 }
 
 std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
@@ -151,7 +154,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
 
 void Plan::gather(size_t i, size_t grads_of) {
   const at::Tensor& weight = t_.slots[from_][i];
-  const at::Tensor& grad = t_.slots[grads_of][i].grad();
+  const at::Tensor& grad = grad_of(t_.slots[grads_of][i]);
   if (grad.defined()) grads_[i] = laid_out_as(weight, grad);
   const Item item = this->item(i, grads_[i]);
   check(item, seed_.has_value(), device_);
