@@ -38,12 +38,12 @@ demo: setup ## train on real text, about ten minutes; ends with a table and a pl
 
 test: check ## make check and the tests
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py tests/device/test_capturable.py
 
 test-all: check ## make check and all tests, the slow ones and those of other frameworks too
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py tests/device/test_capturable.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
 check: setup ## format, lint and types

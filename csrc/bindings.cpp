@@ -89,7 +89,7 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
   }
 
  protected:
-  void pass(const std::vector<nesterov_pp::Row>& rows) override { launch_(send_rows(rows), from(), to()); }
+  void launch(const at::Tensor& rows) override { launch_(rows, from(), to()); }
 
  private:
   Function launch_;
@@ -150,6 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<CallingPlan, Plan>(m, "DevicePlan", "A plan whose pass is `launch(rows, source, target)`.")
       .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function>(), py::arg("tensors"), py::arg("seed"),
            py::arg("launch"))
+      .def("apply_rows", &CallingPlan::apply_rows, py::arg("rows"))
       .def("launches", &CallingPlan::launches);
 
 #if defined(NPP_CUDA)
@@ -157,6 +158,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<CudaPlan, Plan>(m, "CudaPlan")
       .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
       .def_property_readonly("on_device", [](const CudaPlan&) { return true; })
+      .def("apply_rows", &CudaPlan::apply_rows, py::arg("rows"), py::call_guard<py::gil_scoped_release>())
       .def("scale", &CudaPlan::scale, py::arg("scale"), py::arg("limit"), py::arg("grad_scale"));
 #endif
 }

@@ -77,9 +77,9 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
       device_(t_.slots.empty() || t_.slots[0].empty() ? at::Device(at::kCPU) : t_.slots[0][0].device()) {
   const size_t n = t_.names.size();
   const auto fits = [n](const auto& list) { return list.size() == n; };
-  bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) && fits(t_.steps) &&
-              !t_.slots.empty() && (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) &&
-              (t_.mu_products.empty() || fits(t_.mu_products));
+  bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) &&
+              (t_.steps.empty() || fits(t_.steps)) && !t_.slots.empty() &&
+              (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) && (t_.mu_products.empty() || fits(t_.mu_products));
   for (const auto& slot : t_.slots) same = same && fits(slot);
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
@@ -144,6 +144,10 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   }
   for (size_t i = 0; i < n; ++i) {
     if (tasks_[i].row == cpu::kCarried) continue;
+    if (steps_.empty()) {
+      tasks_[i].row = static_cast<int64_t>(i);
+      continue;
+    }
     const size_t k = class_of(counts_[i]);
     tasks_[i].row = static_cast<int64_t>(k);
     if (seed_) tasks_[i].run.noise = {*seed_, static_cast<uint32_t>(t_.numbers[i]), number_of_step(classes_[k]), 0};
@@ -160,7 +164,7 @@ void Plan::gather(size_t i, size_t grads_of) {
   check(item, seed_.has_value(), device_);
   tasks_[i] = task_of(item);
   tasks_[i].stochastic = seed_.has_value();
-  if (!grad.defined()) return;
+  if (!grad.defined() || steps_.empty()) return;
   const std::string& name = t_.names[i];
   counts_[i] = {t_.groups[i], steps_.read(i, name), mu_products_.empty() ? 1.0 : mu_products_.read(i, name)};
 }
@@ -189,7 +193,7 @@ std::string Plan::nonfinite_parameter() const {
 
 void Plan::pass(const std::vector<Row>& rows) { compute(tasks_, rows); }
 
-void Plan::note_written(size_t i) const {
+bool Plan::note_written(size_t i) const {
   // A count of versions is behind its tensor, and increments wait for each other where reads do not.
   constexpr size_t kAhead = 8;
   const auto touch = [](const at::Tensor& t) { (void)t.unsafeGetTensorImpl()->version_counter().current_version(); };
@@ -199,6 +203,13 @@ void Plan::note_written(size_t i) const {
     if (!t_.exp_avg_sqs.empty()) touch(t_.exp_avg_sqs[ahead]);
   }
   note_writes(item(i, grads_[i]));
+  return tasks_[i].row != cpu::kCarried;
+}
+
+void Plan::finish() {
+  collected_ = false;
+  tasks_.clear();
+  grads_.clear();
 }
 
 void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products) {
@@ -208,15 +219,12 @@ void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_pro
          " and ", mu_products.size());
   pass(rows);
   for_each_tensor(tasks_.size(), [&](size_t i) {
-    note_written(i);
-    if (tasks_[i].row == cpu::kCarried) return;
+    if (!note_written(i)) return;
     const auto k = static_cast<size_t>(tasks_[i].row);
     steps_.write(i, classes_[k].step + 1);
     if (!mu_products_.empty()) mu_products_.write(i, mu_products[k]);
   });
-  collected_ = false;
-  tasks_.clear();
-  grads_.clear();
+  finish();
 }
 
 }  // namespace nesterov_pp

@@ -32,7 +32,8 @@ inline uint32_t number_of_step(const StepClass& c) { return static_cast<uint32_t
 
 // The tensors of one optimizer; every list runs over its parameters. slots[s][i] is parameter i in ring slot s (one
 // slot for an optimizer without a ring). `exp_avg_sqs` and `mu_products` are empty where the rule has none, and a
-// master is undefined where the parameter has none.
+// master is undefined where the parameter has none. `steps` and `mu_products` are empty where the caller counts; then
+// every parameter has a row of its own.
 struct Tensors {
   std::vector<std::string> names;
   std::vector<int64_t> numbers;
@@ -64,6 +65,10 @@ class Plan {
   void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products);
 
  protected:
+  // Notes the writes of the pass that was started; returns whether parameter i was stepped. Of several threads at once.
+  bool note_written(size_t i) const;
+  void finish();
+
   // Starts, or runs, the pass over the items collected.
   virtual void pass(const std::vector<Row>& rows);
 
@@ -86,7 +91,6 @@ class Plan {
   // All that is known of parameter i in a step. Of several threads at once, each for its own i.
   void gather(size_t i, size_t grads_of);
   void prefetch(size_t i, size_t grads_of) const;
-  void note_written(size_t i) const;
   size_t class_of(const StepClass& now);
 
   std::vector<StepClass> counts_;  // of each parameter that has a gradient

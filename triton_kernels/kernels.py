@@ -154,6 +154,9 @@ def step_kernel(
                 start += BLOCK
         return
     r = rows + row * _ROW_WORDS
+    step = tl.load(r + 9).to(tl.uint32)
+    if step == 0:
+        return
     grad_scale = tl.load(r)
     if SCALED:
         grad_scale = grad_scale * tl.load(factor)
@@ -169,7 +172,6 @@ def step_kernel(
     m = _word(table, tensors, _EXP_AVG, tensor).to(tl.pointer_type(M)) + begin
     v = _word(table, tensors, _EXP_AVG_SQ, tensor).to(tl.pointer_type(M)) + begin
     number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
-    step = tl.load(r + 9).to(tl.uint32)
     key0 = key0.to(tl.uint32)
     key1 = key1.to(tl.uint32)
     g0 = grad_scale.to(T)

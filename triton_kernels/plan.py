@@ -102,8 +102,9 @@ class Launches:
                 enable_fp_fusion=False,
             )
         result = torch.empty(2, dtype=torch.float64, device=device)
-        numbers = torch.tensor([scale, limit], dtype=torch.float64, pin_memory=device.type == "cuda")
-        numbers = numbers.to(device, non_blocking=True)
+        # Filled on the device: a copy from the host would have to keep its source for as long as a graph is replayed.
+        numbers = torch.full((2,), scale, dtype=torch.float64, device=device)
+        numbers[1:].fill_(limit)
         kernels.scaling_kernel[(1,)](
             partials,
             sum(counts),
@@ -156,6 +157,9 @@ class TritonPlan:
 
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         self._plan.apply(rows, mu_products)
+
+    def apply_rows(self, rows: Tensor) -> None:
+        self._plan.apply_rows(rows)
 
 
 def interpreting() -> bool:

@@ -65,17 +65,16 @@ std::optional<at::Tensor> CudaPlan::scale(double scale, std::optional<double> li
   return limit ? std::optional<at::Tensor>(scaling_[0]) : std::nullopt;
 }
 
-void CudaPlan::pass(const std::vector<Row>& rows) {
+void CudaPlan::launch(const at::Tensor& rows) {
   if (groups().empty()) return;
   const c10::cuda::OptionalCUDAGuard guard(device_);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index());
-  const at::Tensor sent = send_rows(rows);
   const double* factor = scaling_.defined() ? scaling_.const_data_ptr<double>() + 1 : nullptr;
   for (const auto& group : groups()) {
     const device::Launch launch{table_of(group),
                                 group.chunks.const_data_ptr<int64_t>(),
                                 group.chunks.numel(),
-                                sent.const_data_ptr<double>(),
+                                rows.const_data_ptr<double>(),
                                 factor,
                                 static_cast<int32_t>(from()),
                                 static_cast<int32_t>(to()),

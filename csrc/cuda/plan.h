@@ -24,7 +24,7 @@ class CudaPlan : public device::DevicePlan {
                                   const std::optional<at::Tensor>& grad_scale);
 
  protected:
-  void pass(const std::vector<Row>& rows) override;
+  void launch(const at::Tensor& rows) override;
 
  private:
   // The norm and the factor (Scaling), float64 of two elements.

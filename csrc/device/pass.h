@@ -9,7 +9,7 @@
 
 namespace nesterov_pp::device {
 
-// A row of coefficients as the device has it: they, and the number of the step, counted from 1.
+// A row of coefficients as the device has it: they, and the number of the step, counted from 1; 0 for no step.
 constexpr int kRowWords = kCoefficients + 1;
 
 // Everything that a launch is given, in the memory of the device but for the struct itself.
@@ -220,6 +220,7 @@ NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread,
       continue;
     }
     const double* r = l.rows + row * kRowWords;
+    if (r[kCoefficients] == 0) continue;  // a step that the device found not to be taken
     const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
     const Coefficients<T> c =
         Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../fail.h"
 #include "pass.h"
 
 namespace nesterov_pp::device {
@@ -91,13 +92,26 @@ void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
   }
 }
 
-at::Tensor DevicePlan::send_rows(const std::vector<Row>& rows) const {
+void DevicePlan::pass(const std::vector<Row>& rows) {
   std::vector<double> values;
   for (size_t k = 0; k < rows.size(); ++k) {
     values.insert(values.end(), rows[k].begin(), rows[k].end());
     values.push_back(number_of_step(classes_[k]));
   }
-  return send(values.data(), static_cast<int64_t>(values.size()), at::kDouble);
+  launch(send(values.data(), static_cast<int64_t>(values.size()), at::kDouble));
+}
+
+void DevicePlan::apply_rows(const at::Tensor& rows) {
+  const auto n = static_cast<int64_t>(t_.names.size());
+  if (!collected_ || !t_.steps.empty())
+    fail("apply_rows() runs the step that collect() of a plan without counts has prepared");
+  if (rows.device() != device_ || rows.scalar_type() != at::kDouble || !rows.is_contiguous() || rows.dim() != 2 ||
+      rows.size(0) != n || rows.size(1) != kRowWords)
+    fail("rows must be float64 of shape [", n, ", ", kRowWords, "] on ", device_, ", not ", rows.scalar_type(),
+         " of shape ", rows.sizes(), " on ", rows.device());
+  launch(rows);
+  for (size_t i = 0; i < t_.names.size(); ++i) note_written(i);
+  finish();
 }
 
 at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dtype) const {

@@ -28,6 +28,10 @@ class DevicePlan : public Plan {
   // Also sends what has changed in the tables. Does not wait for the device.
   std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
 
+  // Runs the step collected with `rows`, float64 of shape [parameters, device::kRowWords] on the device, of a plan
+  // whose caller counts. A row whose number of the step is 0 leaves its parameter as it is.
+  void apply_rows(const at::Tensor& rows);
+
   const std::vector<Group>& groups() const { return groups_; }
   int64_t chunk_count() const { return chunk_count_; }
   bool adaptive() const { return !t_.exp_avg_sqs.empty(); }
@@ -35,8 +39,10 @@ class DevicePlan : public Plan {
   size_t to() const { return to_; }
 
  protected:
-  // float64 of shape [classes, device::kRowWords] on the device: coefficients and the number of the step.
-  at::Tensor send_rows(const std::vector<Row>& rows) const;
+  void pass(const std::vector<Row>& rows) override;
+
+  // Starts the pass with rows on the device, each the coefficients and the number of the step.
+  virtual void launch(const at::Tensor& rows) = 0;
 
   // Values on the device, copied there without waiting.
   at::Tensor send(const void* values, int64_t count, at::ScalarType dtype) const;

@@ -21,7 +21,7 @@ class Tensors:
     ``numbers[i]`` is the parameter's number in the optimizer, ``slots[s][i]`` the parameter in ring slot ``s`` (one
     slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped and copied to the
     parameter. ``exp_avg_sqs`` is empty for non-adaptive rules, ``mu_products`` for rules without a momentum schedule,
-    ``max_exp_avg_sqs`` where no group is AMSGrad's.
+    both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
     """
 
     names: list[str]
@@ -66,3 +66,10 @@ class Plan(Protocol):
 
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         """Run the step collected, with one row and one new mu product for each class, and count it."""
+
+    def apply_rows(self, rows: Tensor) -> None:
+        """Run the step collected, of a plan that was given no ``steps``, for the caller counts.
+
+        ``rows``: float64 of shape ``[parameters, 10]`` on the device, each one's coefficients and the number of its
+        step, 0 for no step. Only of plans that are ``on_device``.
+        """

@@ -122,6 +122,9 @@ class ReferencePlan:
                 return name
         return ""
 
+    def apply_rows(self, rows: Tensor) -> None:
+        raise NotImplementedError("the reference plan is not on_device")
+
     def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
         t = self._tensors
         source, target = self._slots

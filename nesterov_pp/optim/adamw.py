@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters, scalar, two_betas
+from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.stash import WeightStash
 
 
@@ -106,7 +106,7 @@ class AdamW(FusedOptimizer):
         beta1, beta2 = two_betas(group["betas"])
         row = coefficients.adamw(
             t,
-            lr=scalar(group["lr"]),
+            lr=learning_rate(group["lr"], t),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import torch
@@ -109,21 +110,21 @@ class FusedOptimizer(Optimizer):
             slots = stash.begin_step(version, microbatches)
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
-        for group in self.param_groups:
-            if group.get("capturable"):
-                _refuse_capturable(group["params"], "params, mu_products" if self._has_mu_product else "params")
+        self._check_capturable()
         grads_of, source, target = slots
         prepared, classes = self._collect(slots)
-        if self._overflowed():
+        if prepared.device_counts is None and self._overflowed():
             return
         scale = self._gradient_scale(prepared, microbatches, grads_of)
-        rows, products = [], []
-        for step_class in classes:
-            row, product = self._row(step_class, scale)
-            rows.append(row)
-            products.append(product)
-        prepared.masters.follow(source)
-        prepared.plan.apply(rows, products)
+        if prepared.device_counts is not None:
+            stepped, found_inf = prepared.stepped(grads_of), getattr(self, "found_inf", None)
+            rows_on_device = prepared.device_counts.advance(stepped, partial(self._row_of, scale=scale), found_inf)
+            prepared.masters.follow(source)
+            prepared.plan.apply_rows(rows_on_device)
+        else:
+            rows = [self._row(step_class, scale) for step_class in classes]
+            prepared.masters.follow(source)
+            prepared.plan.apply([row for row, _ in rows], [product for _, product in rows])
         prepared.masters.written(target)
         if stash is not None:
             stash.end_step(version, microbatches)
@@ -141,15 +142,20 @@ class FusedOptimizer(Optimizer):
         return self._collect(slots)
 
     def _prepare(self) -> Prepared:
-        only = self._only_reference()
-        if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only):
+        only, capturable = self._only_reference(), self._capturable()
+        if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, capturable):
             new = [p for p in self._parameters() if p.grad is not None and not self.state.get(p)]
             for p in new:
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(self._no_sparse)
                 self.options.check_parameter(p)
             self._init_state(new)
-            self._prepared = Prepared(self.param_groups, self.state, self.options, self._state_names(), only)
+            if capturable:
+                counts.to_devices(self.state)
+            elif self._prepared is not None and self._prepared.device_counts is not None:
+                counts.to_host(self.state)
+            names = self._state_names()
+            self._prepared = Prepared(self.param_groups, self.state, self.options, names, only, capturable)
             self.backend = self._prepared.backend
         return self._prepared
 
@@ -163,17 +169,23 @@ class FusedOptimizer(Optimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        """The scalars of step ``t`` (from 1) of a group, and the new mu product."""
+        """The scalars of step ``t`` (from 1) of a group, and the new mu product.
+
+        Where steps are counted on the device, ``t`` and ``mu_product`` are tensors of many, and so is what follows.
+        """
         raise NotImplementedError
 
     def _row(self, step_class: StepClass, scale: float) -> tuple[Coefficients, float]:
         index, steps, mu_product = step_class
+        return self._row_of(index, int(steps) + 1, mu_product, scale=scale)
+
+    def _row_of(self, index: int, t: Any, mu_product: Any, *, scale: float) -> tuple[Coefficients, Any]:
         group = self.param_groups[index]
-        sign = -1.0 if group["maximize"] else 1.0
         try:
-            row, product = self._coefficients(group, int(steps) + 1, mu_product, sign * scale)
+            row, product = self._coefficients(group, t, mu_product, -scale if group["maximize"] else scale)
             # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
-            finite = all(map(math.isfinite, (*row[1:], product)))
+            known = [c for c in (*row[1:], product, group["lr"]) if not isinstance(c, Tensor)]
+            finite = all(map(math.isfinite, known))
         except (KeyError, TypeError, ZeroDivisionError, OverflowError):
             finite = False
         if not finite:
@@ -273,7 +285,7 @@ class FusedOptimizer(Optimizer):
         finally:
             handle.remove()
         checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
-        counts.to_host(self.state)
+        (counts.to_devices if self._capturable() else counts.to_host)(self.state)
         counts.lay_side_by_side(self.state)
         for p in self._parameters():
             if not self.options.has_master(p) and p in self.state:
@@ -291,12 +303,15 @@ class FusedOptimizer(Optimizer):
         return names + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
 
     def _init_state(self, parameters: list[Tensor]) -> None:
-        scalar = counts.default_dtype()
-        entries = {"step": counts.side_by_side([torch.zeros((), dtype=scalar)] * len(parameters))}
+        scalar, capturable = counts.default_dtype(), self._capturable()
+        devices = [p.device if capturable else None for p in parameters]
+        entries = {"step": [torch.zeros((), dtype=scalar, device=d or "cpu") for d in devices]}
         if self._has_mu_product:
             real = [p.dtype.to_real() if p.is_complex() else p.dtype for p in parameters]
-            ones = [torch.ones((), dtype=torch.promote_types(scalar, dtype)) for dtype in real]
-            entries["mu_product"] = counts.side_by_side(ones)
+            dtypes = [scalar if capturable else torch.promote_types(scalar, dtype) for dtype in real]
+            ones = [torch.ones((), dtype=t, device=d or "cpu") for t, d in zip(dtypes, devices, strict=True)]
+            entries["mu_product"] = ones
+        entries = {name: counts.side_by_side(numbers) for name, numbers in entries.items()}
         for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive:
             entries[name] = zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
         for i, p in enumerate(parameters):
@@ -316,6 +331,30 @@ class FusedOptimizer(Optimizer):
                     changed |= moved.stride() != value.stride()
                     self.state[p][name] = moved
         return changed
+
+    def _capturable(self) -> bool:
+        return any(group.get("capturable") for group in self.param_groups)
+
+    def _check_capturable(self) -> None:
+        """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot."""
+        if not self._capturable():
+            return
+        if not all(group.get("capturable") for group in self.param_groups):
+            raise ValueError("capturable must be the same in all parameter groups, which are stepped together")
+        if self.backend in ("cuda", "triton"):
+            if self.options.on_nonfinite == "raise" or any(map(is_dtensor, self._parameters())):
+                what = "DTensor parameters" if self.options.on_nonfinite != "raise" else "on_nonfinite='raise'"
+                raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
+            return
+        from torch.optim.optimizer import _get_capturable_supported_devices
+
+        supported = _get_capturable_supported_devices()
+        if any(p.device.type not in supported for p in self._parameters()):
+            named = "params, mu_products" if self._has_mu_product else "params"
+            raise AssertionError(
+                f"If capturable=True, {named} and state_steps must be on supported devices: {supported}."
+            )
+        raise RuntimeError(f"capturable=True needs the cuda or triton backend, not {self.backend!r}")
 
     def _only_reference(self) -> str | None:
         """An option in use that only the reference backend has."""
@@ -341,13 +380,3 @@ class FusedOptimizer(Optimizer):
             for key, value in self._legacy.items():
                 group.setdefault(key, value)
         counts.to_tensors(self.state)
-
-
-def _refuse_capturable(parameters: list[Tensor], named: str) -> None:
-    """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot."""
-    from torch.optim.optimizer import _get_capturable_supported_devices
-
-    supported = _get_capturable_supported_devices()
-    if any(p.device.type not in supported for p in parameters):
-        raise AssertionError(f"If capturable=True, {named} and state_steps must be on supported devices: {supported}.")
-    raise RuntimeError("capturable=True is not supported: the step count is kept on the host; use capturable=False")

@@ -20,13 +20,24 @@ def default_dtype() -> torch.dtype:
 def side_by_side(numbers: Sequence[Tensor]) -> list[Tensor]:
     """The same numbers, those of one dtype in one piece of memory: a step over many parameters reads them faster."""
     result = list(numbers)
-    for dtype in {t.dtype for t in numbers}:
-        chosen = [i for i, t in enumerate(numbers) if t.dtype == dtype and t.numel() == 1 and t.device.type == "cpu"]
-        if chosen:
-            together = torch.stack([numbers[i].detach().reshape(()) for i in chosen])
-            for i, view in zip(chosen, together.unbind(), strict=True):
-                result[i] = view.view_as(numbers[i])
+    for kind in {(t.dtype, t.device) for t in numbers}:
+        chosen = [i for i, t in enumerate(numbers) if (t.dtype, t.device) == kind and t.numel() == 1]
+        together = torch.stack([numbers[i].detach().reshape(()) for i in chosen]) if chosen else torch.empty(0)
+        for i, view in zip(chosen, together.unbind(), strict=True):
+            result[i] = view.view_as(numbers[i])
     return result
+
+
+def together(numbers: Sequence[Tensor]) -> Tensor | None:
+    """Numbers that lie ``side_by_side`` in this order as one tensor, which shares their memory; None if they do not."""
+    first = numbers[0]
+    alike = all(
+        t.dtype == first.dtype
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and t.storage_offset() == first.storage_offset() + i
+        for i, t in enumerate(numbers)
+    )
+    return first.detach().as_strided((len(numbers),), (1,), first.storage_offset()) if alike else None
 
 
 def lay_side_by_side(state: Mapping[Any, dict[str, Any]]) -> None:
@@ -35,6 +46,14 @@ def lay_side_by_side(state: Mapping[Any, dict[str, Any]]) -> None:
         entries = [entry for entry in state.values() if isinstance(entry.get(name), Tensor)]
         for entry, number in zip(entries, side_by_side([entry[name] for entry in entries]), strict=True):
             entry[name] = number
+
+
+def to_devices(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Have every parameter's counts on its device, in the dtype that torch.optim gives them there."""
+    for p, entry in state.items():
+        for name in COUNTS:
+            if isinstance(entry.get(name), Tensor):
+                entry[name] = entry[name].to(p.device, default_dtype())
 
 
 def to_host(state: Mapping[Any, dict[str, Any]]) -> None:

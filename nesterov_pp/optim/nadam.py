@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters, scalar, two_betas
+from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.stash import WeightStash
 
 
@@ -35,7 +35,9 @@ class NAdam(FusedOptimizer):
         decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (False).
         foreach, fused: accepted for compatibility; the pass is always one over all tensors.
         maximize: ascend instead of descend (False).
-        capturable: refused at the step, where it is true (False).
+        capturable: count steps on the device, so that a step can be captured in a CUDA graph; the cuda and triton
+            backends (False). Each replay is one step; a tensor ``lr`` on the device may change between them. With a
+            stash capture one graph for each of its versions, in turn, and replay them in turn.
         differentiable: let autograd record the step; takes the reference backend and says so (False).
         stash: ring of weight versions to read from and write to (None: in place).
         max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
@@ -121,7 +123,7 @@ class NAdam(FusedOptimizer):
         return coefficients.nadam(
             t,
             mu_product,
-            lr=scalar(group["lr"]),
+            lr=learning_rate(group["lr"], t),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
-from nesterov_pp.optim.options import Options, check_hyperparameters, scalar
+from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate
 from nesterov_pp.stash import WeightStash
 
 MomentumSchedule = Callable[[int], float]
@@ -106,12 +106,17 @@ class NAG(FusedOptimizer):
     ) -> tuple[Coefficients, float]:
         gamma = gamma_next = group["momentum"]
         if self._schedule is not None:
+            if isinstance(t, Tensor):
+                raise ValueError(
+                    "a momentum schedule is a function of a step count on the host; "
+                    "with capturable=True give momentum as a number"
+                )
             gamma, gamma_next = self._schedule(t), self._schedule(t + 1)
             group["momentum"] = gamma
         _check_gamma(gamma)
         _check_gamma(gamma_next)
         row = coefficients.nag(
-            lr=scalar(group["lr"]),
+            lr=learning_rate(group["lr"], t),
             gamma=gamma,
             gamma_next=gamma_next,
             weight_decay=group["weight_decay"],

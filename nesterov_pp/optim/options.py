@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,17 @@ def scalar(value: float | Tensor) -> float:
     if isinstance(value, numbers.Real):
         return float(value)
     raise TypeError(f"{value!r} is not a number")
+
+
+def learning_rate(lr: float | Tensor, t: Any) -> Any:
+    """A learning rate for step ``t``: a plain number, but where the step is counted on the device a tensor stays there.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(lr, Tensor) and isinstance(t, Tensor) and lr.device == t.device and lr.numel() == 1:
+        return lr.detach().reshape(()).double()
+    return scalar(lr)
 
 
 def two_betas(values: object) -> tuple[float, float]:

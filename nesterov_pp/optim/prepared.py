@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
-from nesterov_pp.optim import checkpoint
+from nesterov_pp.optim import checkpoint, counts
+from nesterov_pp.optim.device_counts import DeviceCounts
 from nesterov_pp.optim.local import is_plain, local, local_gradient
 from nesterov_pp.optim.masters import MasterWeights
 from nesterov_pp.optim.options import Options
@@ -22,7 +23,7 @@ class Prepared:
 
     ``entries`` are the names of what every parameter's state holds; ``only_reference`` an option that other backends do
     not have. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the parameters of ring
-    slot ``s`` (one slot where there is no ring).
+    slot ``s`` (one slot where there is no ring). With ``capturable``, ``device_counts`` has the counts.
 
     Raises:
         ValueError: state is missing, or the backend asked for cannot step these parameters.
@@ -36,6 +37,7 @@ class Prepared:
         options: Options,
         entries: list[str],
         only_reference: str | None,
+        capturable: bool = False,
     ) -> None:
         names, numbers, group_of, parameters = [], [], [], []
         number = 0
@@ -55,12 +57,14 @@ class Prepared:
         self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
         self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
-        self._only_reference = only_reference
+        self._options = (only_reference, capturable)
         self.backend = choose_backend(options.backend, list(chain.from_iterable(self._plain)), only_reference)
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
         masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, newest, strict=True)]
         self.masters = MasterWeights(self.leaves, masters)
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
+        self.device_counts = _counts_on_device(group_of, states, entries) if capturable and states else None
+        on_host = self.device_counts is None
         tensors = Tensors(
             names=names,
             numbers=numbers,
@@ -69,8 +73,8 @@ class Prepared:
             exp_avgs=[local(s["exp_avg"]) for s in states],
             exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if "exp_avg_sq" in entries else [],
             masters=[None if master is None else local(master) for master in masters],
-            steps=[s["step"] for s in states],
-            mu_products=[s["mu_product"] for s in states] if "mu_product" in entries else [],
+            steps=[s["step"] for s in states] if on_host else [],
+            mu_products=[s["mu_product"] for s in states] if on_host and "mu_product" in entries else [],
             max_exp_avg_sqs=[None if v is None else local(v) for v in largest],
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
@@ -80,13 +84,19 @@ class Prepared:
         self._stateless = [p for group in groups for p in group["params"] if not state.get(p)]
         self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
 
-    def holds(self, groups: list[dict[str, Any]], state: dict[Any, Any], only_reference: str | None) -> bool:
+    def holds(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], only_reference: str | None, capturable: bool = False
+    ) -> bool:
         """Whether nothing was replaced, and no parameter without state has got a gradient."""
         return (
             self._snapshot.holds(groups, state)
-            and only_reference == self._only_reference
+            and (only_reference, capturable) == self._options
             and all(p.grad is None for p in self._stateless)
         )
+
+    def stepped(self, grads_of: int) -> list[bool]:
+        """Which parameters have a gradient in a slot."""
+        return [p.grad is not None for p in self.leaves[grads_of]]
 
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
         """``Plan.collect``, for which plain tensors bring the gradients of the parameters they stand for."""
@@ -98,6 +108,24 @@ class Prepared:
         finally:
             for i in self._special:
                 plain[i].grad = None
+
+
+def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: list[str]) -> DeviceCounts:
+    found: dict[str, Tensor] = {}
+    for name in counts.COUNTS:
+        if name not in entries:
+            continue
+        numbers = [s[name] for s in states]
+        as_one = counts.together(numbers)
+        if as_one is None:
+            numbers = counts.side_by_side(numbers)
+            as_one = counts.together(numbers)
+            for s, number in zip(states, numbers, strict=True):
+                s[name] = number
+        if as_one is None:
+            raise ValueError(f"with capturable=True every {name!r} must be one number of the same dtype and device")
+        found[name] = as_one
+    return DeviceCounts(groups, found["step"], found.get("mu_product"))
 
 
 def _master(state: dict[str, Any], p: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 
 import pytest
@@ -11,39 +10,19 @@ import torch
 from torch import nn
 
 import nesterov_pp as npp
-from nesterov_pp.kernels import extension
+from tests.device.devices import BACKENDS, DEVICE, GPU, SIZES, needs, skip_without_any, values
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-SIZES = [0, 1, 3, 64, 1000, 4096, 16384, 17_001]
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # where a sum was taken in another order
 
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("there is no GPU; `make test` runs these under TRITON_INTERPRET=1 too", allow_module_level=True)
-pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=str(extension.load()[1]))
+skip_without_any()
 
 
-def backends() -> list[str]:
-    return ["triton", "cuda"] if GPU else ["triton"]
-
-
-def needs(backend: str) -> None:
-    reason = npp.kernels.available_backends()[backend]
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=backends())
+@pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     needs(request.param)
     return request.param
-
-
-def values(dtype: torch.dtype, sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
 
 
 def trained(kind, backend: str, dtype=F32, *, sizes=SIZES, steps: int = 3, missing=(), view=None, **options):

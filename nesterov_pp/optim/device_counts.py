@@ -1,0 +1,75 @@
+"""Step counts that stay on the device, so that a captured step counts when it is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.kernels import Coefficients
+
+CoefficientsOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
+"""(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
+
+
+class DeviceCounts:
+    """The counts of all parameters of one device as two tensors, of which every parameter's ``step`` is an element.
+
+    Args:
+        groups: the parameter group of each parameter.
+        steps: float32 or float64 of shape ``[parameters]``.
+        mu_products: likewise; None for rules without a momentum schedule.
+    """
+
+    def __init__(self, groups: Sequence[int], steps: Tensor, mu_products: Tensor | None) -> None:
+        self._groups = list(groups)
+        self._steps = steps
+        self._mu_products = mu_products
+        self._stepped: list[bool] | None = None
+        self._members: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def advance(self, stepped: list[bool], coefficients: CoefficientsOf, found_inf: Tensor | None) -> Tensor:
+        """Count a step of the parameters ``stepped``, unless ``found_inf`` is above 0.
+
+        Returns:
+            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step.
+            Nothing waits for the device.
+        """
+        if stepped != self._stepped:
+            self._members = self._by_group(stepped)
+            self._stepped = stepped
+        device = self._steps.device
+        taken = torch.ones((), dtype=torch.float64, device=device)
+        if found_inf is not None:
+            taken = (found_inf.reshape(()).to(device) <= 0).double()
+        rows = torch.zeros(len(self._groups), len(Coefficients._fields) + 1, dtype=torch.float64, device=device)
+        products = []
+        for group, members in self._members.items():
+            number = self._steps[members].double() + 1
+            product = 1.0 if self._mu_products is None else self._mu_products[members].double()
+            row, product = coefficients(group, number, product)
+            rows[members] = torch.stack([*(_filled(c, number) for c in row), number * taken], dim=1)
+            products.append(product)
+        for members, product in zip(self._members.values(), products, strict=True):
+            self._steps[members] += taken.to(self._steps.dtype)
+            if self._mu_products is not None:
+                then = self._mu_products[members]
+                self._mu_products[members] = torch.where(taken > 0, product.to(then.dtype), then)
+        return rows
+
+    def _by_group(self, stepped: list[bool]) -> dict[int, Tensor]:
+        numbers: dict[int, list[int]] = {}
+        for i, (group, steps) in enumerate(zip(self._groups, stepped, strict=True)):
+            if steps:
+                numbers.setdefault(group, []).append(i)
+        return {group: torch.tensor(members, device=self._steps.device) for group, members in numbers.items()}
+
+
+def _filled(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a tensor like another: filled on the device, for a copy from the host would wait."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype).expand_as(like)
+    return torch.full_like(like, value)
