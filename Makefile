@@ -30,7 +30,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,test,dev]'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,analysis,test,dev]'
 	@touch $@
 
 demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo (again: goes on, or shows them)

@@ -1,0 +1,39 @@
+"""Where a family of equations ``numerator = a * denominator`` first has a root on a curve, as ``a`` grows from 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Sides = Callable[[NDArray[np.float64]], tuple[NDArray[np.complex128], NDArray[np.complex128]]]
+
+
+def first_positive(sides: Sides, grid: NDArray[np.float64]) -> float:
+    """The smallest positive ``a = numerator / denominator`` over the parameters at which that is real; infinity: none.
+
+    Args:
+        sides: parameters -> numerator and denominator on the curve.
+        grid: increasing parameters, dense enough that the imaginary part changes sign at most once between two. The
+            last is taken as real if it is to rounding.
+    """
+    from scipy.optimize import brentq
+
+    def imaginary(x: float) -> float:
+        top, bottom = sides(np.array([x]))
+        return float((top * bottom.conj()).imag[0])
+
+    top, bottom = sides(grid)
+    product = top * bottom.conj()
+    turns = np.flatnonzero(np.sign(product.imag[:-1]) * np.sign(product.imag[1:]) < 0.0)
+    real = [brentq(imaginary, grid[k], grid[k + 1], xtol=1e-15, rtol=1e-14) for k in turns]
+    if abs(product.imag[-1]) <= 1e-9 * abs(product[-1]):
+        real.append(float(grid[-1]))
+    if not real:
+        return math.inf
+    top, bottom = sides(np.array(real))
+    size = np.abs(bottom) ** 2
+    values = (top * bottom.conj()).real[size > 0.0] / size[size > 0.0]
+    return float(min(values[values > 0.0], default=math.inf))

@@ -1,0 +1,141 @@
+"""Delays that are drawn anew for each update, through their Laplace transforms."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Transform = Callable[[Any], Any]
+
+_TAIL = 1e-9
+"""What is cut from the probabilities of an unbounded delay."""
+
+
+@dataclass(frozen=True)
+class Delay:
+    """A delay, in updates; independent from update to update where it is random.
+
+    Attributes:
+        name: for people.
+        mean: its mean.
+        transform: ``s -> E[exp(-s tau)]``, of real or complex numbers or arrays.
+        slope: its derivative.
+        abscissa: the transform converges to the right of it.
+        probabilities: of 0, 1, 2, ... updates; None where the delay need not be whole. Of an unbounded delay a tail of
+            1e-9 is cut.
+    """
+
+    name: str
+    mean: float
+    transform: Transform
+    slope: Transform
+    abscissa: float = -math.inf
+    probabilities: NDArray[np.float64] | None = None
+
+
+def fixed(delay: float) -> Delay:
+    """Always the same.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0.0 <= delay < math.inf:
+        raise ValueError(f"a delay must be a number of updates, at least 0, not {delay}")
+    return _finite(f"fixed {delay:g}", [delay], [1.0])
+
+
+def uniform(low: int, high: int) -> Delay:
+    """A whole number from ``low`` to ``high``, both included, all equally likely.
+
+    Raises:
+        ValueError: not ``0 <= low <= high``.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(
+            f"a uniform delay goes from a whole number of at least 0 to one not below it, not {low} to {high}"
+        )
+    values = range(low, high + 1)
+    return _finite(f"uniform {low} to {high}", values, [1.0 / len(values)] * len(values))
+
+
+def trace(delays: Sequence[int]) -> Delay:
+    """Drawn from delays that were observed.
+
+    Raises:
+        ValueError: there are none, or one is negative.
+    """
+    counts = Counter(delays)
+    if not counts or min(counts) < 0:
+        raise ValueError("a trace holds at least one delay, and whole numbers of at least 0 only")
+    values = sorted(counts)
+    return _finite(f"trace of {len(delays)}", values, [counts[v] / len(delays) for v in values])
+
+
+def geometric(mean: float) -> Delay:
+    """``P(tau = k) = p (1 - p)^k`` from ``k = 0`` on, ``p = 1 / (1 + mean)``: workers that finish without memory.
+
+    ``E[exp(-s tau)] = p / (1 - (1 - p) exp(-s))``.
+
+    Raises:
+        ValueError: the mean is not above 0.
+    """
+    if not 0.0 < mean < math.inf:
+        raise ValueError(f"the mean of a geometric delay must be above 0, not {mean}")
+    p = 1.0 / (1.0 + mean)
+    q = 1.0 - p
+
+    def slope(s: Any) -> Any:
+        decayed = q * np.exp(-s)
+        return -p * decayed / (1.0 - decayed) ** 2
+
+    length = math.ceil(math.log(_TAIL) / math.log(q))
+    shares = p * q ** np.arange(length)
+    return Delay(
+        f"geometric, mean {mean:g}",
+        mean,
+        lambda s: p / (1.0 - q * np.exp(-s)),
+        slope,
+        abscissa=math.log(q),
+        probabilities=shares / shares.sum(),
+    )
+
+
+def gamma(mean: float, shape: float = 1.0) -> Delay:
+    """Gamma-distributed, in continuous time; ``shape`` 1 is exponential, a large one nearly fixed.
+
+    ``E[exp(-s tau)] = (1 + s mean / shape)^-shape``.
+
+    Raises:
+        ValueError: the mean is not above 0, or the shape is below 1.
+    """
+    if not (0.0 < mean < math.inf and 1.0 <= shape < math.inf):
+        raise ValueError(f"a gamma delay needs a mean above 0 and a shape of at least 1, not {mean} and {shape}")
+    scale = mean / shape
+    return Delay(
+        f"gamma, mean {mean:g}, shape {shape:g}",
+        mean,
+        lambda s: (1.0 + s * scale) ** -shape,
+        lambda s: -mean * (1.0 + s * scale) ** (-shape - 1.0),
+        abscissa=-1.0 / scale,
+    )
+
+
+def _finite(name: str, values: Sequence[float], shares: Sequence[float]) -> Delay:
+    points, weights = np.asarray(values, dtype=np.float64), np.asarray(shares, dtype=np.float64)
+    probabilities = None
+    if np.all(points == np.round(points)):
+        probabilities = np.zeros(int(points.max()) + 1)
+        probabilities[points.astype(int)] = weights
+    return Delay(
+        name,
+        float(points @ weights),
+        lambda s: np.exp(-np.multiply.outer(s, points)) @ weights,
+        lambda s: -np.exp(-np.multiply.outer(s, points)) @ (weights * points),
+        probabilities=probabilities,
+    )

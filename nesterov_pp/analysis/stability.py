@@ -1,0 +1,158 @@
+"""How large a step a late gradient bears, from the characteristic polynomial on a quadratic.
+
+For curvature ``lambda`` and ``a = lr * lambda`` the recurrence of ``rules`` has the solutions ``z^t`` with::
+
+    P(z) = z^tau (z - 1)(z - gamma) + a [c_grad (z - gamma) + c_momentum (1 - gamma) z] = 0
+
+It is stable while every root lies within the unit circle. With random delays, independent from update to update,
+``z^-tau`` becomes its mean, and the roots are those of the mean of ``theta``. Derived for this library, and checked
+against simulation; noise, a preconditioner that moves and coupling between stages are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nesterov_pp.analysis.crossing import first_positive
+from nesterov_pp.analysis.delays import Delay
+from nesterov_pp.analysis.rules import LinearRule, linear_rule
+
+_GROWTH = 1.05
+_START = 1e-3
+_BISECTIONS = 60
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+def characteristic_polynomial(rule: LinearRule, delay: int, step: float) -> NDArray[np.float64]:
+    """The ``delay + 3`` coefficients of ``P(z)``, highest power first. ``step`` is the step size times curvature."""
+    gamma = rule.gamma
+    polynomial = np.zeros(delay + 3)
+    polynomial[:3] = 1.0, -(1.0 + gamma), gamma
+    polynomial[-2:] += step * np.array([rule.c_grad + rule.c_momentum * (1.0 - gamma), -rule.c_grad * gamma])
+    return polynomial
+
+
+def spectral_radius(rule: LinearRule, delay: int, step: float) -> float:
+    """The factor by which an update multiplies the error in the long run, by the companion matrix's eigenvalues."""
+    return float(np.abs(np.roots(characteristic_polynomial(rule, delay, step))).max())
+
+
+def max_stable_step(
+    rule: str | LinearRule = "nag",
+    *,
+    momentum: float = 0.99,
+    delay: int | Delay = 0,
+    horizon: float | None = None,
+    update: int | None = None,
+) -> float:
+    """The largest stable step size times curvature (the largest eigenvalue of the Hessian; preconditioned for nadam).
+
+    It is where the first root leaves the unit circle as the step grows from 0. For a fixed delay the circle is
+    bracketed with the companion matrix's eigenvalues; for a random one, whose polynomial may have no end, with the
+    boundary ``a(phi)`` at ``z = exp(i phi)`` and the delay's transform ``E[exp(-i phi tau)]``.
+
+    SGD has the closed form ``2 sin(pi / (4 tau + 2))``. As ``gamma -> 1``, no look-ahead tends to ``1 / tau`` and a
+    horizon of ``h < tau`` to ``1 / (tau - h)``: the look-ahead of Eq. 10 (arXiv 2505.01099) takes one update off the
+    delay.
+
+    Args:
+        rule: a name (see ``linear_rule``), or the scalars themselves.
+        momentum: gamma in [0, 1) (0.99).
+        delay: whole updates (0), or a random delay. The time grows with the cube of a fixed one: 1 s at 100.
+        horizon: updates to look ahead (1), for the rules that do.
+        update: for nadam, the update whose scalars to take; default: their limit.
+
+    Returns:
+        The edge; of a random delay, that of the mean of the weights. Single runs may stray before it: see
+        ``max_mean_square_step``.
+
+    Raises:
+        ValueError: a value is out of its range, or a random delay is not in whole updates.
+    """
+    scalars = _scalars(rule, momentum, horizon, update)
+    if isinstance(delay, Delay):
+        return _edge_of_mean(scalars, delay)
+    tau = _whole(delay)
+    low = high = _START / ((tau + 1) * scalars.gain)
+    while spectral_radius(scalars, tau, low) >= 1.0:
+        low /= 2.0
+    while spectral_radius(scalars, tau, high) < 1.0:
+        low, high = high, high * _GROWTH
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        if spectral_radius(scalars, tau, middle) < 1.0:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def fastest_step(
+    rule: str | LinearRule = "nag",
+    *,
+    momentum: float = 0.99,
+    delay: int = 0,
+    horizon: float | None = None,
+    update: int | None = None,
+) -> tuple[float, float]:
+    """The step size times curvature with the smallest spectral radius, and that radius. Arguments as above.
+
+    SGD has the closed forms ``tau^tau / (tau + 1)^(tau + 1)`` and ``tau / (tau + 1)`` (a double root).
+
+    Raises:
+        ValueError: as above.
+    """
+    scalars = _scalars(rule, momentum, horizon, update)
+    tau = _whole(delay)
+    edge = max_stable_step(scalars, delay=tau)
+    steps = edge * np.concatenate([np.geomspace(1e-4, 0.1, 60, endpoint=False), np.linspace(0.1, 1.0, 100)])
+    radii = [spectral_radius(scalars, tau, float(a)) for a in steps]
+    k = int(np.argmin(radii))
+    best = _golden(
+        lambda a: spectral_radius(scalars, tau, a),
+        float(steps[max(k - 1, 0)]),
+        float(steps[min(k + 1, len(steps) - 1)]),
+    )
+    return best, spectral_radius(scalars, tau, best)
+
+
+def _scalars(rule: str | LinearRule, momentum: float, horizon: float | None, update: int | None) -> LinearRule:
+    if isinstance(rule, LinearRule):
+        return rule
+    return linear_rule(rule, momentum=momentum, horizon=horizon, update=update)
+
+
+def _whole(delay: int) -> int:
+    if int(delay) != delay or delay < 0:
+        raise ValueError(f"delay must be a whole number of updates, at least 0, not {delay}")
+    return int(delay)
+
+
+def _edge_of_mean(rule: LinearRule, delay: Delay) -> float:
+    if delay.probabilities is None:
+        raise ValueError(f"an update is late by whole updates; a delay that is {delay.name} suits the SDDE only")
+    gamma = rule.gamma
+
+    def sides(phi: NDArray[np.float64]) -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
+        z = np.exp(1j * phi)
+        driven = (rule.c_grad * (z - gamma) + rule.c_momentum * (1.0 - gamma) * z) * delay.transform(1j * phi)
+        return -(z - 1.0) * (z - gamma), driven
+
+    fine = 64 * (len(delay.probabilities) + 2)
+    grid = np.concatenate([np.geomspace(1e-7, 1e-2, 2000, endpoint=False), np.linspace(1e-2, math.pi, fine)])
+    return first_positive(sides, grid)
+
+
+def _golden(f: Callable[[float], float], low: float, high: float) -> float:
+    """The minimum of a function that falls, then rises."""
+    for _ in range(_BISECTIONS):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        if f(left) <= f(right):
+            high = right
+        else:
+            low = left
+    return 0.5 * (low + high)
