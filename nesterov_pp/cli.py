@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | methods | info``."""
+"""The command line: ``python -m nesterov_pp train | compare | analyze | methods | info``."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def _complain(sentence: str, status: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from nesterov_pp.analysis.command import add_arguments as analysis_arguments
     from nesterov_pp.training.config import Config
 
     parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
     add_settings(sub, "method", "seed")
+    sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
+    analysis_arguments(sub, _typed)
     command("methods", _methods, "list the methods")
     command("info", _info, "versions, and which backends are available and why")
     return parser
@@ -138,13 +141,13 @@ def _preset(text: str) -> dict[str, Any]:
     return PRESETS[text]
 
 
-def _require(*packages: str) -> None:
+def _require(*packages: str, extra: str = "train") -> None:
     """Raises: UserError: an optional package is not installed."""
     from nesterov_pp.training.config import UserError
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"this command needs {' and '.join(missing)}; run `pip install 'nesterov-pp[train]'`")
+        raise UserError(f"this command needs {' and '.join(missing)}; run `pip install 'nesterov-pp[{extra}]'`")
 
 
 def _train(arguments: dict[str, Any]) -> None:
@@ -172,6 +175,24 @@ def _compare(arguments: dict[str, Any]) -> None:
         own.get("out", Path("runs/compare")),
         resume=own.get("resume", False),
     )
+
+
+def _analyze(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "scipy", extra="analysis")
+    from nesterov_pp.analysis import command
+    from nesterov_pp.training.checkpoint import write_atomic
+    from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.folder import make_folder
+    from nesterov_pp.training.report import make_console
+
+    path: Path = arguments.pop("out", Path("runs/analysis.png"))
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"--out {path} cannot be the plot; give the name of a .png file")
+    make_folder(path.parent)
+    console = make_console()
+    picture = command.analyze(console, **arguments)
+    write_atomic(path, lambda file: file.write(picture))
+    console.print(f"The plot is {path}.", soft_wrap=True)
 
 
 def _methods(_: dict[str, Any]) -> None:

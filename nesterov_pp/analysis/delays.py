@@ -6,12 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Transform = Callable[[Any], Any]
+
+LONGEST = 1000
+"""The largest random delay in whole updates, and the largest mean of a geometric one."""
 
 _TAIL = 1e-9
 """What is cut from the probabilities of an unbounded delay."""
@@ -27,8 +31,8 @@ class Delay:
         transform: ``s -> E[exp(-s tau)]``, of real or complex numbers or arrays.
         slope: its derivative.
         abscissa: the transform converges to the right of it.
-        probabilities: of 0, 1, 2, ... updates; None where the delay need not be whole. Of an unbounded delay a tail of
-            1e-9 is cut.
+        probabilities: of 0, 1, 2, ... updates; None where the delay need not be whole, or is above 1000. Of an
+            unbounded delay a tail of 1e-9 is cut.
     """
 
     name: str
@@ -54,11 +58,11 @@ def uniform(low: int, high: int) -> Delay:
     """A whole number from ``low`` to ``high``, both included, all equally likely.
 
     Raises:
-        ValueError: not ``0 <= low <= high``.
+        ValueError: not ``0 <= low <= high <= 1000``.
     """
-    if not 0 <= low <= high:
+    if not 0 <= low <= high <= LONGEST:
         raise ValueError(
-            f"a uniform delay goes from a whole number of at least 0 to one not below it, not {low} to {high}"
+            f"a uniform delay goes from one whole number up to another, within 0 to {LONGEST}, not {low} to {high}"
         )
     values = range(low, high + 1)
     return _finite(f"uniform {low} to {high}", values, [1.0 / len(values)] * len(values))
@@ -68,11 +72,11 @@ def trace(delays: Sequence[int]) -> Delay:
     """Drawn from delays that were observed.
 
     Raises:
-        ValueError: there are none, or one is negative.
+        ValueError: there are none, or one is negative or above 1000.
     """
     counts = Counter(delays)
-    if not counts or min(counts) < 0:
-        raise ValueError("a trace holds at least one delay, and whole numbers of at least 0 only")
+    if not counts or min(counts) < 0 or max(counts) > LONGEST:
+        raise ValueError(f"a trace holds at least one delay, and whole numbers from 0 to {LONGEST} only")
     values = sorted(counts)
     return _finite(f"trace of {len(delays)}", values, [counts[v] / len(delays) for v in values])
 
@@ -83,10 +87,10 @@ def geometric(mean: float) -> Delay:
     ``E[exp(-s tau)] = p / (1 - (1 - p) exp(-s))``.
 
     Raises:
-        ValueError: the mean is not above 0.
+        ValueError: the mean is not above 0, or above 1000.
     """
-    if not 0.0 < mean < math.inf:
-        raise ValueError(f"the mean of a geometric delay must be above 0, not {mean}")
+    if not 0.0 < mean <= LONGEST:
+        raise ValueError(f"the mean of a geometric delay must be above 0 and at most {LONGEST}, not {mean}")
     p = 1.0 / (1.0 + mean)
     q = 1.0 - p
 
@@ -126,10 +130,55 @@ def gamma(mean: float, shape: float = 1.0) -> Delay:
     )
 
 
+def from_text(text: str) -> Delay:
+    """A random delay from words: ``uniform:LOW:HIGH``, ``geometric:MEAN``, ``gamma:MEAN:SHAPE``, ``trace:FILE``.
+
+    A trace is a text file of whole numbers with spaces, commas or new lines between them.
+
+    Raises:
+        ValueError: the words make no delay, or the file cannot be read.
+    """
+    kind, *rest = text.split(":")
+    try:
+        if kind == "uniform" and len(rest) == 2:
+            return uniform(_whole(rest[0]), _whole(rest[1]))
+        if kind == "geometric" and len(rest) == 1:
+            return geometric(_number(rest[0]))
+        if kind == "gamma" and len(rest) == 2:
+            return gamma(_number(rest[0]), _number(rest[1]))
+        if kind == "trace" and rest:
+            return trace(_read_trace(Path(":".join(rest))))
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    raise ValueError(f"needs uniform:LOW:HIGH, geometric:MEAN, gamma:MEAN:SHAPE or trace:FILE, not {text!r}")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def _read_trace(path: Path) -> list[int]:
+    try:
+        words = path.read_text(encoding="utf-8").replace(",", " ").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"it cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})") from None
+    return [_whole(word) for word in words]
+
+
 def _finite(name: str, values: Sequence[float], shares: Sequence[float]) -> Delay:
     points, weights = np.asarray(values, dtype=np.float64), np.asarray(shares, dtype=np.float64)
     probabilities = None
-    if np.all(points == np.round(points)):
+    if np.all(points == np.round(points)) and points.max() <= LONGEST:
         probabilities = np.zeros(int(points.max()) + 1)
         probabilities[points.astype(int)] = weights
     return Delay(

@@ -11,7 +11,7 @@ from nesterov_pp.analysis.delays import Delay
 from nesterov_pp.analysis.rules import LinearRule, linear_rule
 from nesterov_pp.analysis.stability import max_stable_step
 
-_BISECTIONS = 30
+_BISECTIONS = 20
 _LONGEST = 300
 
 
@@ -45,7 +45,7 @@ def max_mean_square_step(
     horizon: float | None = None,
 ) -> float:
     """The largest step size times curvature at which the weights' variance stays bounded; arguments as for
-    ``max_stable_step``, whose edge (of the mean) it never exceeds. Found by bisection, to 1e-9 of that edge.
+    ``max_stable_step``, whose edge (of the mean) it never exceeds. Found by bisection, to 1e-6 of that edge.
 
     Raises:
         ValueError: as for ``max_stable_step``, or the delay is longer than 300 updates.

@@ -142,7 +142,7 @@ def _edge_of_mean(rule: LinearRule, delay: Delay) -> float:
         driven = (rule.c_grad * (z - gamma) + rule.c_momentum * (1.0 - gamma) * z) * delay.transform(1j * phi)
         return -(z - 1.0) * (z - gamma), driven
 
-    fine = 64 * (len(delay.probabilities) + 2)
+    fine = 16 * (len(delay.probabilities) + 2)
     grid = np.concatenate([np.geomspace(1e-7, 1e-2, 2000, endpoint=False), np.linspace(1e-2, math.pi, fine)])
     return first_positive(sides, grid)
 

@@ -7,11 +7,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from nesterov_pp.colours import COLOURS, LINES
 from nesterov_pp.training.metrics import Curves
 
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-# Colours that people with any colour vision tell apart, of different lightness (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
 _FALL = 8  # A comparison shows the height reached after an eighth of the run.
 _SIZE = (8.0, 5.0)
 _DPI = 150
@@ -25,9 +23,9 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
     window = max(1, len(train) // 50)
     axes.plot(steps, train, color="0.8", linewidth=0.6, label="train, each microbatch")
     smooth = np.convolve(train, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=_COLOURS[0], linewidth=1.5, label=f"train, mean over {window}")
+    axes.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=1.5, label=f"train, mean over {window}")
     where, losses = zip(*curves.validation, strict=True)
-    axes.plot(where, losses, "o", color=_COLOURS[1], markersize=4, label="validation")
+    axes.plot(where, losses, "o", color=COLOURS[1], markersize=4, label="validation")
     axes.set_title(f"{method}: validation loss {losses[-1]:.3f} at the end")
     axes.legend(frameon=False)
     _save(figure, file)
@@ -41,7 +39,7 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
         steps = [m for m, _ in curves[0].validation]
         losses = np.array([[loss for _, loss in c.validation] for c in curves])
         mean = losses.mean(axis=0)
-        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "linestyle": _LINES[k % len(_LINES)]}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
         axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
         if len(curves) > 1:
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)

@@ -138,7 +138,7 @@ def test_the_discrete_update_is_half_an_update_later():
         (lambda: delays.geometric(0), "the mean of a geometric delay must be above 0"),
         (lambda: delays.gamma(3, 0.5), "a shape of at least 1"),
         (lambda: delays.trace([]), "at least one delay"),
-        (lambda: delays.trace([1, -2]), "at least 0 only"),
+        (lambda: delays.trace([1, -2]), "whole numbers from 0 to 1000 only"),
     ],
 )
 def test_bad_input_is_named(call, message):

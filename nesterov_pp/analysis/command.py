@@ -1,0 +1,85 @@
+"""``python -m nesterov_pp analyze``: its arguments, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nesterov_pp.analysis.delays import Delay, fixed, from_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LONGEST_DELAY = 64
+"""Beyond it the eigenvalues of the companion matrices take minutes."""
+
+Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
+    """``typed`` makes an argument type of a function that raises ``ValueError``."""
+
+    def add(name: str, parse: Callable[[str], Any], metavar: str, help_text: str) -> None:
+        parser.add_argument(name, type=typed(parse), metavar=metavar, help=help_text)
+
+    add("--delay", _delay, "N", f"updates by which gradients are late, 1 to {LONGEST_DELAY} (default: 7)")
+    add("--momentum", _momentum, "X", "of the rules that have one (default: 0.99)")
+    add("--horizon", _number("at least 0", lambda x: x >= 0.0), "X", "a further horizon of the look-ahead to show")
+    add("--step", _number("above 0", lambda x: x > 0.0), "X", "step size x curvature whose damping to show")
+    kinds = "uniform:LOW:HIGH, geometric:MEAN, gamma:MEAN:SHAPE, trace:FILE"
+    add("--random", _delays, "A,B,...", f"random delays, of {kinds}; default: three with the same mean")
+    add("--out", Path, "PNG", "the plot (default: runs/analysis.png)")
+
+
+def analyze(
+    console: Console,
+    *,
+    delay: int = 7,
+    momentum: float = 0.99,
+    horizon: float | None = None,
+    step: float | None = None,
+    random: Sequence[Delay] | None = None,
+) -> bytes:
+    """Print the tables; returns the plot, a PNG file's content."""
+    from nesterov_pp.analysis import figure, report
+
+    shown = report.same_mean(delay) if random is None else random
+    console.print(report.steps_table(delay, momentum, horizon))
+    console.print(report.delays_table([fixed(delay), *shown]))
+    if step is not None:
+        console.print(report.damping_table([fixed(delay), *shown], step))
+    for line in report.lines(delay, momentum):
+        console.print(line, soft_wrap=True)
+    file = io.BytesIO()
+    figure.draw(file, delay, momentum, shown)
+    return file.getvalue()
+
+
+def _delay(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= LONGEST_DELAY:
+        raise ValueError(f"needs a whole number from 1 to {LONGEST_DELAY}, not {text!r}")
+    return int(text)
+
+
+def _number(range_: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"needs a number {range_}, not {text!r}")
+        return value
+
+    return parse
+
+
+_momentum = _number("above 0 and below 1", lambda x: 0.0 < x < 1.0)
+
+
+def _delays(text: str) -> list[Delay]:
+    return [from_text(part.strip()) for part in text.split(",")]
