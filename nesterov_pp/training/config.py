@@ -17,7 +17,7 @@ CORRECTION_SHARE = 0.14
 FINAL_LR = 0.1
 """What the cosine leaves of the learning rate at the end of a run."""
 
-FREE = ("data", "checkpoint_every", "sample_length", "temperature")
+FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature")
 """Settings that may differ when a run goes on: no loss depends on them (the data's content is checked instead)."""
 
 
@@ -103,6 +103,9 @@ class Config:
     eval_every: int = _option(100, _whole(1), "microbatches between validations")
     eval_batches: int = _option(16, _whole(1), "batches of validation text, evenly spaced in it")
     checkpoint_every: int = _option(500, _whole(1), "updates between checkpoints")
+    diagnostics: int | None = _option(
+        None, _whole(1), "measure every so many updates where each late stage's look-ahead points; default: never"
+    )
     sample_length: int = _option(300, _whole(0), "tokens of text to write at the end")
     temperature: float = _option(0.8, _positive, "of that text")
     threads: int = _option(1, _whole(1), "threads; more than one pays for wide models only")

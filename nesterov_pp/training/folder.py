@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def alignment_plot(self) -> Path:
+        return self.path / "alignment.png"
+
+    @property
     def sample(self) -> Path:
         return self.path / "sample.txt"
 

@@ -1,14 +1,16 @@
 """What a run measured: one JSON object a line, and the same for TensorBoard.
 
-A line is ``{"microbatch": m, "loss": ..., "lr": ...}`` for the m-th microbatch (from 1), or
-``{"microbatch": m, "validation_loss": ...}`` for the weights after it. Losses are means in nats a token.
+A line is ``{"microbatch": m, "loss": ..., "lr": ...}`` for the m-th microbatch (from 1),
+``{"microbatch": m, "validation_loss": ...}`` for the weights after it, or with ``--diagnostics``
+``{"microbatch": m, "stage": i, "cosine": ...}`` for a measurement of stage i (from 1) that ended with its update.
+Losses are means in nats a token.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +63,11 @@ class MetricsLog:
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses of a run against microbatches: ``train[i]`` is that of microbatch ``i + 1``."""
+    """A run against microbatches: ``train[i]`` is the loss of microbatch ``i + 1``; ``cosines`` are by stage."""
 
     train: list[float]
     validation: list[tuple[int, float]]
+    cosines: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 def read_curves(path: Path) -> Curves:
@@ -77,12 +80,17 @@ def read_curves(path: Path) -> Curves:
         lines = path.read_bytes().split(b"\n")[:-1]
         rows = [json.loads(line) for line in lines]
         train = [float(row["loss"]) for row in rows if "loss" in row]
-        validation = [(int(row["microbatch"]), float(row["validation_loss"])) for row in rows if "loss" not in row]
+        others = [row for row in rows if "loss" not in row and "cosine" not in row]
+        validation = [(int(row["microbatch"]), float(row["validation_loss"])) for row in others]
+        cosines: dict[int, list[tuple[int, float]]] = {}
+        for row in rows:
+            if "cosine" in row:
+                cosines.setdefault(int(row["stage"]), []).append((int(row["microbatch"]), float(row["cosine"])))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged") from None
-    return Curves(train, validation)
+    return Curves(train, validation, dict(sorted(cosines.items())))
 
 
 def microbatches_done(path: Path) -> int:

@@ -54,6 +54,21 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
     _save(figure, file)
 
 
+def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, float]]], delays: Sequence[int]) -> None:
+    """The cosine between look-ahead and displacement against microbatches, a line for each late stage."""
+    figure, axes = _figure()
+    for k, (stage, points) in enumerate(cosines.items()):
+        where, values = zip(*points, strict=True)
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
+        label = f"stage {stage}, {delays[stage - 1]} late: {np.mean(values):.2f}"
+        axes.plot(where, values, linewidth=1.5, label=label, **style)
+    axes.set_ylim(top=1.02)
+    axes.set_ylabel("cosine of look-ahead and displacement")
+    axes.set_title("Does the look-ahead point where the weights will go? 1: exactly")
+    axes.legend(frameon=False, title="stage, updates of delay: mean", fontsize=8, handlelength=3.5)
+    _save(figure, file)
+
+
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

@@ -122,6 +122,7 @@ def summarise(
         "perplexity": perplexity(validation_loss),
         "tokens_per_second": config.microbatches * config.batch * config.context / seconds,
         "optimizer_share": optimizer_seconds / seconds,
+        "cosines": {stage: math.fsum(c for _, c in points) / len(points) for stage, points in curves.cosines.items()},
         "seconds": seconds,
         "peak_memory": peak_memory,
         "pipeline_memory": dict(memory),
@@ -147,6 +148,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         size(summary["peak_memory"]),
     )
     console.print(table)
+    if summary.get("cosines"):
+        by_stage = ", ".join(f"{stage}: {cosine:.3f}" for stage, cosine in summary["cosines"].items())
+        console.print(f"Mean cosine of look-ahead and displacement, by stage: {by_stage}.", soft_wrap=True)
 
 
 def print_sample(console: Console, sample: str) -> None:

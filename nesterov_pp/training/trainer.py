@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nesterov_pp.pipeline import VirtualPipeline
 from nesterov_pp.training import checkpoint, plots, report
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, derived_seed, flag, settle
 from nesterov_pp.training.data import Corpus, Text, read_text, tokenize
+from nesterov_pp.training.diagnostics import Diagnostics
 from nesterov_pp.training.folder import RunFolder, read_object
 from nesterov_pp.training.metrics import MetricsLog, read_curves, tensorboard_writer
 from nesterov_pp.training.model import build_stages, next_token_loss
@@ -138,6 +140,7 @@ class _Run:
         self.folder, self.record, self.console = folder, record, console
         self.totals = Totals()
         self.pipe = _pipeline(config, tokenizer.size)
+        self.diagnostics = None if config.diagnostics is None else Diagnostics(self.pipe, config.diagnostics)
         self.validation = corpus.validation_batches(config.eval_batches, config.batch, config.context)
 
     def announce(self, text: Text) -> None:
@@ -158,6 +161,8 @@ class _Run:
         if state is not None:
             try:
                 pipe.load_state_dict(state["pipeline"])
+                if self.diagnostics is not None:
+                    self.diagnostics.load_state_dict(state.get("diagnostics", {}))
             except ValueError as error:
                 raise UserError(f"the checkpoint does not fit: {error}") from None
             self.totals = Totals(**state["totals"])
@@ -186,6 +191,8 @@ class _Run:
                     scalars.add_scalar("loss/validation", validation_loss, done)
                 if done % pipe.microbatches_per_update:
                     continue
+                if self.diagnostics is not None:
+                    self.diagnostics.observe(done, self.log, scalars)
                 stopping = stop.received is not None
                 if last or stopping or pipe.updates % config.checkpoint_every == 0:
                     self._save(done)
@@ -201,6 +208,9 @@ class _Run:
         config, pipe = self.config, self.pipe
         curves = read_curves(self.folder.metrics)
         checkpoint.write_atomic(self.folder.plot, lambda file: plots.draw_run(file, curves, config.method))
+        if curves.cosines:
+            draw = partial(plots.draw_alignment, cosines=curves.cosines, delays=pipe.delays)
+            checkpoint.write_atomic(self.folder.alignment_plot, draw)
         prompt = self.corpus.validation[: min(PROMPT, config.context)].long()
         tokens = generate(
             pipe.predict,
@@ -248,7 +258,9 @@ class _Run:
     def _save(self, done: int) -> None:
         self.totals.peak_memory = max(self.totals.peak_memory, _peak_memory())
         # Every line up to here is on the disk before the checkpoint that counts on it.
-        state = {"metrics_bytes": self.log.sync(), "record": self.record, "totals": asdict(self.totals)}
+        state: dict[str, Any] = {"metrics_bytes": self.log.sync(), "record": self.record, "totals": asdict(self.totals)}
+        if self.diagnostics is not None:
+            state["diagnostics"] = self.diagnostics.state_dict()
         checkpoint.save(self.folder.path, done, {**state, "pipeline": self.pipe.state_dict()})
 
     def _diverged(self, loss: float, microbatch: int) -> None:
