@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_pp.analysis.rules import LinearRule
 from nesterov_pp.optim import FusedOptimizer
 from nesterov_pp.stash import WeightStash
 
@@ -27,19 +28,23 @@ def cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     return ab / math.sqrt(aa * bb) if aa > 0.0 and bb > 0.0 else math.nan
 
 
-def noise_cosine(momentum: float, delay: int) -> float:
-    """The cosine where gradients are noise alone, in many dimensions: a floor for what Proposition 1 is about.
+def noise_cosine(rule: LinearRule, delay: int) -> float:
+    """The cosine of momentum and displacement of the stored weights where gradients are noise, in many dimensions.
 
-    The displacements then are an autoregression with correlations ``gamma^k``, so the cosine is ``sum_k gamma^k`` over
-    the square root of ``tau + 2 sum_j (tau - j) gamma^j``, with ``k = 1 ... tau`` and ``j = 1 ... tau - 1``. Derived.
+    The displacement is ``sum_k (c_grad g_k + c_momentum m_k)`` for ``k = 1 ... tau``. It contains ``m_0`` with the
+    factor ``a = c_momentum (gamma + ... + gamma^tau)`` and ``g_k`` with
+    ``b_k = c_grad + c_momentum (1 - gamma^(tau - k + 1))``, so with ``s = (1 - gamma) / (1 + gamma)``, the variance of
+    m, the cosine is ``a sqrt(s) / sqrt(a^2 s + sum_k b_k^2)``. Derived. For w of Eq. 10 take the rule "ema".
 
     Raises:
-        ValueError: ``momentum`` is not in [0, 1), or ``delay`` is below 1.
+        ValueError: ``delay`` is below 1.
     """
-    if not 0.0 <= momentum < 1.0 or delay < 1:
-        raise ValueError(f"momentum must be from 0 to below 1 and delay at least 1, not {momentum} and {delay}")
-    variance = delay + 2.0 * math.fsum((delay - j) * momentum**j for j in range(1, delay))
-    return math.fsum(momentum**k for k in range(1, delay + 1)) / math.sqrt(variance)
+    if delay < 1:
+        raise ValueError(f"delay must be at least 1, not {delay}")
+    powers = [rule.gamma**k for k in range(1, delay + 1)]
+    shared = rule.c_momentum * math.fsum(powers) * math.sqrt((1.0 - rule.gamma) / (1.0 + rule.gamma))
+    fresh = math.fsum((rule.c_grad + rule.c_momentum * (1.0 - power)) ** 2 for power in powers)
+    return shared / math.sqrt(shared**2 + fresh)
 
 
 def lookahead_cosines(weights: Tensor, delay: int) -> Tensor:

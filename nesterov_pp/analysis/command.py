@@ -52,7 +52,7 @@ def analyze(
     console.print(report.delays_table([fixed(delay), *shown]))
     if step is not None:
         console.print(report.damping_table([fixed(delay), *shown], step))
-    for line in report.lines(delay, momentum):
+    for line in report.lines(delay):
         console.print(line, soft_wrap=True)
     file = io.BytesIO()
     figure.draw(file, delay, momentum, shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -12,11 +13,12 @@ from nesterov_pp.analysis.alignment import noise_cosine
 from nesterov_pp.analysis.convex import safe_convex_step
 from nesterov_pp.analysis.delays import Delay
 from nesterov_pp.analysis.mean_square import max_mean_square_step
-from nesterov_pp.analysis.rules import LOOKING_AHEAD
+from nesterov_pp.analysis.rules import LOOKING_AHEAD, LinearRule, linear_rule
 from nesterov_pp.analysis.sdde import damping, fastest_rate, stability_edge
 from nesterov_pp.analysis.stability import fastest_step, max_stable_step
 
-_ROWS = ("sgd", "heavy-ball", "ema", "nag", "nag-undiscounted", "extrapolation")
+NADAM_UPDATES = (1_000, 10_000, 50_000)
+"""When NAdam is shown: its scalars change slowly over training."""
 
 
 def same_mean(delay: int) -> list[Delay]:
@@ -24,28 +26,32 @@ def same_mean(delay: int) -> list[Delay]:
     return [kinds.uniform(0, 2 * delay), kinds.gamma(delay, 4.0), kinds.geometric(delay)]
 
 
-def variants(delay: int, horizon: float | None) -> list[tuple[str, float | None]]:
-    """Rules and horizons to show: each rule, and the look-aheads with the delay's horizon and the given one."""
-    shown: list[tuple[str, float | None]] = []
+def variants(delay: int, momentum: float, horizon: float | None) -> list[tuple[str, LinearRule]]:
+    """Rules to show: each one, look-aheads of 1, the delay and the given horizon, and NAdam early and late."""
+
+    def rule(name: str, **options: Any) -> LinearRule:
+        return linear_rule(name, momentum=momentum, **options)
+
     horizons = sorted({1.0, float(delay)} | ({horizon} if horizon is not None else set()))
-    for rule in _ROWS:
-        shown += [(rule, h) for h in horizons] if rule in LOOKING_AHEAD else [(rule, None)]
+    shown = [(name, rule(name)) for name in ("sgd", "heavy-ball", "ema")]
+    shown += [(name, rule(name, horizon=h)) for name in LOOKING_AHEAD for h in horizons]
+    shown += [(f"nadam at update {t:,}", rule("nadam", update=t)) for t in NADAM_UPDATES]
     return shown
 
 
 def steps_table(delay: int, momentum: float, horizon: float | None) -> Table:
-    """The largest stable and the fastest step of each rule."""
+    """The largest stable and the fastest step of each rule, and Proposition 1's cosine under noise alone."""
     table = Table(title=f"Gradients late by {delay} updates, momentum {momentum:g}: step size x curvature")
     table.add_column("Rule")
-    for heading in ("Horizon", "Largest stable", "Without delay", "Fastest", "Updates to a tenth"):
+    for heading in ("Horizon", "Largest stable", "Without delay", "Fastest", "Updates to a tenth", "Cosine"):
         table.add_column(heading, justify="right")
-    for rule, h in variants(delay, horizon):
-        edge = max_stable_step(rule, momentum=momentum, delay=delay, horizon=h)
-        free = max_stable_step(rule, momentum=momentum, horizon=h)
-        step, radius = fastest_step(rule, momentum=momentum, delay=delay, horizon=h)
+    for name, rule in variants(delay, momentum, horizon):
+        step, radius = fastest_step(rule, delay=delay)
+        edges = [figure(max_stable_step(rule, delay=late)) for late in (delay, 0)]
         updates = math.log(10.0) / -math.log(radius)
-        ahead = "" if h is None else f"{h:g}"
-        table.add_row(rule, ahead, figure(edge), figure(free), figure(step), f"{updates:,.0f}")
+        ahead = "" if math.isinf(rule.horizon) else f"{rule.horizon:.3g}"
+        cosine = "" if rule.gamma == 0.0 else f"{noise_cosine(rule, delay):.2f}"
+        table.add_row(name, ahead, *edges, figure(step), f"{updates:,.0f}", cosine)
     return table
 
 
@@ -81,11 +87,11 @@ def damping_table(delays: Sequence[Delay], step: float) -> Table:
     return table
 
 
-def lines(delay: int, momentum: float) -> list[str]:
+def lines(delay: int) -> list[str]:
     """Sentences below the tables."""
     return [
-        f"Look-ahead and displacement (Proposition 1): where gradients are noise alone their cosine is "
-        f"{noise_cosine(momentum, delay):.3f} at momentum {momentum:g}; 1 is full alignment.",
+        "Horizon: updates of Nesterov's look-ahead, or what it is worth for another rule. Cosine: of look-ahead and "
+        "displacement (Proposition 1) where gradients are noise alone.",
         f"Convex rate O(1/t) with gamma_t = (t - 2) / t: step size x smoothness of at most "
         f"{figure(safe_convex_step(1.0, delay))} (derived on a quadratic).",
     ]

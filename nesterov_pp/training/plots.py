@@ -55,17 +55,25 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
 
 
 def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, float]]], delays: Sequence[int]) -> None:
-    """The cosine between look-ahead and displacement against microbatches, a line for each late stage."""
+    """The cosine between look-ahead and displacement against microbatches: a moving mean for each late stage."""
+    from matplotlib import colormaps
+
     figure, axes = _figure()
     for k, (stage, points) in enumerate(cosines.items()):
-        where, values = zip(*points, strict=True)
-        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
-        label = f"stage {stage}, {delays[stage - 1]} late: {np.mean(values):.2f}"
-        axes.plot(where, values, linewidth=1.5, label=label, **style)
-    axes.set_ylim(top=1.02)
+        where, values = np.array(points).T
+        window = max(1, len(values) // 10)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        # From dark at the input side to light; the light end of the map is too light on white.
+        colour = colormaps["viridis"](0.9 * k / max(1, len(cosines) - 1))
+        label = f"stage {stage}, {delays[stage - 1]} late: {values.mean():.2f}"
+        axes.plot(where, values, color=colour, linewidth=0.5, alpha=0.25)
+        axes.plot(
+            where[window - 1 :], smooth, color=colour, linestyle=LINES[k % len(LINES)], linewidth=1.8, label=label
+        )
     axes.set_ylabel("cosine of look-ahead and displacement")
     axes.set_title("Does the look-ahead point where the weights will go? 1: exactly")
-    axes.legend(frameon=False, title="stage, updates of delay: mean", fontsize=8, handlelength=3.5)
+    columns = 1 + (len(cosines) - 1) // 12
+    axes.legend(edgecolor="none", title="updates of delay: mean", fontsize=8, handlelength=3.5, ncols=columns)
     _save(figure, file)
 
 

@@ -40,16 +40,38 @@ def test_the_cosine_tends_to_one_with_the_momentum():
     assert means[-1] > 0.98
 
 
-@pytest.mark.parametrize(("momentum", "delay"), [(0.0, 3), (0.5, 7), (0.9, 1), (0.9, 7), (0.97, 15)])
-def test_noise_alone_gives_the_closed_form(momentum, delay):
-    """An autoregression in 2,000 dimensions, summed up by hand."""
+@pytest.mark.parametrize("delay", [1, 3, 7])
+@pytest.mark.parametrize(
+    "rule",
+    [linear_rule("ema", momentum=0.9), linear_rule("nag", momentum=0.97), linear_rule("nadam", update=1000)],
+    ids=["ema", "nag", "nadam at 1000"],
+)
+def test_noise_alone_gives_the_closed_form(rule, delay):
+    """The recurrence in 2,000 dimensions on pure noise, its moment against the displacement that follows."""
     draw = np.random.default_rng(0)
-    moment, weights = np.zeros(2000), [np.zeros(2000)]
-    for _ in range(600):
-        moment = momentum * moment + (1 - momentum) * draw.standard_normal(2000)
-        weights.append(weights[-1] - moment)
-    cosines = lookahead_cosines(torch.tensor(np.stack(weights)), delay)
-    assert cosines[300:].mean().item() == pytest.approx(noise_cosine(momentum, delay), abs=0.01)
+    moments, points = [np.zeros(2000)], [np.zeros(2000)]
+    for _ in range(1200):
+        gradient = draw.standard_normal(2000)
+        moments.append(rule.gamma * moments[-1] + (1 - rule.gamma) * gradient)
+        points.append(points[-1] - rule.c_grad * gradient - rule.c_momentum * moments[-1])
+    m, x = -np.stack(moments), np.stack(points)
+    after = x[delay:] - x[:-delay]
+    cosines = (
+        (m[600:-delay] * after[600:]).sum(1)
+        / np.linalg.norm(m[600:-delay], axis=1)
+        / np.linalg.norm(after[600:], axis=1)
+    )
+    assert cosines.mean() == pytest.approx(noise_cosine(rule, delay), abs=0.01)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_proposition_s_w_is_the_average_without_look_ahead(momentum):
+    """Along w of Eq. 10 the cosine under noise is that of the rule "ema"."""
+    draw = np.random.default_rng(0)
+    rule = linear_rule("nag", momentum=momentum)
+    run = simulate(lambda w: draw.standard_normal(2000), np.zeros(2000), rule, step=1.0, delay=0, updates=600)
+    cosines = lookahead_cosines(torch.from_numpy(run.weights), 7)[300:]
+    assert cosines.mean().item() == pytest.approx(noise_cosine(linear_rule("ema", momentum=momentum), 7), abs=0.01)
 
 
 def test_a_trajectory_by_hand():
@@ -169,8 +191,7 @@ def test_a_saved_measurement_that_does_not_fit():
     [
         (lambda: lookahead_cosines(torch.zeros(4, 2), 0), "needs to be at least 1"),
         (lambda: lookahead_cosines(torch.zeros(4, 2), 3), "at least 5 points, not 4"),
-        (lambda: noise_cosine(1.0, 7), "momentum must be from 0 to below 1"),
-        (lambda: noise_cosine(0.9, 0), "delay at least 1"),
+        (lambda: noise_cosine(linear_rule(), 0), "delay must be at least 1, not 0"),
         (lambda: _meter(versions=1, every=1), "without a delay has no displacement"),
         (lambda: _meter(versions=2, every=0), "every must be at least 1 update, not 0"),
     ],

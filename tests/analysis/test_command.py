@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nesterov_pp.analysis import delays, max_mean_square_step, max_stable_step, noise_cosine
+from nesterov_pp.analysis import delays, linear_rule, max_mean_square_step, max_stable_step, noise_cosine
 from nesterov_pp.cli import main
 
 
@@ -35,9 +35,9 @@ def test_it_prints_what_the_functions_give_and_writes_a_plot(place: Path, capsys
     assert main(["analyze", *given, "--step", "0.2", "--out", "deep/plot.png"]) == 0
     printed = capsys.readouterr().out
     table = rows(printed)
-    steps = {(row[0], row[1]): row[2] for row in table if len(row) == 6 and row[0] not in ("fixed 3", "trace of 4")}
-    for rule, horizon in [("sgd", ""), ("ema", ""), ("nag", "1"), ("nag", "2"), ("nag", "3"), ("extrapolation", "3")]:
-        ahead = float(horizon) if horizon else None
+    steps = {(row[0], row[1]): row[2] for row in table if len(row) == 7}
+    for rule, horizon in [("sgd", ""), ("ema", "0"), ("nag", "1"), ("nag", "2"), ("nag", "3")]:
+        ahead = float(horizon) if rule == "nag" else None
         edge = max_stable_step(rule, momentum=0.9, delay=3, horizon=ahead)
         assert float(steps[rule, horizon]) == pytest.approx(edge, rel=5e-3)
     trace = delays.trace([3, 5, 5, 8])
@@ -45,18 +45,28 @@ def test_it_prints_what_the_functions_give_and_writes_a_plot(place: Path, capsys
     assert float(row[4]) == pytest.approx(max_stable_step("sgd", delay=trace), rel=5e-3)
     assert float(row[5]) == pytest.approx(max_mean_square_step("sgd", delay=trace), rel=5e-3)
     assert ["fixed 3", "underdamped"] in [row[:2] for row in table]
-    assert f"{noise_cosine(0.9, 3):.3f}" in printed
+    (cosine,) = [row[6] for row in table if row[:2] == ["nag", "2"]]
+    assert float(cosine) == pytest.approx(noise_cosine(linear_rule("nag", momentum=0.9, horizon=2.0), 3), abs=5e-3)
     assert re.search(r"at most 0\.125 ", printed)
     with Image.open(place / "deep" / "plot.png") as plot:
         assert plot.size == (1560, 1170)
 
 
-def test_the_default_is_seven_updates_late(place: Path) -> None:
+def test_a_real_process_has_defaults_for_the_rest(place: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "nesterov_pp", "analyze"], cwd=place, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "nesterov_pp", "analyze", "--delay", "2"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    for part in ("late by 7 updates", "uniform 0 to 14", "geometric, mean 7", "The plot is runs/analysis.png."):
+    for part in (
+        "late by 2 updates, momentum 0.99",
+        "uniform 0 to 4",
+        "geometric, mean 2",
+        "The plot is runs/analysis.png.",
+    ):
         assert part in result.stdout
     assert (place / "runs" / "analysis.png").stat().st_size > 10_000
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nesterov_pp as npp
@@ -84,6 +84,18 @@ def test_horizons_lead_from_averaging_over_nesterov_to_sgd():
     assert edge("nag", horizon=0) == edge("ema")
     assert edge("nag", horizon=1) == edge("nag")
     assert edge("nag", horizon=400) == pytest.approx(edge("sgd"), rel=1e-6)
+
+
+def test_every_rule_is_worth_a_horizon():
+    assert linear_rule("ema").horizon == 0.0
+    assert linear_rule("sgd").horizon == math.inf
+    for horizon in (1.0, 2.5, 12.0):
+        assert linear_rule("nag", horizon=horizon).horizon == pytest.approx(horizon)
+        assert linear_rule("nag-undiscounted", horizon=horizon).horizon == pytest.approx(horizon)
+    shrinking = [linear_rule("nadam", update=t).horizon for t in (10, 1000, 10_000, 100_000)]
+    assert shrinking == sorted(shrinking, reverse=True)
+    assert shrinking[0] == pytest.approx(math.log(0.5) / math.log(0.99), rel=0.03)
+    assert shrinking[-1] == pytest.approx(1.0, rel=1e-3)
 
 
 def test_eq_10_as_it_is_written():
@@ -163,6 +175,7 @@ def test_companion_matrix_and_unit_circle_agree(rule, delay, momentum, horizon):
     assert spectral_radius(scalars, delay, 0.999 * edge) < 1.0 < spectral_radius(scalars, delay, 1.001 * edge)
 
 
+@settings(max_examples=25)
 @given(delay=st.integers(1, 12), momentum=st.floats(0.0, 0.97))
 def test_no_step_is_faster_than_the_fastest(delay, momentum):
     step, radius = fastest_step("nag", momentum=momentum, delay=delay)
