@@ -8,14 +8,13 @@ the look-ahead is about ``1 / tau`` as long as the displacement (derived, not th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nesterov_pp.analysis.rules import LinearRule
-from nesterov_pp.optim import FusedOptimizer
 from nesterov_pp.stash import WeightStash
 
 
@@ -74,6 +73,16 @@ def lookahead_cosines(weights: Tensor, delay: int) -> Tensor:
     return torch.where(norms > 0.0, (displacement * lookahead).sum(dim=1) / norms, math.nan)
 
 
+class Averaging(Protocol):
+    """An optimizer that keeps an average of the gradients, ``state[p]["exp_avg"]``, as torch's do."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]: ...
+
+
 class AlignmentMeter:
     """The same during training, for one stage, at the price of reading the stash.
 
@@ -90,15 +99,19 @@ class AlignmentMeter:
             first.
 
     Raises:
-        ValueError: the ring has one version (there is no delay), or ``every`` is below 1.
+        ValueError: the ring has one version (there is no delay), the optimizer has no averages of its gradients, or
+            ``every`` is below 1.
     """
 
-    def __init__(self, stash: WeightStash, optimizer: FusedOptimizer, every: int = 50) -> None:
+    def __init__(self, stash: WeightStash, optimizer: Averaging, every: int = 50) -> None:
         if stash.versions < 2:
             raise ValueError("a stage without a delay has no displacement to look ahead along")
         if every < 1:
             raise ValueError(f"every must be at least 1 update, not {every}")
         self._stash, self._optimizer, self._every = stash, optimizer, every
+        if not all("exp_avg" in optimizer.state[p] for p in self._parameters()):
+            raise ValueError("an optimizer without averages of its gradients has no direction to look ahead along")
+        stash.leaves(self._parameters())
         self._version: int | None = None
         self._direction: list[Tensor] = []
 
@@ -136,9 +149,11 @@ class AlignmentMeter:
         late = newest - self._stash.versions + 1
         return (a.detach() - b.detach() for a, b in zip(self._leaves(newest), self._leaves(late), strict=True))
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
     def _leaves(self, version: int) -> list[Tensor]:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return self._stash.leaves(parameters)[version % self._stash.versions]
+        return self._stash.leaves(self._parameters())[version % self._stash.versions]
 
     @torch.no_grad()
     def _lookahead(self) -> list[Tensor]:

@@ -1,15 +1,12 @@
-"""What ``--diagnostics`` measures during a run. It owns the meters, and the run hands it the places to write to."""
+"""What ``--diagnostics`` measures during a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nesterov_pp.analysis import AlignmentMeter
 from nesterov_pp.pipeline import VirtualPipeline
-from nesterov_pp.training.metrics import MetricsLog
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from nesterov_pp.training.config import UserError
 
 
 class Diagnostics:
@@ -18,33 +15,36 @@ class Diagnostics:
     Args:
         pipe: the pipeline, whose stashes are read.
         every: updates between the beginnings of two measurements of a stage.
+
+    Raises:
+        UserError: the method's optimizer has no direction to look ahead along.
     """
 
     def __init__(self, pipe: VirtualPipeline, every: int) -> None:
         parts = zip(pipe.stashes, pipe.optimizers, pipe.delays, strict=True)
-        self._meters = {
-            i: AlignmentMeter(stash, optimizer, every)
-            for i, (stash, optimizer, delay) in enumerate(parts, start=1)
-            if optimizer is not None and delay > 0
-        }
+        try:
+            self._meters = {
+                i: AlignmentMeter(stash, optimizer, every)
+                for i, (stash, optimizer, delay) in enumerate(parts, start=1)
+                if optimizer is not None and delay > 0
+            }
+        except ValueError as error:
+            raise UserError(f"--diagnostics does not go with method {pipe.recipe.name}: {error}") from None
 
-    def observe(self, microbatch: int, log: MetricsLog, scalars: SummaryWriter) -> None:
-        """To be called after each update; writes what was measured, by stage."""
-        for stage, meter in self._meters.items():
-            cosine = meter.observe()
-            if cosine is not None:
-                log.write(microbatch=microbatch, stage=stage, cosine=cosine)
-                scalars.add_scalar(f"cosine/stage_{stage}", cosine, microbatch)
+    def observe(self) -> list[tuple[int, float]]:
+        """To be called after each update: stage (from 1) and cosine of the measurements that ended."""
+        ended = [(stage, meter.observe()) for stage, meter in self._meters.items()]
+        return [(stage, cosine) for stage, cosine in ended if cosine is not None]
 
     def state_dict(self) -> dict[int, Any]:
         """The measurements under way, by stage."""
         return {stage: meter.state_dict() for stage, meter in self._meters.items()}
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
-        """Go on with the measurements of ``state_dict``.
+        """Go on with the measurements of ``state_dict``; what is not in it begins anew.
 
         Raises:
-            ValueError: they are of other stages.
+            ValueError: they are of stages with other parameters.
         """
         for stage, meter in self._meters.items():
             if stage in state:

@@ -191,8 +191,9 @@ class _Run:
                     scalars.add_scalar("loss/validation", validation_loss, done)
                 if done % pipe.microbatches_per_update:
                     continue
-                if self.diagnostics is not None:
-                    self.diagnostics.observe(done, self.log, scalars)
+                for stage, cosine in self.diagnostics.observe() if self.diagnostics is not None else ():
+                    self.log.write(microbatch=done, stage=stage, cosine=cosine)
+                    scalars.add_scalar(f"cosine/stage_{stage}", cosine, done)
                 stopping = stop.received is not None
                 if last or stopping or pipe.updates % config.checkpoint_every == 0:
                     self._save(done)

@@ -194,6 +194,8 @@ def test_a_saved_measurement_that_does_not_fit():
         (lambda: noise_cosine(linear_rule(), 0), "delay must be at least 1, not 0"),
         (lambda: _meter(versions=1, every=1), "without a delay has no displacement"),
         (lambda: _meter(versions=2, every=0), "every must be at least 1 update, not 0"),
+        (lambda: _meter_of(torch.optim.SGD(stage().parameters(), lr=1.0)), "without averages of its gradients"),
+        (lambda: _meter_of(npp.NAG(stage().parameters())), "is not in the WeightStash"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -205,3 +207,7 @@ def _meter(versions: int, every: int) -> AlignmentMeter:
     module = stage()
     stash = npp.WeightStash(module, versions=versions)
     return AlignmentMeter(stash, npp.NAG(module.parameters(), stash=stash), every)
+
+
+def _meter_of(optimizer: torch.optim.Optimizer) -> AlignmentMeter:
+    return AlignmentMeter(npp.WeightStash(stage(), versions=2), optimizer)

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nesterov_pp.analysis import AlignmentMeter
+from nesterov_pp.training.config import UserError
 from nesterov_pp.training.metrics import MetricsLog, read_curves
 from nesterov_pp.training.signals import InterruptionError
 from nesterov_pp.training.trainer import train
@@ -107,3 +108,13 @@ def test_without_a_late_stage_nothing_is_measured(given: Given, tmp_path: Path) 
     assert read_curves(tmp_path / "metrics.jsonl").cosines == {}
     assert json.loads((tmp_path / "summary.json").read_text())["cosines"] == {}
     assert not (tmp_path / "alignment.png").exists()
+
+
+def test_a_method_without_a_direction_is_refused(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("it has no direction")
+
+    monkeypatch.setattr(AlignmentMeter, "__init__", refuse)
+    with pytest.raises(UserError, match="--diagnostics does not go with method nesterov: it has no direction"):
+        train(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
