@@ -130,8 +130,8 @@ def critical_root(delay: float | Delay) -> float:
     def excess(s: float) -> float:
         return float(s * given.slope(s) - given.transform(s))
 
-    # Jensen: the root lies right of that of a fixed delay of the same mean, and right of where the transform ends.
-    low = max(-1.0 / given.mean, given.abscissa * (1.0 - 1e-12)) * (1.0 + 1e-12 * math.isinf(given.abscissa))
+    # -L'(s) / L(s) is a mean of the delay that favours long ones, so no smaller than its mean: s >= -1 / mean.
+    low = max(-(1.0 + 1e-9) / given.mean, given.abscissa * (1.0 - 1e-12))
     return float(brentq(excess, low, 0.0, xtol=1e-15, rtol=1e-14))
 
 

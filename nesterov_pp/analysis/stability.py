@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nesterov_pp.analysis.crossing import first_positive
-from nesterov_pp.analysis.delays import Delay
+from nesterov_pp.analysis.delays import Delay, fixed
 from nesterov_pp.analysis.rules import LinearRule, linear_rule
 
+_CLOSE = 1e-6
+"""Of a momentum to 1: nearer, two eigenvalues are too close for their moduli to be told from 1 in float64."""
+
+_CLOSEST = 1e-10
 _GROWTH = 1.05
 _START = 1e-3
 _BISECTIONS = 60
@@ -53,7 +57,8 @@ def max_stable_step(
 
     It is where the first root leaves the unit circle as the step grows from 0. For a fixed delay the circle is
     bracketed with the companion matrix's eigenvalues; for a random one, whose polynomial may have no end, with the
-    boundary ``a(phi)`` at ``z = exp(i phi)`` and the delay's transform ``E[exp(-i phi tau)]``.
+    boundary ``a(phi)`` at ``z = exp(i phi)`` and the delay's transform ``E[exp(-i phi tau)]``. So it is for a momentum
+    within 1e-6 of 1, for which eigenvalues are not exact enough.
 
     SGD has the closed form ``2 sin(pi / (4 tau + 2))``. As ``gamma -> 1``, no look-ahead tends to ``1 / tau`` and a
     horizon of ``h < tau`` to ``1 / (tau - h)``: the look-ahead of Eq. 10 (arXiv 2505.01099) takes one update off the
@@ -77,6 +82,8 @@ def max_stable_step(
     if isinstance(delay, Delay):
         return _edge_of_mean(scalars, delay)
     tau = _whole(delay)
+    if 1.0 - scalars.gamma < _CLOSE:
+        return _edge_of_mean(scalars, fixed(tau))
     low = high = _START / ((tau + 1) * scalars.gain)
     while spectral_radius(scalars, tau, low) >= 1.0:
         low /= 2.0
@@ -121,9 +128,11 @@ def fastest_step(
 
 
 def _scalars(rule: str | LinearRule, momentum: float, horizon: float | None, update: int | None) -> LinearRule:
-    if isinstance(rule, LinearRule):
-        return rule
-    return linear_rule(rule, momentum=momentum, horizon=horizon, update=update)
+    if not isinstance(rule, LinearRule):
+        rule = linear_rule(rule, momentum=momentum, horizon=horizon, update=update)
+    if not (0.0 <= rule.gamma <= 1.0 - _CLOSEST and rule.gain > 0.0):
+        raise ValueError(f"a momentum from 0 to 1 - {_CLOSEST:g} and a gain above 0 are needed, not {rule}")
+    return rule
 
 
 def _whole(delay: int) -> int:

@@ -69,6 +69,15 @@ def test_without_a_delay_the_edge_is_where_minus_one_is_a_root(momentum):
     assert max_stable_step("nag-undiscounted", momentum=momentum) == pytest.approx(nesterov, rel=EXACT)
 
 
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 1.01e-6, 0.99e-6, 1e-8, 1e-10])
+def test_a_momentum_close_to_one_is_no_matter(gap):
+    """Without a delay by hand, as above; with one, the limit to the first order in the gap, which the bound holds."""
+    gamma = 1 - gap
+    edge = 2 * (1 + gamma) / ((1 - gamma) * (1 + 2 * gamma))
+    assert max_stable_step("nag", momentum=gamma) == pytest.approx(edge, rel=1e-6)
+    assert max_stable_step("ema", momentum=gamma, delay=7) == pytest.approx(1 / 7, rel=10 * gap + 1e-5)
+
+
 @pytest.mark.parametrize("delay", [2, 5, 16])
 def test_a_look_ahead_of_h_takes_h_updates_off_the_delay_as_the_momentum_grows(delay):
     assert max_stable_step("ema", momentum=1 - 1e-7, delay=delay) == pytest.approx(1 / delay, rel=5e-4)
@@ -200,6 +209,8 @@ def test_no_step_is_faster_than_the_fastest(delay, momentum):
         ({"update": 5}, "for rule 'nadam'"),
         ({"rule": "nadam", "update": 0}, "update counts from 1"),
         ({"delay": delays.gamma(3.0)}, "suits the SDDE only"),
+        ({"momentum": 1 - 1e-12}, "a momentum from 0 to 1 - 1e-10 and a gain above 0 are needed"),
+        ({"rule": LinearRule(0.9, 1.0, -1.0)}, "a gain above 0"),
     ],
 )
 def test_bad_input_is_named(options, message):
