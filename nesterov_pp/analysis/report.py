@@ -47,11 +47,11 @@ def steps_table(delay: int, momentum: float, horizon: float | None) -> Table:
         table.add_column(heading, justify="right")
     for name, rule in variants(delay, momentum, horizon):
         step, radius = fastest_step(rule, delay=delay)
-        edges = [figure(max_stable_step(rule, delay=late)) for late in (delay, 0)]
+        edges = [digits(max_stable_step(rule, delay=late)) for late in (delay, 0)]
         updates = math.log(10.0) / -math.log(radius)
         ahead = "" if math.isinf(rule.horizon) else f"{rule.horizon:.3g}"
         cosine = "" if rule.gamma == 0.0 else f"{noise_cosine(rule, delay):.2f}"
-        table.add_row(name, ahead, *edges, figure(step), f"{updates:,.0f}", cosine)
+        table.add_row(name, ahead, *edges, digits(step), f"{updates:,.0f}", cosine)
     return table
 
 
@@ -64,7 +64,7 @@ def delays_table(delays: Sequence[Delay]) -> Table:
     for delay in delays:
         fastest = fastest_rate(delay)
         updates = math.log(10.0) / damping(fastest, delay).decay
-        sdde = [figure(stability_edge(delay)), figure(fastest), f"{updates:,.0f}"]
+        sdde = [digits(stability_edge(delay)), digits(fastest), f"{updates:,.0f}"]
         table.add_row(delay.name, *sdde, *_discrete(delay))
     return table
 
@@ -93,11 +93,11 @@ def lines(delay: int) -> list[str]:
         "Horizon: updates of Nesterov's look-ahead, or what it is worth for another rule. Cosine: of look-ahead and "
         "displacement (Proposition 1) where gradients are noise alone.",
         f"Convex rate O(1/t) with gamma_t = (t - 2) / t: step size x smoothness of at most "
-        f"{figure(safe_convex_step(1.0, delay))} (derived on a quadratic).",
+        f"{digits(safe_convex_step(1.0, delay))} (derived on a quadratic).",
     ]
 
 
-def figure(value: float) -> str:
+def digits(value: float) -> str:
     """A number in three digits."""
     return "none" if math.isinf(value) else f"{value:.3g}"
 
@@ -105,8 +105,8 @@ def figure(value: float) -> str:
 def _discrete(delay: Delay) -> list[str]:
     if delay.probabilities is None:
         return ["", ""]
-    mean = figure(max_stable_step("sgd", delay=delay))
+    mean = digits(max_stable_step("sgd", delay=delay))
     try:
-        return [mean, figure(max_mean_square_step("sgd", delay=delay))]
+        return [mean, digits(max_mean_square_step("sgd", delay=delay))]
     except ValueError:
         return [mean, "too long"]
