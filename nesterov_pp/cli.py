@@ -189,7 +189,7 @@ def _methods(_: dict[str, Any]) -> None:
             recipe.name,
             recipe.summary,
             getattr(recipe.rule, "__name__", str(recipe.rule)),
-            str(recipe.microbatches_per_update),
+            str(recipe.microbatches_per_update or "P"),
             _extra_versions(recipe),
             recipe.reference,
         )

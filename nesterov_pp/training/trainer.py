@@ -184,7 +184,7 @@ class _Run:
                     progress.validated(validation_loss)
                     self.log.write(microbatch=done, validation_loss=validation_loss)
                     scalars.add_scalar("loss/validation", validation_loss, done)
-                if done % pipe.microbatches_per_update:
+                if pipe.waiting:
                     continue
                 stopping = stop.received is not None
                 if last or stopping or pipe.updates % config.checkpoint_every == 0:
