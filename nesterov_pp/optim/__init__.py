@@ -5,6 +5,7 @@ from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.optim.nadam import NAdam
 from nesterov_pp.optim.nag import NAG, convex_schedule
+from nesterov_pp.optim.stage_optimizer import StageOptimizer
 
 __all__ = [
     "NAG",
@@ -15,5 +16,6 @@ __all__ = [
     "GapAware",
     "NAdam",
     "Prediction",
+    "StageOptimizer",
     "convex_schedule",
 ]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.delays import Delays, Fixed, one_forward_one_backward
 from nesterov_pp.stash import Backward, Beside
 
@@ -76,7 +76,7 @@ class Recipe:
     name: str
     summary: str
     reference: str
-    rule: Callable[..., FusedOptimizer]
+    rule: Callable[..., StageOptimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     delayed: bool = True
     backward: Backward = "stashed"

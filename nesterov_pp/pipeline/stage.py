@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.recipe import Placement, Recipe
 from nesterov_pp.stash import WeightStash
 
@@ -27,7 +27,7 @@ def build_optimizer(
     lr: float,
     max_grad_norm: float | None,
     backend: str,
-) -> FusedOptimizer | None:
+) -> StageOptimizer | None:
     """The recipe's optimizer for a stage's trainable parameters; None where there are none."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
@@ -36,14 +36,14 @@ def build_optimizer(
     return recipe.rule(trainable, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
 
 
-def set_learning_rate(optimizer: FusedOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
+def set_learning_rate(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
     """Give every group the rate of an update on a stage with that delay."""
     factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
 
-def set_horizon(optimizer: FusedOptimizer, recipe: Recipe, place: Placement, update: int) -> None:
+def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, update: int) -> None:
     """Give every group the horizon of an update, where the recipe has one."""
     if recipe.horizon is None:
         return

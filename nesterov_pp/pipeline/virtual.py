@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.delays import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, find_recipe
@@ -92,7 +92,7 @@ class VirtualPipeline:
             build_stash(recipe, m, n + 1) for m, n in zip(self.stages, self.delay_model.largest, strict=True)
         ]
         self.places = [Placement(i, len(self.stages), tau) for i, tau in enumerate(self.delays, start=1)]
-        self.optimizers: list[FusedOptimizer | None] = [
+        self.optimizers: list[StageOptimizer | None] = [
             build_optimizer(recipe, module, stash, place, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]
