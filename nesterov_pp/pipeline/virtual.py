@@ -238,7 +238,7 @@ class VirtualPipeline:
         return [min(version, stash.newest) for version, stash in zip(wanted, self.stashes, strict=True)]
 
     def _backward(self, loss: Tensor, versions: list[int], delays: list[int]) -> None:
-        """Add the microbatch's gradients to its update's, but on stages where it is too late."""
+        """Add the microbatch's gradients to its update's; on stages where it is too late they count as zeros."""
         limit = self.recipe.max_staleness
         kept = []
         for stash, version, delay in zip(self.stashes, versions, delays, strict=True):
@@ -248,7 +248,7 @@ class VirtualPipeline:
             p.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         for p, grad in kept:
-            p.grad = grad
+            p.grad = torch.zeros_like(p) if grad is None else grad
 
     def _update(self) -> None:
         start = time.perf_counter()

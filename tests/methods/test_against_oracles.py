@@ -138,3 +138,42 @@ def test_the_rest_trains(name):
     k = pipe.microbatches_per_update
     losses = [float(pipe.step(*batch(m))) for m in range(100 * k)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+UNDELAYED = {
+    "nesterov": ["nesterov-horizon", "one-step-ef-nadam"],
+    "pipedream": [
+        "pipedream-lr",
+        "pipedream-2bw",
+        "one-step-ef",
+        "pipemare",
+        "xpipe",
+        "lwp",
+        "staleness-aware",
+        "dc-asgd",
+        "gap-aware",
+        "lr-second-order",
+        "poly-forecast",
+        "fft-forecast",
+        "gba",
+        "gpipe-1",
+    ],
+    "nesterov-sgd": ["dana-slim"],
+    "spectrain": ["dana-zero", "dana-dc"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("base", "name"), [(base, name) for base, names in UNDELAYED.items() for name in names])
+def test_with_one_stage_nothing_is_corrected_bit_for_bit(base, name, dtype):
+    """A method with one stage is its rule, as the undelayed run of another method with that rule has it."""
+    losses = []
+    rule = {"momentum": 0.9, "weight_decay": 1e-4} if base in ("nesterov-sgd", "spectrain") else {}
+    for method in (base, name):
+        whole = nn.Sequential(*modules(3)).to(dtype)
+        options = {**rule, "microbatches_per_update": 2}
+        pipe = VirtualPipeline([whole], nn.functional.mse_loss, method=method, lr=1e-2, **options)
+        run = [pipe.step(*(t.to(dtype) for t in batch(m))) for m in range(40)]
+        losses.append([*run, *(p.detach() for p in pipe.stashes[0].weights().values())])
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    assert not torch.equal(losses[0][-1][0], torch.from_numpy(oracles.first_weights(2)[-oracles.WIDTH :]).to(dtype)[0])
