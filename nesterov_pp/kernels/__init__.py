@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-_CORRECTING = ("reference",)
+_CORRECTING = ("cpu", "reference")
 _CORRECTIONS = "corrections and predictions of late gradients"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -133,6 +133,8 @@ def choose_backend(
     for name in candidates:
         missing = only_reference or (_CORRECTIONS if corrects and name not in _CORRECTING else None)
         refusal = f"it does not have {missing}" if missing else _refusal(name, tensors)
+        if refusal is None and corrects and any(t.dtype == torch.float16 for t in tensors):
+            refusal = f"it does not have {_CORRECTIONS} in float16"
         if refusal is None and _overlap(tensors):
             refusal = "it steps all parameters at once, and some of these share memory"
         if refusal is None:
