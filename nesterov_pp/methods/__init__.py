@@ -14,6 +14,7 @@ from nesterov_pp.methods.forecasts import FFT_FORECAST, POLY_FORECAST
 from nesterov_pp.methods.dana import DANA_DC, DANA_SLIM, DANA_ZERO
 from nesterov_pp.methods.accumulation import GBA, PACI
 from nesterov_pp.methods.basis_rotation import BASIS_ROTATION, BASIS_ROTATION_LIGHT
+from nesterov_pp.methods.swarm import SWARM
 # isort: on
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "POLY_FORECAST",
     "SPECTRAIN",
     "STALENESS_AWARE",
+    "SWARM",
     "XPIPE",
 ]

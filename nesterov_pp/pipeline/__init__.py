@@ -15,7 +15,9 @@ from nesterov_pp.pipeline.delays import (
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
 from nesterov_pp.pipeline.stage import microbatch_seed
+from nesterov_pp.pipeline.swarm import Swarm
 from nesterov_pp.pipeline.virtual import VirtualPipeline
+from nesterov_pp.pipeline.workers import VirtualWorkers
 
 __all__ = [
     "Delays",
@@ -26,9 +28,11 @@ __all__ = [
     "Placement",
     "Recipe",
     "Stragglers",
+    "Swarm",
     "Trace",
     "Uniform",
     "VirtualPipeline",
+    "VirtualWorkers",
     "balanced_sizes",
     "find_recipe",
     "microbatch_seed",

@@ -163,7 +163,7 @@ UNDELAYED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("base", "name"), [(base, name) for base, names in UNDELAYED.items() for name in names])
 def test_with_one_stage_nothing_is_corrected_bit_for_bit(base, name, dtype, backend):

@@ -38,6 +38,7 @@ def test_the_list():
         "poly-forecast",
         "spectrain",
         "staleness-aware",
+        "swarm",
         "xpipe",
     ]
 
