@@ -16,7 +16,8 @@ import torch
 
 import nesterov_pp
 from nesterov_pp.kernels import available_backends, extension
-from nesterov_pp.pipeline import Recipe, recipes
+from nesterov_pp.methods.costs import delays_taken, extra_versions, of_step
+from nesterov_pp.pipeline import recipes
 
 _PROGRAM = "nesterov_pp"
 COMPARED: dict[str, Any] = {"methods": ["nesterov", "pipedream", "gpipe", "gpipe-1"], "seeds": [0, 1, 2]}
@@ -182,26 +183,28 @@ def _methods(_: dict[str, Any]) -> None:
 
     table = Table(title="Methods: an update every K microbatches; P stages, numbered i = 1 ... P")
     table.add_column("Name", no_wrap=True)
-    for heading in ("What", "Optimizer", "K", "Extra weights", "Reference"):
+    for heading in ("What, and its source", "K", "Extra weights", "State", "Step", "Delay", "Runs in"):
         table.add_column(heading)
     for recipe in recipes().values():
+        cost = of_step(recipe)
         table.add_row(
             recipe.name,
-            recipe.summary,
-            getattr(recipe.rule, "__name__", str(recipe.rule)),
+            f"{recipe.summary}; {recipe.reference}",
             str(recipe.microbatches_per_update or "P"),
-            _extra_versions(recipe),
-            recipe.reference,
+            extra_versions(recipe),
+            str(cost.state) if cost else "more",
+            str(cost.traffic) if cost else "more",
+            delays_taken(recipe),
+            "both" if recipe.distributed else "virtual",
         )
     console = make_console()
     console.print(table)
     console.print(
-        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline."
+        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline. "
+        "State: bytes per float32 parameter besides all versions; a copy that is predicted is in it. Step: bytes per "
+        "parameter that a step reads and writes; more: several passes. Delay: what the method takes; constant: it is "
+        "told the expected one. Runs in: both pipelines, or the virtual one."
     )
-
-
-def _extra_versions(recipe: Recipe) -> str:
-    return "P - i" if recipe.delayed and recipe.backward == "stashed" else "none"
 
 
 def _info(_: dict[str, Any]) -> None:

@@ -179,9 +179,11 @@ def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     listed = {cells[1].strip(): [cell.strip() for cell in cells] for cells in rows if cells[1].strip()}
     assert list(listed) == list(recipes())
-    assert listed["nesterov"][3:6] == ["NAdam", "1", "P - i"]
-    assert listed["nesterov-no-stash"][5] == "none"
-    assert listed["gpipe"][3:6] == ["AdamW", "4", "none"]
+    assert listed["nesterov"][3:9] == ["1", "P - i", "8", "28", "any", "both"]
+    assert listed["nesterov-no-stash"][4] == "none"
+    assert listed["gpipe"][3:5] == ["4", "none"]
+    assert listed["xpipe"][5:8] == ["12", "32", "constant"]
+    assert listed["basis-rotation"][5:7] == ["more", "more"]
 
 
 def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFixture[str]) -> None:
