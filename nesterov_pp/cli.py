@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -23,7 +23,19 @@ _PROGRAM = "nesterov_pp"
 COMPARED: dict[str, Any] = {"methods": ["nesterov", "pipedream", "gpipe", "gpipe-1"], "seeds": [0, 1, 2]}
 """What ``compare`` compares by default."""
 
-PRESETS: dict[str, dict[str, Any]] = {"demo": {"microbatches": 2400, "context": 32, "lr": 2e-3}}
+SGD_METHODS = ("nesterov-sgd", "spectrain", "dana-zero", "dana-slim", "dana-dc")
+"""Methods without a preconditioner: a language model needs quite other learning rates for them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {"microbatches": 2400, "context": 32, "lr": [2e-3]},
+    "small": {
+        "methods": [name for name in recipes() if name not in (*SGD_METHODS, "gba")],
+        "microbatches": 2400,
+        "context": 32,
+        "lr": [1e-3, 3e-3],
+        "sample_length": 0,
+    },
+}
 """Settings of ``compare`` under a name; a flag that is given wins over the preset's."""
 
 
@@ -96,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
     sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
-    add_settings(sub, "method", "seed")
+    sub.add_argument(
+        "--lr", type=_typed(_rates), metavar="X,X,...", help="peak learning rates; the best is each method's"
+    )
+    sub.add_argument("--stages", type=_typed(_depths), metavar="N,N,...", help="numbers of stages; one table for each")
+    add_settings(sub, "method", "seed", "lr", "stages")
     command("methods", _methods, "list the methods")
     command("info", _info, "versions, and which backends are available and why")
     return parser
@@ -125,6 +141,22 @@ def _seeds(text: str) -> list[int]:
     if not all(name.isdecimal() for name in _names(text)):
         raise ValueError(f"needs whole numbers of at least 0 with commas between them, not {text!r}")
     return [int(name) for name in _names(text)]
+
+
+def _rates(text: str) -> list[float]:
+    return [_setting("lr")(name) for name in _names(text)]
+
+
+def _depths(text: str) -> list[int]:
+    return [_setting("stages")(name) for name in _names(text)]
+
+
+def _setting(name: str) -> Callable[[str], Any]:
+    """How a setting of a run is read."""
+    from nesterov_pp.training.config import Config
+
+    (parse,) = (f.metadata["parse"] for f in fields(Config) if f.name == name)
+    return cast(Callable[[str], Any], parse)
 
 
 def _jobs(text: str) -> int:
@@ -164,13 +196,17 @@ def _compare(arguments: dict[str, Any]) -> None:
 
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
-    own = {name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume") if name in given}
+    own = {
+        name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages") if name in given
+    }
     compare(
         given,
         own["methods"],
         own["seeds"],
         own.get("jobs", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
         own.get("out", Path("runs/compare")),
+        rates=own.get("lr", ()),
+        depths=own.get("stages", ()),
         resume=own.get("resume", False),
     )
 
