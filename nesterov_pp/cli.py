@@ -108,10 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
     sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
-    sub.add_argument(
-        "--lr", type=_typed(_rates), metavar="X,X,...", help="peak learning rates; the best is each method's"
-    )
-    sub.add_argument("--stages", type=_typed(_depths), metavar="N,N,...", help="numbers of stages; one table for each")
+    for name, parse, many in (
+        ("lr", _rates, "several: each method's best"),
+        ("stages", _depths, "several: a table each"),
+    ):
+        setting = shown[name]
+        what = f"{setting.metadata['help']} (default: {setting.default}); {many}"
+        sub.add_argument(f"--{name}", type=_typed(parse), metavar="X[,...]", help=what)
     add_settings(sub, "method", "seed", "lr", "stages")
     command("methods", _methods, "list the methods")
     command("info", _info, "versions, and which backends are available and why")

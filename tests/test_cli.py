@@ -64,7 +64,7 @@ BAD = [
     ("train --stag 4", "unrecognized arguments: --stag"),
     ("train --learning-rate 1", "unrecognized arguments: --learning-rate"),
     ("train surplus", "unrecognized arguments: surplus"),
-    ("train --method adam", "unknown method 'adam'; choose one of nesterov, nesterov-no-stash, pipedream"),
+    ("train --method adam", "unknown method 'adam'; choose one of nesterov, nesterov-no-stash, nesterov-sgd"),
     ("train --stages 9", "8 layers cannot fill 9 stages"),
     ("train --heads 5", "--width must be a multiple of --heads"),
     ("train --method gpipe --microbatches 10", "must be a multiple of 4, not 10"),
@@ -159,9 +159,9 @@ def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_usable(name: str) -> None:
     settings = {**COMPARED, **PRESETS[name]}
-    methods, seeds = settings.pop("methods"), settings.pop("seeds")
+    methods, seeds, rates = settings.pop("methods"), settings.pop("seeds"), settings.pop("lr")
     for method in methods:
-        Config(method=method, seed=seeds[0], **settings).check()
+        Config(method=method, seed=seeds[0], lr=rates[0], **settings).check()
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
