@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check format cuda-build gpu-check bench sanitize coverage clean
+.PHONY: help setup demo compare-small test test-all check format cuda-build gpu-check bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
 
 demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo (again: goes on, or shows them)
 	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo --resume
+
+compare-small: setup ## 24 methods, 3 seeds, 2 learning rates, 8 stages on the standard library's source; up to an hour on 2 cores
+	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
 
 test: check ## make check and the tests
 	$(BIN)/python -m pytest

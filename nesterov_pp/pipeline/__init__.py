@@ -1,14 +1,38 @@
 """Pipelines: delays, partition, recipes, and the virtual pipeline."""
 
-from nesterov_pp.pipeline.delays import stage_delays, version_for_update
+from nesterov_pp.pipeline.delays import (
+    Delays,
+    DropOuts,
+    Fixed,
+    Geometric,
+    LocalAccumulation,
+    Stragglers,
+    Trace,
+    Uniform,
+    stage_delays,
+    version_for_update,
+)
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
-from nesterov_pp.pipeline.virtual import VirtualPipeline, microbatch_seed
+from nesterov_pp.pipeline.stage import microbatch_seed
+from nesterov_pp.pipeline.swarm import Swarm
+from nesterov_pp.pipeline.virtual import VirtualPipeline
+from nesterov_pp.pipeline.workers import VirtualWorkers
 
 __all__ = [
+    "Delays",
+    "DropOuts",
+    "Fixed",
+    "Geometric",
+    "LocalAccumulation",
     "Placement",
     "Recipe",
+    "Stragglers",
+    "Swarm",
+    "Trace",
+    "Uniform",
     "VirtualPipeline",
+    "VirtualWorkers",
     "balanced_sizes",
     "find_recipe",
     "microbatch_seed",

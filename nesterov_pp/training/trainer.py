@@ -189,7 +189,7 @@ class _Run:
                     progress.validated(validation_loss)
                     self.log.write(microbatch=done, validation_loss=validation_loss)
                     scalars.add_scalar("loss/validation", validation_loss, done)
-                if done % pipe.microbatches_per_update:
+                if pipe.waiting:
                     continue
                 for stage, cosine in self.diagnostics.observe() if self.diagnostics is not None else ():
                     self.log.write(microbatch=done, stage=stage, cosine=cosine)
