@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend, zeros_like
+from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
 from nesterov_pp.optim import checkpoint, counts
-from nesterov_pp.optim.local import global_norm, is_dtensor, local
+from nesterov_pp.optim.device_counts import check_capturable
+from nesterov_pp.optim.fresh import follow_layouts, fresh_state
+from nesterov_pp.optim.local import local
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
+from nesterov_pp.optim.scaling import gradient_scale
 
 
 class FusedOptimizer(Optimizer):
@@ -110,12 +113,16 @@ class FusedOptimizer(Optimizer):
             slots = stash.begin_step(version, microbatches)
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
-        self._check_capturable()
+        if self._capturable():
+            check_capturable(self.param_groups, self.options, self.backend, has_mu_product=self._has_mu_product)
         grads_of, source, target = slots
         prepared, classes = self._collect(slots)
         if prepared.device_counts is None and self._overflowed():
             return
-        scale = self._gradient_scale(prepared, microbatches, grads_of)
+        loss_scale = getattr(self, "grad_scale", None)
+        scale, norm = gradient_scale(prepared, self.options, grads_of, microbatches, loss_scale)
+        if norm is not None:
+            self.last_grad_norm = norm
         if prepared.device_counts is not None:
             stepped, found_inf = prepared.stepped(grads_of), getattr(self, "found_inf", None)
             rows_on_device = prepared.device_counts.advance(stepped, partial(self._row_of, scale=scale), found_inf)
@@ -145,7 +152,7 @@ class FusedOptimizer(Optimizer):
         except ValueError:
             if any(p.grad is not None and p.grad.is_sparse for p in prepared.leaves[slots[0]]):
                 raise RuntimeError(self._no_sparse) from None
-            if not self._follow_layouts():
+            if not follow_layouts(self._parameters(), self.state):
                 raise
         return self._collect(slots)
 
@@ -219,37 +226,6 @@ class FusedOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and float(found_inf) > 0.0
 
-    def _gradient_scale(self, prepared: Prepared, microbatches: int, grads_of: int) -> float:
-        """What the gradients are multiplied by: mean over microbatches, loss scale, and clipping by the global norm.
-
-        The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
-        """
-        loss_scale = getattr(self, "grad_scale", None)
-        limit, raises = self.options.max_grad_norm, self.options.on_nonfinite == "raise"
-        leaves = prepared.leaves[grads_of]
-        if prepared.plan.on_device and not raises and not any(map(is_dtensor, leaves)):
-            if limit is not None or loss_scale is not None:
-                norm_on_device = prepared.plan.scale(1.0 / microbatches, limit, loss_scale)
-                self.last_grad_norm = norm_on_device if limit is not None else self.last_grad_norm
-            return 1.0 / microbatches
-        scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
-        if limit is None and not raises:
-            return scale
-        if any(map(is_dtensor, leaves)):
-            norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
-        else:
-            norm = prepared.plan.gradient_norm() * scale
-        if raises and not math.isfinite(norm):
-            name = prepared.plan.nonfinite_parameter()
-            if name or any(map(is_dtensor, leaves)):
-                whose = f"the gradient of {name}" if name else "a gradient on another rank"
-                raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
-        self.last_grad_norm = torch.tensor(norm, dtype=torch.float64)
-        if limit is None:
-            return scale
-        factor = limit / (norm + 1e-6)
-        return scale if factor >= 1.0 else scale * factor  # a norm that is NaN makes every gradient NaN, as in torch
-
     # ------------------------------------------------------------------ parameters and their state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -319,63 +295,19 @@ class FusedOptimizer(Optimizer):
 
     def _state_names(self) -> list[str]:
         """What every parameter's state has."""
-        names = ["step", "exp_avg"] + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
+        names = ["step"] + ["mu_product"] * self._has_mu_product + ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
         return names if self.options.mean_name is None else [*names, self.options.mean_name]
 
     def _init_state(self, parameters: list[Tensor]) -> None:
-        scalar, capturable = counts.default_dtype(), self._capturable()
-        devices = [p.device if capturable else None for p in parameters]
-        entries = {"step": [torch.zeros((), dtype=scalar, device=d or "cpu") for d in devices]}
-        if self._has_mu_product:
-            real = [p.dtype.to_real() if p.is_complex() else p.dtype for p in parameters]
-            dtypes = [scalar if capturable else torch.promote_types(scalar, dtype) for dtype in real]
-            ones = [torch.ones((), dtype=t, device=d or "cpu") for t, d in zip(dtypes, devices, strict=True)]
-            entries["mu_product"] = ones
-        entries = {name: counts.side_by_side(numbers) for name, numbers in entries.items()}
-        for name in self._state_names():
-            if name.startswith("exp_avg"):
-                entries[name] = zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
+        entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
         for i, p in enumerate(parameters):
             self.state[p].update({name: values[i] for name, values in entries.items()})
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _follow_layouts(self) -> bool:
-        """Lay state out as its parameters are now; whether any was not. ``model.to(memory_format=...)`` moves them."""
-        changed = False
-        for p in self._parameters():
-            for name, value in self.state.get(p, {}).items():
-                strided = isinstance(value, Tensor) and value.layout == p.layout == torch.strided
-                if strided and value.shape == p.shape and value.stride() != p.stride():
-                    moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
-                    changed |= moved.stride() != value.stride()
-                    self.state[p][name] = moved
-        return changed
-
     def _capturable(self) -> bool:
         return any(group.get("capturable") for group in self.param_groups)
-
-    def _check_capturable(self) -> None:
-        """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot."""
-        if not self._capturable():
-            return
-        if not all(group.get("capturable") for group in self.param_groups):
-            raise ValueError("capturable must be the same in all parameter groups, which are stepped together")
-        if self.backend in ("cuda", "triton"):
-            if self.options.on_nonfinite == "raise" or any(map(is_dtensor, self._parameters())):
-                what = "DTensor parameters" if self.options.on_nonfinite != "raise" else "on_nonfinite='raise'"
-                raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
-            return
-        from torch.optim.optimizer import _get_capturable_supported_devices
-
-        supported = _get_capturable_supported_devices()
-        if any(p.device.type not in supported for p in self._parameters()):
-            named = "params, mu_products" if self._has_mu_product else "params"
-            raise AssertionError(
-                f"If capturable=True, {named} and state_steps must be on supported devices: {supported}."
-            )
-        raise RuntimeError(f"capturable=True needs the cuda or triton backend, not {self.backend!r}")
 
     def _only_reference(self) -> str | None:
         """An option in use that only the reference backend has."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import Coefficients
+from nesterov_pp.optim.local import is_dtensor
+from nesterov_pp.optim.options import Options
 
 CoefficientsOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
 """(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
@@ -66,6 +68,31 @@ class DeviceCounts:
             if steps:
                 numbers.setdefault(group, []).append(i)
         return {group: torch.tensor(members, device=self._steps.device) for group, members in numbers.items()}
+
+
+def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend: str, *, has_mu_product: bool) -> None:
+    """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot.
+
+    Raises:
+        AssertionError: a parameter is on a device that torch cannot capture on; in its words.
+        ValueError: not all groups are capturable, or an option needs the host.
+        RuntimeError: the backend counts on the host.
+    """
+    if not all(group.get("capturable") for group in groups):
+        raise ValueError("capturable must be the same in all parameter groups, which are stepped together")
+    parameters = [p for group in groups for p in group["params"]]
+    if backend in ("cuda", "triton"):
+        what = "on_nonfinite='raise'" if options.on_nonfinite == "raise" else "a DTensor parameter"
+        if options.on_nonfinite == "raise" or any(map(is_dtensor, parameters)):
+            raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
+        return
+    from torch.optim.optimizer import _get_capturable_supported_devices
+
+    supported = _get_capturable_supported_devices()
+    if any(p.device.type not in supported for p in parameters):
+        named = "params, mu_products" if has_mu_product else "params"
+        raise AssertionError(f"If capturable=True, {named} and state_steps must be on supported devices: {supported}.")
+    raise RuntimeError(f"capturable=True needs the cuda or triton backend, not {backend!r}")
 
 
 def _filled(value: float | Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nesterov_pp as npp
-from nesterov_pp.optim import base, prepared
+from nesterov_pp.optim import fresh, prepared
 
 
 class Exhausted:
@@ -26,7 +26,7 @@ class Exhausted:
 @pytest.mark.parametrize("good", [0, 1])
 def test_in_the_constructor(monkeypatch, good):
     ps = [nn.Parameter(torch.ones(n)) for n in (3, 4)]
-    monkeypatch.setattr(base, "zeros_like", Exhausted(base.zeros_like, good))
+    monkeypatch.setattr(fresh, "zeros_like", Exhausted(fresh.zeros_like, good))
     with pytest.raises(torch.OutOfMemoryError):
         npp.NAdam(ps)
     assert all(torch.equal(p, torch.ones_like(p)) for p in ps)
@@ -37,7 +37,7 @@ def test_for_another_group(monkeypatch, good):
     first, second = (nn.Parameter(torch.ones(n)) for n in (3, 4))
     optimizer = npp.NAdam([first])
     with monkeypatch.context() as patch:
-        patch.setattr(base, "zeros_like", Exhausted(base.zeros_like, good))
+        patch.setattr(fresh, "zeros_like", Exhausted(fresh.zeros_like, good))
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.add_param_group({"params": [second]})
     assert len(optimizer.param_groups) == 1

@@ -1,0 +1,46 @@
+"""State of parameters that have not been stepped yet, and the place in memory of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.kernels import zeros_like
+from nesterov_pp.optim import counts
+from nesterov_pp.optim.options import Options
+
+
+def fresh_state(
+    parameters: Sequence[Tensor], names: Sequence[str], options: Options, *, on_device: bool
+) -> dict[str, list[Tensor]]:
+    """The entries ``names`` of every parameter's state before its first step; counts on its device or on the host."""
+    scalar = counts.default_dtype()
+    devices = [p.device if on_device else torch.device("cpu") for p in parameters]
+    entries: dict[str, list[Tensor]] = {}
+    for name in names:
+        if name == "step":
+            entries[name] = counts.side_by_side([torch.zeros((), dtype=scalar, device=d) for d in devices])
+        elif name == "mu_product":
+            real = [p.dtype.to_real() if p.is_complex() else p.dtype for p in parameters]
+            dtypes = [scalar if on_device else torch.promote_types(scalar, dtype) for dtype in real]
+            ones = [torch.ones((), dtype=t, device=d) for t, d in zip(dtypes, devices, strict=True)]
+            entries[name] = counts.side_by_side(ones)
+        else:
+            entries[name] = zeros_like(parameters, [options.moment_dtype(p) for p in parameters])
+    return entries
+
+
+def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, Any]]) -> bool:
+    """Lay state out as its parameters are now; whether any was not. ``model.to(memory_format=...)`` moves them."""
+    changed = False
+    for p in parameters:
+        for name, value in state.get(p, {}).items():
+            strided = isinstance(value, Tensor) and value.layout == p.layout == torch.strided
+            if strided and value.shape == p.shape and value.stride() != p.stride():
+                moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+                changed |= moved.stride() != value.stride()
+                state[p][name] = moved
+    return changed

@@ -1,0 +1,50 @@
+"""What a step multiplies its gradients by."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.optim.local import global_norm, is_dtensor
+from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.prepared import Prepared
+
+
+def gradient_scale(
+    prepared: Prepared, options: Options, grads_of: int, microbatches: int, loss_scale: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """Mean over microbatches, loss scale, and clipping by the global norm of the gradients collected.
+
+    The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
+    Plans on a device apply loss scale and clipping there.
+
+    Returns:
+        The factor, and the norm in float64 if it was taken.
+
+    Raises:
+        FloatingPointError: the norm is not finite, with ``on_nonfinite="raise"``.
+    """
+    limit, raises = options.max_grad_norm, options.on_nonfinite == "raise"
+    leaves = prepared.leaves[grads_of]
+    sharded = any(map(is_dtensor, leaves))
+    if prepared.plan.on_device and not raises and not sharded:
+        if limit is None and loss_scale is None:
+            return 1.0 / microbatches, None
+        return 1.0 / microbatches, prepared.plan.scale(1.0 / microbatches, limit, loss_scale)
+    scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
+    if limit is None and not raises:
+        return scale, None
+    if sharded:
+        norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
+    else:
+        norm = prepared.plan.gradient_norm() * scale
+    if raises and not math.isfinite(norm):
+        name = prepared.plan.nonfinite_parameter()
+        if name or sharded:
+            whose = f"the gradient of {name}" if name else "a gradient on another rank"
+            raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
+    factor = 1.0 if limit is None else limit / (norm + 1e-6)
+    # A norm that is NaN makes every gradient NaN, as in torch.
+    return scale if factor >= 1.0 else scale * factor, torch.tensor(norm, dtype=torch.float64)
