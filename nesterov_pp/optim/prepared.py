@@ -12,7 +12,7 @@ from torch import Tensor
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
-from nesterov_pp.optim.local import is_plain, local, local_gradient
+from nesterov_pp.optim.local import is_dtensor, is_plain, local, local_gradient
 from nesterov_pp.optim.masters import MasterWeights
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.snapshot import Snapshot
@@ -57,6 +57,7 @@ class Prepared:
         self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
         self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
+        self.sharded = any(map(is_dtensor, parameters))
         self._options = (only_reference, capturable)
         tensors_to_step = list(chain.from_iterable(self._plain))
         self.backend = choose_backend(options.backend, tensors_to_step, only_reference, corrects=options.corrects)

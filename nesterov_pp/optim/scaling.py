@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nesterov_pp.optim.local import global_norm, is_dtensor
+from nesterov_pp.optim.local import global_norm
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
 
@@ -27,22 +27,20 @@ def gradient_scale(
         FloatingPointError: the norm is not finite, with ``on_nonfinite="raise"``.
     """
     limit, raises = options.max_grad_norm, options.on_nonfinite == "raise"
-    leaves = prepared.leaves[grads_of]
-    sharded = any(map(is_dtensor, leaves))
-    if prepared.plan.on_device and not raises and not sharded:
-        if limit is None and loss_scale is None:
-            return 1.0 / microbatches, None
+    if limit is None and loss_scale is None and not raises:
+        return 1.0 / microbatches, None
+    if prepared.plan.on_device and not raises and not prepared.sharded:
         return 1.0 / microbatches, prepared.plan.scale(1.0 / microbatches, limit, loss_scale)
     scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
     if limit is None and not raises:
         return scale, None
-    if sharded:
-        norm = global_norm([p.grad for p in leaves if p.grad is not None]) * scale
+    if prepared.sharded:
+        norm = global_norm([p.grad for p in prepared.leaves[grads_of] if p.grad is not None]) * scale
     else:
         norm = prepared.plan.gradient_norm() * scale
     if raises and not math.isfinite(norm):
         name = prepared.plan.nonfinite_parameter()
-        if name or sharded:
+        if name or prepared.sharded:
             whose = f"the gradient of {name}" if name else "a gradient on another rank"
             raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
     factor = 1.0 if limit is None else limit / (norm + 1e-6)
