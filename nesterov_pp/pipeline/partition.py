@@ -73,3 +73,26 @@ def check_untied(stages: Sequence[nn.Module]) -> None:
                     f"stage {k}'s {name} is stage {owner}'s {first}: tied parameters must be in one stage; "
                     "untie them or put both ends into the same stage"
                 )
+
+
+def stage_list(stages: Sequence[nn.Module] | nn.Sequential, partition: int | Sequence[int] | None) -> list[nn.Module]:
+    """The stages of a pipeline: those of a list, or of an ``nn.Sequential`` that ``partition`` cuts.
+
+    Raises:
+        ValueError: there are none, they cannot be cut so, or two of them share a parameter.
+    """
+    modules: list[nn.Module]
+    if partition is not None:
+        if not isinstance(stages, nn.Sequential):
+            raise ValueError("a partition cuts an nn.Sequential; a list of stages is cut already")
+        modules = list(split_sequential(stages, partition))
+    elif isinstance(stages, nn.Module):
+        if not isinstance(stages, nn.Sequential):
+            raise ValueError("stages must be a list of modules, or an nn.Sequential with partition=")
+        modules = list(stages)
+    else:
+        modules = list(stages)
+    if not modules:
+        raise ValueError("a pipeline needs at least one stage")
+    check_untied(modules)
+    return modules

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nesterov_pp.optim import FusedOptimizer
 from nesterov_pp.pipeline.delays import stage_delays, version_for_update
-from nesterov_pp.pipeline.partition import check_untied, split_sequential
+from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.schedule import drained_before
+from nesterov_pp.pipeline.stage import build_optimizer, random_state, set_learning_rate
 from nesterov_pp.stash import WeightStash
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -64,7 +66,7 @@ class VirtualPipeline:
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
-        self.stages = _stage_list(stages, partition)
+        self.stages = stage_list(stages, partition)
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         k = recipe.microbatches_per_update if microbatches_per_update is None else microbatches_per_update
@@ -82,19 +84,8 @@ class VirtualPipeline:
         self.optimizers: list[FusedOptimizer | None] = []
         for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
             placement = Placement(i + 1, len(self.stages), self.delays[i])
-            options = {**recipe.options, **recipe.stage_options(placement)}
-            trainable = [p for p in module.parameters() if p.requires_grad]
             self.optimizers.append(
-                recipe.rule(
-                    trainable,
-                    lr=lr,
-                    stash=stash,
-                    max_grad_norm=max_grad_norm,
-                    backend=backend,
-                    **options,
-                )
-                if trainable
-                else None
+                build_optimizer(recipe, module, stash, placement, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
             )
 
     @property
@@ -104,7 +95,7 @@ class VirtualPipeline:
 
     def versions(self) -> list[int]:
         """The weight version that the next microbatch runs with, for each stage."""
-        drained_at = 0 if self.flush_every is None else self.updates // self.flush_every * self.flush_every
+        drained_at = drained_before(self.updates, self.flush_every)
         return [version_for_update(self.updates, tau, drained_at) for tau in self.delays]
 
     def step(self, inputs: Any, targets: Any) -> Tensor:
@@ -119,7 +110,7 @@ class VirtualPipeline:
             hidden = inputs
             for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
                 bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
-                with self._random_state(i):
+                with random_state(module, self.seed, i, self.microbatches):
                     hidden = module(hidden)
             loss = self.loss_fn(hidden, targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -212,41 +203,6 @@ class VirtualPipeline:
         for i, optimizer in enumerate(self.optimizers):
             if optimizer is None:
                 continue
-            factor = self.recipe.lr_factor(self.delays[i], update, self.recipe.correction_updates or 1)
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * factor
+            set_learning_rate(optimizer, self.recipe, self.delays[i], update, self.lr)
             optimizer.step(version=versions[i], microbatches=self.microbatches_per_update)
         self.optimizer_seconds += time.perf_counter() - start
-
-    @contextmanager
-    def _random_state(self, stage: int) -> Iterator[None]:
-        if self.seed is None:
-            yield
-            return
-        devices = sorted({p.device for p in self.stages[stage].parameters() if p.device.type == "cuda"}, key=str)
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(microbatch_seed(self.seed, stage, self.microbatches))
-            yield
-
-
-def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
-    """The seed of the random state that a stage (from 0) runs a microbatch's forward with."""
-    return (seed * 1_000_003 + stage) * 1_000_000_007 + microbatch & 0x7FFF_FFFF_FFFF_FFFF
-
-
-def _stage_list(stages: Sequence[nn.Module] | nn.Sequential, partition: int | Sequence[int] | None) -> list[nn.Module]:
-    modules: list[nn.Module]
-    if partition is not None:
-        if not isinstance(stages, nn.Sequential):
-            raise ValueError("a partition cuts an nn.Sequential; a list of stages is cut already")
-        modules = list(split_sequential(stages, partition))
-    elif isinstance(stages, nn.Module):
-        if not isinstance(stages, nn.Sequential):
-            raise ValueError("stages must be a list of modules, or an nn.Sequential with partition=")
-        modules = list(stages)
-    else:
-        modules = list(stages)
-    if not modules:
-        raise ValueError("a pipeline needs at least one stage")
-    check_untied(modules)
-    return modules

@@ -1,0 +1,55 @@
+"""What one stage of any pipeline does: its optimizer, its learning rate, its random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.pipeline.recipe import Placement, Recipe
+from nesterov_pp.stash import WeightStash
+
+
+def build_optimizer(
+    recipe: Recipe,
+    module: nn.Module,
+    stash: WeightStash,
+    placement: Placement,
+    *,
+    lr: float,
+    max_grad_norm: float | None,
+    backend: str,
+) -> FusedOptimizer | None:
+    """The recipe's optimizer for a stage's trainable parameters; None where there are none."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        return None
+    options = {**recipe.options, **recipe.stage_options(placement)}
+    return recipe.rule(trainable, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
+
+
+def set_learning_rate(optimizer: FusedOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
+    """Give every group the rate of an update on a stage with that delay."""
+    factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * factor
+
+
+def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
+    """The seed of the random state that a stage (from 0) runs a microbatch's forward with."""
+    return (seed * 1_000_003 + stage) * 1_000_000_007 + microbatch & 0x7FFF_FFFF_FFFF_FFFF
+
+
+@contextmanager
+def random_state(module: nn.Module, seed: int | None, stage: int, microbatch: int) -> Iterator[None]:
+    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state."""
+    if seed is None:
+        yield
+        return
+    devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(microbatch_seed(seed, stage, microbatch))
+        yield
