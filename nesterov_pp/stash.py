@@ -71,6 +71,11 @@ class WeightStash:
         return max(0, self.newest - self.versions + 1)
 
     @property
+    def in_use(self) -> int:
+        """The version that the module is bound to: that of the innermost ``use``, else the newest."""
+        return self._entered[-1] if self._entered else self.newest
+
+    @property
     def names(self) -> list[str]:
         """Names of the parameters in the ring, as in ``module.named_parameters()``."""
         return list(self._names)
@@ -289,8 +294,7 @@ class WeightStash:
             del self._in_flight[version]
 
     def _rebind(self) -> None:
-        inside = self._entered[-1] if self._entered else self.newest
-        self._bind(max(inside, self.oldest) % self.versions)
+        self._bind(max(self.in_use, self.oldest) % self.versions)
 
     def _bind(self, slot: int) -> None:
         if slot == self._bound_slot:
