@@ -91,8 +91,7 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
     except BaseException as error:
         world.tell(" ".join(str(error).split()) or type(error).__name__)
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _part(world: World) -> None:
