@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str, status: int) -> int:
-    kind = "error: " if status < 128 else ""
-    print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
+    if sentence:  # of several processes, one speaks
+        kind = "error: " if status < 128 else ""
+        print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 

@@ -216,10 +216,6 @@ class AsyncPipeline:
         with self._evaluating():
             return self._links.side.broadcast(self._through(inputs), self.stages - 1, self.device)
 
-    def gather(self, value: Any) -> list[Any]:
-        """``value`` of every stage of this pipeline, first stage first, on all of them."""
-        return self._links.side.gather(value)
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         mode = self.module.training

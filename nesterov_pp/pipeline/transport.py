@@ -110,33 +110,22 @@ class Side:
 
     def send_on(self, value: Any) -> None:
         """To the next stage."""
-        self._explain(lambda: dist.send_object_list([_to(value, "cpu")], self._ranks[self._stage + 1], self._group))
+        with self._world.explained("evaluating"):
+            dist.send_object_list([_to(value, "cpu")], self._ranks[self._stage + 1], self._group)
 
     def receive(self, device: torch.device) -> Any:
         """From the stage before."""
         box: list[Any] = [None]
-        self._explain(lambda: dist.recv_object_list(box, self._ranks[self._stage - 1], self._group))
+        with self._world.explained("evaluating"):
+            dist.recv_object_list(box, self._ranks[self._stage - 1], self._group)
         return _to(box[0], device)
 
     def broadcast(self, value: Any, stage: int, device: torch.device) -> Any:
         """``value`` of one stage, on all stages."""
         box = [_to(value, "cpu")]
-        self._explain(lambda: dist.broadcast_object_list(box, self._ranks[stage], self._group))
+        with self._world.explained("predicting"):
+            dist.broadcast_object_list(box, self._ranks[stage], self._group)
         return _to(box[0], device)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every stage's ``value``, on all stages."""
-        values: list[Any] = [None] * len(self._ranks)
-        self._explain(lambda: dist.all_gather_object(values, value, self._group))
-        return values
-
-    def _explain(self, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except RuntimeError as error:
-            reason = self._world.reason()
-            why = f"because elsewhere {reason}" if reason else "because another stage's process has ended or hangs"
-            raise PipelineError(f"stage {self._stage} stopped, {why}") from error
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

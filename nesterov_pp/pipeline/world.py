@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+T = TypeVar("T")
 
 TIMEOUT = 60.0
 """Seconds that processes wait for each other by default."""
@@ -50,13 +52,41 @@ class World:
         except RuntimeError:  # the store went with its process
             return None
 
-    def agreed(self, compute: Callable[[], list[int]]) -> list[int]:
-        """What process 0 computes, on every process."""
-        box = [compute() if self.rank == 0 else None]
-        if self.size > 1:
+    def gather(self, value: T) -> list[T]:
+        """The ``value`` of every process, on all of them.
+
+        Raises:
+            PipelineError: one of them has ended, or does not come in time.
+        """
+        found: list[Any] = [value] * self.size
+        with self.explained("gathering"):
+            dist.all_gather_object(found, value)
+        return found
+
+    def agreed(self, compute: Callable[[], T]) -> T:
+        """What process 0 computes, on every process.
+
+        Raises:
+            PipelineError: one of them has ended, or does not come in time.
+        """
+        box: list[Any] = [compute() if self.rank == 0 else None]
+        with self.explained("agreeing"):
             dist.broadcast_object_list(box, 0)
-        assert box[0] is not None
-        return box[0]
+        result: T = box[0]
+        return result
+
+    @contextmanager
+    def explained(self, act: str) -> Iterator[None]:
+        """What ``torch.distributed`` raises inside the block becomes one sentence.
+
+        Raises:
+            PipelineError: so it did.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            why = self.reason() or "another process has ended or hangs"
+            raise PipelineError(f"process {self.rank} stopped while {act}, because elsewhere {why}") from error
 
 
 @contextmanager
@@ -96,11 +126,8 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
 
 def _part(world: World) -> None:
     """Nobody leaves before all are done: a process that has gone looks like one that was killed."""
-    try:
+    with world.explained("waiting for the others to finish"):
         dist.barrier()
-    except RuntimeError as error:
-        reason = world.reason() or "another process has ended or hangs"
-        raise PipelineError(f"process {world.rank} was done, but {reason}") from error
 
 
 def launched() -> bool:
