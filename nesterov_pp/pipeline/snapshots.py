@@ -145,7 +145,7 @@ class StageState:
         pipe = self._pipe
         if pipe.stash.versions > pipe.delay or pipe.optimizer is None:
             return {}
-        needed = sorted(pipe.versions_in_flight() - {pipe.stash.newest})
+        needed = sorted(v for v in pipe.versions_in_flight() if v < pipe.stash.newest)
         missing = [v for v in needed if v not in pipe._versions.kept]
         if missing:
             raise ValueError(
