@@ -360,7 +360,8 @@ def _check_stashable(named: dict[str, nn.Parameter]) -> None:
                 f"{name} carries hooks, which the other versions would not have; "
                 "register them after building the WeightStash, on each of stash.parameters(version)"
             )
-        twin = first_with.setdefault(p.untyped_storage().data_ptr(), name) if p.numel() else name
+        here = p.to_local() if hasattr(p, "to_local") else p  # of a DTensor, the shard
+        twin = first_with.setdefault(here.untyped_storage().data_ptr(), name) if here.numel() else name
         if twin != name:
             raise ValueError(
                 f"{name} shares memory with {twin}; tie them by using one Parameter in both places, "

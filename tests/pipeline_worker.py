@@ -39,6 +39,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 ONLY_ASYNC = ("recompute", "receive_ahead")
 
 
+TWO_REPLICAS: dict[str, dict[str, Any]] = {
+    "replicas": {},
+    "replicas-in-small-buckets": {"bucket_bytes": 300},
+    "replicas-two-per-update": {"microbatches_per_update": 2, "bucket_bytes": 300},
+    "replicas-no-stash": {"method": "nesterov-no-stash", "correction_updates": 40},
+}
+SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time")
+
+
 def k_of(options: dict[str, Any]) -> int:
     return int(options.get("microbatches_per_update", 4 if options.get("method") == "gpipe" else 1))
 
@@ -79,6 +88,99 @@ def run(world: World, name: str) -> dict[str, Any]:
     return {"losses": losses, "validations": validations, "weights": pipe.module.state_dict(), "waited": pipe.waited}
 
 
+def run_replicas(world: World, name: str) -> dict[str, Any]:
+    """Two replicas of two stages, on alternate microbatches."""
+    options = TWO_REPLICAS[name]
+    total = UPDATES * k_of(options)
+    modules = model(2, dtype=torch.float64)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
+    losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
+    return {"losses": losses, "weights": pipe.module.state_dict()}
+
+
+def expected_of_replicas(name: str) -> dict[str, Any]:
+    """One pipeline with microbatches twice as large."""
+    options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
+    modules = model(2, dtype=torch.float64)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    losses = []
+    for m in range(UPDATES * k_of(options)):
+        pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
+        losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
+    return {"losses": losses, "weights": [m.state_dict() for m in modules]}
+
+
+class WithSkip(nn.Module):
+    """Passes on what it was given, a count that needs no gradient, and its output."""
+
+    def __init__(self, stage: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.stage, self.last = stage, last
+
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor | None = None, count: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        y = self.stage(x if skip is None else x + 0.5 * skip.tanh())
+        if self.last:
+            return y
+        count = torch.ones(3, dtype=torch.int64) if count is None else count + 1
+        return y, (y if skip is None else skip + y * count[0]), count
+
+
+class Autocast(nn.Module):
+    """Computes in bfloat16."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: torch.Tensor = self.stage(x)
+            return output
+
+
+def bfloat16_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.cross_entropy(output, targets)
+
+
+def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
+    """A model, and what its pipeline is to be told."""
+    modules = model(stages, dropout=0.1, dtype=torch.float32)
+    if name == "tuples":
+        return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
+    if name == "frozen":
+        modules[1].requires_grad_(False)
+        return modules, {}
+    if name == "bfloat16":
+        return modules, {"autocast": torch.bfloat16}
+    layers = nn.Sequential(*(layer for m in modules for layer in (m if isinstance(m, nn.Sequential) else [m])))
+    return layers, {"partition": name.removeprefix("by-").replace("time", "parameters")}
+
+
+def run_shaped(world: World, name: str) -> dict[str, Any]:
+    modules, options = shaped(name, world.size)
+    if name == "by-time":
+        options = {"partition": "time"}
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 60, world, **BASE, **options)
+    losses = [float(loss) for _ in range(60) if (loss := pipe.step()) is not None]
+    outputs = pipe.predict(microbatch(-1)[0]) if name != "frozen" else torch.zeros(0)
+    return {"losses": losses, "outputs": outputs, "weights": list(pipe.module.parameters())}
+
+
+def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
+    modules, options = shaped(name, stages)
+    loss_fn = F.cross_entropy
+    if name == "bfloat16":
+        modules, loss_fn = [Autocast(m) for m in modules], bfloat16_loss
+    partition = stages if "partition" in options else None
+    pipe = VirtualPipeline(modules, loss_fn, partition=partition, **BASE)
+    losses = [float(pipe.step(*microbatch(m))) for m in range(60)]
+    weights = [list(stage.parameters()) for stage in pipe.stages]
+    return {"losses": losses, "outputs": pipe.predict(microbatch(-1)[0]), "weights": weights}
+
+
 def slow_down(module: nn.Module, draw: random.Random) -> None:
     """Timing must not change results."""
 
@@ -96,7 +198,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with connect(timeout=60) as world:
         for name in names:
-            torch.save(run(world, name), folder / f"{name}-{world.rank}.pt")
+            act = run_replicas if name in TWO_REPLICAS else run_shaped if name in SHAPES else run
+            torch.save(act(world, name), folder / f"{name}-{world.rank}.pt")
 
 
 if __name__ == "__main__":

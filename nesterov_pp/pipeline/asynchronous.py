@@ -14,10 +14,10 @@ from nesterov_pp.pipeline.delays import stage_delays, version_for_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
-from nesterov_pp.pipeline.replicas import GradientAverage
+from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
-from nesterov_pp.pipeline.stage import build_optimizer, random_state, set_learning_rate
+from nesterov_pp.pipeline.stage import build_optimizer, random_state, run_stage, set_learning_rate
 from nesterov_pp.pipeline.timeline import Timeline
 from nesterov_pp.pipeline.transport import Channel, Links
 from nesterov_pp.pipeline.world import PipelineError, World
@@ -46,6 +46,7 @@ class AsyncPipeline:
         seed: random layers (dropout) depend on (seed, stage, microbatch) alone.
         replicas: R processes for each stage, whose gradients are averaged; the world has ``P R`` processes, and
             process ``r P + i`` is stage i (from 0) of replica r.
+        bucket_bytes: gradients that travel together between replicas.
         receive_ahead: messages to receive in each direction before they are needed.
         recompute: keep no activations but the stage's input, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, to compute forwards in, as ``torch.autocast`` does.
@@ -79,6 +80,7 @@ class AsyncPipeline:
         seed: int = 0,
         backend: str = "auto",
         replicas: int = 1,
+        bucket_bytes: int = BUCKET_BYTES,
         receive_ahead: int = 1,
         recompute: bool = False,
         autocast: torch.dtype | None = None,
@@ -135,14 +137,14 @@ class AsyncPipeline:
         self._average = None
         if self._links.twins is not None and self.optimizer is not None:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
-            self._average = GradientAverage(leaves, self._links.twins)
+            self._average = GradientAverage(leaves, self._links.twins, bucket_bytes)
         self._engine = TorchStage(
             Recomputed(self.module, self.stash) if recompute else self.module,
             self.stage,
             self.stages,
             self.device,
             self._ahead + 1 + receive_ahead,
-            self._loss,
+            loss_fn,
             self._links.pipeline,
         )
         self._prepared = False
@@ -228,10 +230,10 @@ class AsyncPipeline:
 
     def _through(self, inputs: Any) -> Any:
         side = self._links.side
-        hidden = (_to_device(inputs, self.device),) if self.is_first else side.receive(self.device)
-        output = self.module(*hidden)
+        hidden = _to_device(inputs, self.device) if self.is_first else side.receive(self.device)
+        output = run_stage(self.module, hidden)
         if not self.is_last:
-            side.send_on(output if isinstance(output, tuple) else (output,))
+            side.send_on(output)
         return output
 
     # ------------------------------------------------------------------ checkpoints
@@ -291,9 +293,6 @@ class AsyncPipeline:
         inputs, targets = self._batch(m * self.replicas + self.replica)
         return _to_device(inputs, self.device), _to_device(targets, self.device)
 
-    def _loss(self, output: Any, targets: Any) -> Tensor:
-        return self.loss_fn(output, targets)
-
     def _version(self, m: int) -> int:
         update = m // self.microbatches_per_update
         version = version_for_update(update, self.delay, drained_before(update, self.flush_every))
@@ -324,7 +323,7 @@ class AsyncPipeline:
                 with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
                     output = self._engine.forward(m, inputs)
                 if self.is_last:
-                    self._losses[m] = self._loss(output, targets)
+                    self._losses[m] = self.loss_fn(output, targets)
             if self._check_finite:
                 self._check(m, self._losses[m] if self.is_last else output)
         if self._links.outputs is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,11 @@ def set_learning_rate(optimizer: FusedOptimizer, recipe: Recipe, delay: int, upd
     factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
+
+
+def run_stage(module: nn.Module, hidden: Any) -> Any:
+    """The output of a stage; what the stage before gave as a tuple comes as several arguments."""
+    return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
 
 
 def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:

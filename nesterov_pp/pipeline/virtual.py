@@ -15,7 +15,7 @@ from nesterov_pp.pipeline.delays import stage_delays, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.schedule import drained_before
-from nesterov_pp.pipeline.stage import build_optimizer, random_state, set_learning_rate
+from nesterov_pp.pipeline.stage import build_optimizer, random_state, run_stage, set_learning_rate
 from nesterov_pp.stash import WeightStash
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -29,8 +29,8 @@ class VirtualPipeline:
     weights are those of the pipeline with P processes; with one stage, those of ordinary training.
 
     Args:
-        stages: the stage modules in order, each mapping the output of the one before to its own; or an
-            ``nn.Sequential`` with ``partition``.
+        stages: the stage modules in order, each mapping the output of the one before to its own, a tuple as several
+            arguments; or an ``nn.Sequential`` with ``partition``.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
         method: a name from ``recipes()``, or a ``Recipe``.
         lr: base learning rate; settable at any time as ``pipe.lr``.
@@ -111,7 +111,7 @@ class VirtualPipeline:
             for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
                 bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
                 with random_state(module, self.seed, i, self.microbatches):
-                    hidden = module(hidden)
+                    hidden = run_stage(module, hidden)
             loss = self.loss_fn(hidden, targets)
             loss.backward()  # type: ignore[no-untyped-call]
         self.microbatches += 1
@@ -126,7 +126,7 @@ class VirtualPipeline:
             with torch.no_grad():
                 hidden = inputs
                 for module in self.stages:
-                    hidden = module.eval()(hidden)
+                    hidden = run_stage(module.eval(), hidden)
                 return hidden
         finally:
             for module, training in zip(self.stages, modes, strict=True):

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from launch import finish, start
-from pipeline_worker import SCENARIOS, UPDATES, expected, k_of
+from pipeline_worker import (
+    SCENARIOS,
+    SHAPES,
+    TWO_REPLICAS,
+    UPDATES,
+    expected,
+    expected_of_replicas,
+    expected_of_shaped,
+    k_of,
+    shaped,
+)
+from tolerances import MANY_STEPS
 
 WORKER = Path(__file__).parents[1] / "pipeline_worker.py"
+
+
+def run(processes: int, folder: Path, names: Iterable[str]) -> None:
+    """The scenarios, one after the other, in the same processes."""
+    results = finish(start([str(WORKER), str(folder), ",".join(names)], processes), timeout=300)
+    assert [status for status, _ in results] == [0] * processes, "\n".join(output for _, output in results)
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Processes, and the folder where they left what came of all scenarios."""
     folder = tmp_path_factory.mktemp("outcomes")
-    results = finish(start([str(WORKER), str(folder), ",".join(SCENARIOS)], request.param), timeout=300)
-    assert [status for status, _ in results] == [0] * request.param, "\n".join(output for _, output in results)
+    run(request.param, folder, SCENARIOS)
     return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def of_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    run(3, folder, SHAPES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replicas")
+    run(4, folder, TWO_REPLICAS)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +73,37 @@ def test_equals_the_virtual_pipeline(outcomes: tuple[int, Path], name: str) -> N
     for rank in range(stages):
         theirs = wanted["weights"][rank]
         assert all(torch.equal(value, theirs[key]) for key, value in found[rank]["weights"].items())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
+    """Several tensors between stages, a stage without trainable parameters, bfloat16, an ``nn.Sequential`` cut here."""
+    stages, folder = 3, of_shapes
+    found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
+    if name == "by-time":  # where it was cut depends on the machine
+        assert all(torch.equal(f["outputs"], found[0]["outputs"]) for f in found)
+        assert found[-1]["losses"][-1] < found[-1]["losses"][0]
+        assert sum(len(f["weights"]) for f in found) == len(list(shaped(name, stages)[0].parameters()))
+        return
+    wanted = expected_of_shaped(name, stages)
+    if name == "tuples":  # two gradients of one tensor arrive apart, and are added in another order
+        assert found[-1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float32]["rtol"])
+        return
+    assert found[-1]["losses"] == wanted["losses"]
+    if name not in ("frozen", "bfloat16"):
+        assert all(torch.equal(f["outputs"], wanted["outputs"]) for f in found)
+    for ours, theirs in zip(found, wanted["weights"], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours["weights"], theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", TWO_REPLICAS)
+def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
+    """As one pipeline with microbatches twice as large, and both replicas bit for bit the same."""
+    found = [torch.load(of_replicas / f"{name}-{rank}.pt") for rank in range(4)]
+    wanted = expected_of_replicas(name)
+    assert found[1]["losses"] == found[3]["losses"]
+    assert found[1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float64]["rtol"])
+    for rank in range(4):
+        for key, value in found[rank]["weights"].items():
+            assert torch.equal(value, found[(rank + 2) % 4]["weights"][key])
+            torch.testing.assert_close(value, wanted["weights"][rank % 2][key], **MANY_STEPS[torch.float64])

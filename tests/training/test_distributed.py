@@ -121,20 +121,23 @@ def test_killed_processes_come_back_and_nothing_changes(
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments(run: list[str], tmp_path: Path, launch: Launch) -> None:
-    """At any moment of a process's life, from its first import to its last file."""
+    """At any moment of a process's life, from its first import to its last file, in as many runs as it takes."""
     draw = random.Random(4)
-    more = ["--microbatches", "12000"]
-    out = tmp_path / "run"
-    process = launch(*run, *more, "--checkpoint-every", "7", "--out", str(out), restarts=40)
-    for _ in range(30):
-        time.sleep(draw.uniform(1.0, 15.0))
-        assert process.poll() is None, process.communicate()[0]
-        alive = workers(process)
-        if alive:
-            kill(draw.choice(alive))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert_same(out, undisturbed(run, tmp_path / "alone", *more))
+    more = ["--microbatches", "1500"]
+    wanted = undisturbed(run, tmp_path / "alone", *more)
+    kills, runs = 0, 0
+    while kills < 30:
+        out = tmp_path / f"run-{runs}"
+        runs += 1
+        process = launch(*run, *more, "--checkpoint-every", "7", "--out", str(out), restarts=40)
+        while kills < 30 and process.poll() is None:
+            time.sleep(draw.uniform(1.0, 15.0))
+            for pid in draw.sample(alive, 1) if (alive := workers(process)) else []:
+                kill(pid)
+                kills += 1
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+        assert_same(out, wanted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
