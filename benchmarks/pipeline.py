@@ -135,7 +135,7 @@ def _activations(module: nn.Module, x: Tensor) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # an output that is kept as it is would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         output = module(x.requires_grad_())
