@@ -259,7 +259,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--memory", action="store_true", help="only the memory of four stages")
-    parser.add_argument("--trace", type=Path, help="draw a timeline of four stages into this folder, and nothing else")
+    parser.add_argument(
+        "--trace", type=Path, help="only draw a timeline, of one stage a core but at most four, into this folder"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -267,7 +269,7 @@ def main() -> None:
         worker(arguments.folder, arguments.worker)
         return
     if arguments.trace:
-        timeline.write(run("trace", 4)[0], arguments.trace)
+        timeline.write(run("trace", min(4, len(os.sched_getaffinity(0))))[0], arguments.trace)
         return
     if arguments.memory:
         print(memory_row(run("memory", 4)))

@@ -39,9 +39,9 @@ def draw(events: Sequence[Event], path: Path) -> None:
             axes.text(left + width / 2, -e.stage, str(e.number), ha="center", va="center", fontsize=6, clip_on=True)
     axes.set_yticks([-k for k in range(stages)], [f"stage {k}" for k in range(stages)])
     axes.set_xlabel("milliseconds")
-    axes.set_xlim(left=0.0)
+    axes.set_xlim(0.0, 1e3 * (max(e.end for e in events) - start))
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [Patch(color=colour, label=kind) for kind, colour in _COLOURS.items()]
-    axes.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.25), frameon=False)
+    axes.legend(handles=handles, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / stages), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
