@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def stages(count: int = STAGES) -> list[nn.Module]:
 
 def batch(m: int) -> tuple[Tensor, Tensor]:
     """Noise in, noise out; the input's gradient is not needed."""
-    x = torch.randn(BATCH, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(m % 8))
+    return _noise(m % 8)
+
+
+@cache
+def _noise(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(seed))
     return x, x.roll(1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | analyze | methods | info``."""
+"""The command line: ``python -m nesterov_pp train | compare | analyze | reshard | methods | info``."""
 
 from __future__ import annotations
 
@@ -95,11 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "train with several methods and seeds, and put them into one table")
     sub.add_argument("--methods", type=_typed(_names), metavar="A,B,...", help="methods; default: those of the demo")
     sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
-    sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
+    sub.add_argument("--jobs", type=_typed(_count), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
     add_settings(sub, "method", "seed")
     sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
     analysis_arguments(sub, _typed)
+    sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
+    sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    sub.add_argument("--stages", type=_typed(_count), required=True, metavar="N", help="stages of the new run")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new run, empty or absent")
+    sub.add_argument("--one-process", action="store_true", help="for one process; default: one for each stage")
     command("methods", _methods, "list the methods")
     command("info", _info, "versions, and which backends are available and why")
     return parser
@@ -130,7 +135,7 @@ def _seeds(text: str) -> list[int]:
     return [int(name) for name in _names(text)]
 
 
-def _jobs(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"needs a whole number of at least 1, not {text!r}")
     return int(text)
@@ -194,6 +199,14 @@ def _analyze(arguments: dict[str, Any]) -> None:
     picture = command.analyze(console, **arguments)
     write_atomic(path, lambda file: file.write(picture))
     console.print(f"The plot is {path}.", soft_wrap=True)
+
+
+def _reshard(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.training.reshard import reshard
+
+    one_process = arguments.pop("one_process", False)
+    print(reshard(arguments["run"], arguments["stages"], arguments["out"], one_process=one_process))
 
 
 def _methods(_: dict[str, Any]) -> None:

@@ -62,6 +62,11 @@ def checkpoints(folder: Path, part: str = "") -> list[Path]:
     return sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}{part}.pt"))
 
 
+def stage_part(stage: int, stages: int) -> str:
+    """How the checkpoint of one stage (from 0) is marked in its name."""
+    return f".stage-{stage + 1}-of-{stages}"
+
+
 def microbatch_of(path: Path) -> int:
     """The microbatches done before a checkpoint."""
     return int(path.name[len(_PREFIX) :][:_DIGITS])

@@ -158,7 +158,7 @@ class StageDriver:
         return f"torchrun --nproc-per-node {self.processes} -m nesterov_pp train --resume --out {out}"
 
     def _part(self) -> str:
-        return f".stage-{self.pipe.stage + 1}-of-{self.stages}"
+        return checkpoint.stage_part(self.pipe.stage, self.stages)
 
     def _keep(self) -> None:
         self.pipe.keep_for((self.pipe.updates // self._every + 1) * self._every)
