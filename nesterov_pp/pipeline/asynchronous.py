@@ -17,7 +17,7 @@ from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
-from nesterov_pp.pipeline.stage import build_optimizer, random_state, run_stage, set_learning_rate
+from nesterov_pp.pipeline.stage import build_optimizer, gpus_of, random_state, run_stage, set_learning_rate
 from nesterov_pp.pipeline.timeline import Timeline
 from nesterov_pp.pipeline.transport import Channel, Links
 from nesterov_pp.pipeline.world import PipelineError, World
@@ -133,6 +133,7 @@ class AsyncPipeline:
             backend=backend,
         )
         self.device = torch.device(device) if device is not None else _device_of(self.module)
+        self._gpus = gpus_of(self.module)
         self._links = Links(world, self.stages, replicas, backlog=self._ahead + 3)
         self._average = None
         if self._links.twins is not None and self.optimizer is not None:
@@ -320,7 +321,7 @@ class AsyncPipeline:
             with ExitStack() as bound:
                 bound.enter_context(self._versions.use(self._version(m), self.recipe.backward))
                 bound.enter_context(self._autocasting())
-                with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
+                with random_state(self.seed, self.stage, m * self.replicas + self.replica, self._gpus):
                     output = self._engine.forward(m, inputs)
                 if self.is_last:
                     self._losses[m] = self.loss_fn(output, targets)

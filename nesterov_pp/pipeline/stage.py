@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,12 +50,24 @@ def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
 
 
 @contextmanager
-def random_state(module: nn.Module, seed: int | None, stage: int, microbatch: int) -> Iterator[None]:
-    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state."""
+def random_state(seed: int | None, stage: int, microbatch: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state.
+
+    ``devices``: GPUs that the stage computes on.
+    """
     if seed is None:
         yield
         return
-    devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(microbatch_seed(seed, stage, microbatch))
+        own = microbatch_seed(seed, stage, microbatch)
+        # torch.manual_seed would also note itself, and a stack trace, for every kind of device that is not in use.
+        torch.default_generator.manual_seed(own)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own)
         yield
+
+
+def gpus_of(module: nn.Module) -> list[torch.device]:
+    """Where a stage computes, as far as that is on GPUs."""
+    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)

@@ -15,7 +15,7 @@ from nesterov_pp.pipeline.delays import stage_delays, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.schedule import drained_before
-from nesterov_pp.pipeline.stage import build_optimizer, random_state, run_stage, set_learning_rate
+from nesterov_pp.pipeline.stage import build_optimizer, gpus_of, random_state, run_stage, set_learning_rate
 from nesterov_pp.stash import WeightStash
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -80,6 +80,7 @@ class VirtualPipeline:
         self.delays = delays if recipe.delayed else [0] * len(self.stages)
         self.microbatches = 0
         self.optimizer_seconds = 0.0
+        self._gpus = [gpus_of(module) for module in self.stages]
         self.stashes = [WeightStash(m, tau + 1) for m, tau in zip(self.stages, self.delays, strict=True)]
         self.optimizers: list[FusedOptimizer | None] = []
         for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
@@ -110,7 +111,7 @@ class VirtualPipeline:
             hidden = inputs
             for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
                 bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
-                with random_state(module, self.seed, i, self.microbatches):
+                with random_state(self.seed, i, self.microbatches, self._gpus[i]):
                     hidden = run_stage(module, hidden)
             loss = self.loss_fn(hidden, targets)
             loss.backward()  # type: ignore[no-untyped-call]
