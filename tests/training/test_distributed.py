@@ -201,7 +201,8 @@ def test_a_port_in_use_is_named(run: list[str], tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (["--stages", "3"], "--stages 3 needs 3 processes, and torchrun has started 2; leave --stages out"),
-        (["--layers", "1"], "1 layers cannot fill 2 stages"),
+        (["--diagnostics", "5"], "--diagnostics looks at all stages, so it needs them in one process"),
+        pytest.param(["--layers", "1"], "1 layers cannot fill 2 stages", marks=pytest.mark.slow),
         pytest.param(["--replicas", "3"], "2 processes cannot be divided into 3 replicas", marks=pytest.mark.slow),
         pytest.param(["--method", "adam"], "unknown method 'adam'; choose one of", marks=pytest.mark.slow),
     ],
