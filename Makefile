@@ -87,7 +87,7 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 COVERED := build/coverage
 coverage: setup ## which lines the tests run: tables of Python and C++
 	rm -rf $(COVERED) && mkdir -p $(COVERED)
-	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
+	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs examples setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
 	rm -f $(COVERED)/nesterov_pp/_C*
 	sed 's/"-O3"/"-O0"/; s/"-g0"/"-g"/' setup.py > $(COVERED)/setup.py
 	cd $(COVERED) && CFLAGS="--coverage" LDFLAGS="--coverage" ../../$(BIN)/python setup.py -q build_ext --inplace

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,9 +39,12 @@ def launch() -> Iterator[Launch]:
     """``torchrun -m nesterov_pp train``; nothing it started outlives the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: str, processes: int = STAGES, restarts: int = 0) -> subprocess.Popen[str]:
+    def run(
+        *arguments: str, processes: int = STAGES, restarts: int = 0, together: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--max-restarts", str(restarts), "--master-port", str(free_port()), "-m", "nesterov_pp", "train"]
+        launcher += together or ["--master-port", str(free_port())]
+        launcher += ["--max-restarts", str(restarts), "-m", "nesterov_pp", "train"]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
             [*launcher, *arguments],
@@ -138,6 +141,20 @@ def test_thirty_kills_at_random_moments(run: list[str], tmp_path: Path, launch: 
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         assert_same(out, wanted)
+
+
+@pytest.mark.slow
+def test_two_launchers_as_on_two_machines(run: list[str], tmp_path: Path, launch: Launch) -> None:
+    """A process of one of them is killed; both start theirs again, although only one counts a restart."""
+    out, more = tmp_path / "run", ["--microbatches", "300"]
+    together = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    arguments = [*run, *more, "--checkpoint-every", "3", "--out", str(out)]
+    pair = [launch(*arguments, processes=STAGES // 2, restarts=3, together=together) for _ in range(2)]
+    wait_for(pair[1], out, 60)
+    kill(workers(pair[1])[0])
+    outputs = [process.communicate(timeout=180)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "".join(outputs)
+    assert_same(out, undisturbed(run, tmp_path / "alone", *more))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
