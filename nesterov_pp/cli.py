@@ -168,8 +168,12 @@ def _train(arguments: dict[str, Any]) -> None:
 
 def _compare(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.pipeline.world import launched
     from nesterov_pp.training.compare import compare
+    from nesterov_pp.training.config import UserError
 
+    if launched():
+        raise UserError("compare starts processes of its own; leave torchrun out")
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
     own = {name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume") if name in given}

@@ -49,9 +49,14 @@ def bad_arguments(world: World) -> None:
             print(f"refused: {error}", flush=True)
     pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 3, world, method="gpipe-1")
     saved = pipe.state_dict()
-    for name, value in (("method", "other"), ("stage", 9), ("delays", [9])):
+    for foreign in (
+        {**saved, "method": "other"},
+        {**saved, "stage": 9},
+        {**saved, "delays": [9]},
+        {"state": {}, "param_groups": []},
+    ):
         try:
-            pipe.load_state_dict({**saved, name: value})
+            pipe.load_state_dict(foreign)
         except ValueError as error:
             print(f"refused: {error}", flush=True)
     while pipe.microbatches < 3:

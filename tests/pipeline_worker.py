@@ -110,6 +110,23 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
     return {"losses": losses, "weights": [m.state_dict() for m in modules]}
 
 
+def run_on_gpus(world: World, _: str) -> dict[str, Any]:
+    """A GPU for each stage."""
+    torch.cuda.set_device(world.rank)
+    modules = model(world.size, dropout=0.1, dtype=torch.float32)
+    device = f"cuda:{world.rank}"
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, UPDATES, world, device=device, **BASE)
+    losses = [float(loss) for _ in range(UPDATES) if (loss := pipe.step()) is not None]
+    return {"losses": losses, "weights": {n: w.cpu() for n, w in pipe.module.state_dict().items()}}
+
+
+def expected_on_gpu(stages: int) -> dict[str, Any]:
+    modules = [m.cuda() for m in model(stages, dropout=0.1, dtype=torch.float32)]
+    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE)
+    losses = [float(pipe.step(*(t.cuda() for t in microbatch(m)))) for m in range(UPDATES)]
+    return {"losses": losses, "weights": [m.cpu().state_dict() for m in modules]}
+
+
 class WithSkip(nn.Module):
     """Passes on what it was given, a count that needs no gradient, and its output."""
 
@@ -198,7 +215,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with connect(timeout=60) as world:
         for name in names:
-            act = run_replicas if name in TWO_REPLICAS else run_shaped if name in SHAPES else run
+            others = {
+                **dict.fromkeys(TWO_REPLICAS, run_replicas),
+                **dict.fromkeys(SHAPES, run_shaped),
+                "gpus": run_on_gpus,
+            }
+            act = others.get(name, run)
             torch.save(act(world, name), folder / f"{name}-{world.rank}.pt")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
 from nesterov_pp.pipeline.stage import build_optimizer, gpus_of, random_state, run_stage, set_learning_rate
+from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
 from nesterov_pp.pipeline.timeline import Timeline
 from nesterov_pp.pipeline.transport import Channel, Links
 from nesterov_pp.pipeline.world import PipelineError, World
@@ -132,7 +133,7 @@ class AsyncPipeline:
             max_grad_norm=max_grad_norm,
             backend=backend,
         )
-        self.device = torch.device(device) if device is not None else _device_of(self.module)
+        self.device = torch.device(device) if device is not None else device_of(self.module)
         self._gpus = gpus_of(self.module)
         self._links = Links(world, self.stages, replicas, backlog=self._ahead + 3)
         self._average = None
@@ -231,7 +232,7 @@ class AsyncPipeline:
 
     def _through(self, inputs: Any) -> Any:
         side = self._links.side
-        hidden = _to_device(inputs, self.device) if self.is_first else side.receive(self.device)
+        hidden = to_device(inputs, self.device) if self.is_first else side.receive(self.device)
         output = run_stage(self.module, hidden)
         if not self.is_last:
             side.send_on(output)
@@ -292,7 +293,7 @@ class AsyncPipeline:
 
     def _asked(self, m: int) -> tuple[Any, Tensor]:
         inputs, targets = self._batch(m * self.replicas + self.replica)
-        return _to_device(inputs, self.device), _to_device(targets, self.device)
+        return to_device(inputs, self.device), to_device(targets, self.device)
 
     def _version(self, m: int) -> int:
         update = m // self.microbatches_per_update
@@ -325,8 +326,9 @@ class AsyncPipeline:
                     output = self._engine.forward(m, inputs)
                 if self.is_last:
                     self._losses[m] = self.loss_fn(output, targets)
-            if self._check_finite:
-                self._check(m, self._losses[m] if self.is_last else output)
+            if self._check_finite and not is_finite(self._losses[m] if self.is_last else output):
+                what = f"the loss is {float(self._losses[m])}" if self.is_last else "an activation is not finite"
+                raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
         if self._links.outputs is not None:
             self._links.outputs.send(m, self._engine.outputs(m))
 
@@ -361,29 +363,5 @@ class AsyncPipeline:
                 self._versions.step(self.optimizer, version, self.microbatches_per_update)
         self.optimizer_seconds += time.perf_counter() - begin
 
-    def _check(self, m: int, output: Any) -> None:
-        for tensor in output if isinstance(output, tuple) else (output,):
-            # A sum that is finite has finite terms; only one that is not needs a closer look.
-            total = tensor.detach().sum(dtype=torch.float32) if tensor.is_floating_point() else None
-            if total is not None and not torch.isfinite(total) and not torch.isfinite(tensor).all():
-                what = f"the loss is {float(tensor)}" if self.is_last else "an activation is not finite"
-                raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
-
-    @contextmanager
-    def _autocasting(self) -> Iterator[None]:
-        if self._autocast is None:
-            yield
-        else:
-            with torch.autocast(self.device.type, self._autocast):
-                yield
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return tuple(_to_device(part, device) for part in value) if isinstance(value, tuple) else value
+    def _autocasting(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)

@@ -118,6 +118,8 @@ class StageState:
     def load(self, state: dict[str, Any]) -> None:
         """Raises: ValueError: it is of another stage or run."""
         pipe = self._pipe
+        if not isinstance(state, dict) or not {"stash", "kept", "optimizer", "buffers", "microbatches"} <= state.keys():
+            raise ValueError("load_state_dict takes what AsyncPipeline.state_dict() returned")
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"the saved stage has {name} {state.get(name)!r}, this one {value!r}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from nesterov_pp.pipeline.tensors import to_device
 from nesterov_pp.pipeline.world import PipelineError, World
 
 Messages = list[tuple[Tensor, int]]
@@ -111,29 +112,21 @@ class Side:
     def send_on(self, value: Any) -> None:
         """To the next stage."""
         with self._world.explained("evaluating"):
-            dist.send_object_list([_to(value, "cpu")], self._ranks[self._stage + 1], self._group)
+            dist.send_object_list([to_device(value, "cpu")], self._ranks[self._stage + 1], self._group)
 
     def receive(self, device: torch.device) -> Any:
         """From the stage before."""
         box: list[Any] = [None]
         with self._world.explained("evaluating"):
             dist.recv_object_list(box, self._ranks[self._stage - 1], self._group)
-        return _to(box[0], device)
+        return to_device(box[0], device)
 
     def broadcast(self, value: Any, stage: int, device: torch.device) -> Any:
         """``value`` of one stage, on all stages."""
-        box = [_to(value, "cpu")]
+        box = [to_device(value, "cpu")]
         with self._world.explained("predicting"):
             dist.broadcast_object_list(box, self._ranks[stage], self._group)
-        return _to(box[0], device)
-
-
-def _to(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_to(part, device) for part in value)
-    return value
+        return to_device(box[0], device)
 
 
 class Links:

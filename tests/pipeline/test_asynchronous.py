@@ -17,6 +17,7 @@ from pipeline_worker import (
     expected,
     expected_of_replicas,
     expected_of_shaped,
+    expected_on_gpu,
     k_of,
     shaped,
 )
@@ -120,3 +121,13 @@ def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
         for key, value in found[rank]["weights"].items():
             assert torch.equal(value, found[(rank + 2) % 4]["weights"][key])
             torch.testing.assert_close(value, wanted["weights"][rank % 2][key], **MANY_STEPS[torch.float64])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_for_each_stage(tmp_path: Path) -> None:
+    run(2, tmp_path, ["gpus"])
+    found, wanted = [torch.load(tmp_path / f"gpus-{rank}.pt") for rank in range(2)], expected_on_gpu(2)
+    assert found[1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float32]["rtol"])
+    for ours, theirs in zip(found, wanted["weights"], strict=True):
+        for name, value in ours["weights"].items():
+            torch.testing.assert_close(value, theirs[name], **MANY_STEPS[torch.float32])

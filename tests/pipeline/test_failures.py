@@ -74,6 +74,7 @@ def test_bad_arguments() -> None:
             "the saved stage has method 'other', this one 'gpipe-1'",
             f"the saved stage has stage 9, this one {rank}",
             "the saved stage has delays [9], this one [0, 0, 0]",
+            "load_state_dict takes what AsyncPipeline.state_dict() returned",
             "the run of 3 microbatches is over",
             "load_state_dict comes before the first step",
         ]
