@@ -110,7 +110,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
                        std::vector<std::vector<at::Tensor>> slots, std::vector<at::Tensor> exp_avgs,
                        std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
-                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products) {
+                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, bool corrects, int kind,
+                       std::vector<at::Tensor> means, std::vector<at::Tensor> besides) {
              Tensors tensors{std::move(names),
                              std::move(numbers),
                              std::move(groups),
@@ -119,12 +120,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                              std::move(exp_avg_sqs),
                              {},
                              std::move(steps),
-                             std::move(mu_products)};
+                             std::move(mu_products),
+                             corrects,
+                             static_cast<nesterov_pp::Kind>(kind),
+                             std::move(means),
+                             std::move(besides)};
              for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
              return tensors;
            }),
            py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
-           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"));
+           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"),
+           py::arg("corrects") = false, py::arg("kind") = 0, py::arg("means") = std::vector<at::Tensor>(),
+           py::arg("besides") = std::vector<at::Tensor>());
 
   py::class_<Plan>(m, "Plan")
       .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
@@ -139,7 +146,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("grads_of"), py::arg("source"), py::arg("target"))
       .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_parameter", &Plan::nonfinite_parameter)
-      .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"), py::call_guard<py::gil_scoped_release>());
+      .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"),
+           py::arg("corrections") = std::vector<nesterov_pp::CorrectionRow>(),
+           py::call_guard<py::gil_scoped_release>());
 
   py::class_<Launch>(m, "Launch", "What a kernel is launched with for the tensors that agree in dtypes.")
       .def_readonly("table", &Launch::table)

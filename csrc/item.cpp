@@ -68,13 +68,15 @@ void check_dtypes(const Item& item, bool stochastic) {
   const auto dtypes = known_dtypes(item);
   // The pass that most parameters take, without asking for it.
   const bool plain = dtypes && dtypes->weight == dtypes->grad && dtypes->moment == dtypes->weight;
-  if (plain && !stochastic) return;
+  if (plain && !stochastic && item.late == nullptr) return;
   if (!dtypes || cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, false) == nullptr)
     fail("the first moment of ", *item.name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
          item.weight->scalar_type(),
          " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
   if (stochastic && cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, true) == nullptr)
     fail(*item.name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
+  if (item.late != nullptr && cpu::corrected_kernel(cpu::Isa::kBaseline, *dtypes, true, Kind::kNone) == nullptr)
+    fail(*item.name, " or its moments are Half, for which there is no corrected pass; use BFloat16 or Float");
 }
 
 }  // namespace
@@ -102,11 +104,23 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
   }
   if (item.master != nullptr) {
     check_beside(name, "master weight", weight, *item.master);
-    if (item.master->scalar_type() != at::kFloat)
+    if (item.late != nullptr)
+      check_dtype(name, "master weight", weight, *item.master);
+    else if (item.master->scalar_type() != at::kFloat)
       fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
   }
   check_beside(name, "first moment", weight, *item.exp_avg);
   check_dtypes(item, stochastic);
+  if (item.mean != nullptr) {
+    check_beside(name, "running mean", weight, *item.mean);
+    if (item.mean->dtype() != item.exp_avg->dtype())
+      fail("the running mean of ", name, " is ", item.mean->scalar_type(), ", but the first moment is ",
+           item.exp_avg->scalar_type());
+  }
+  if (item.beside != nullptr) {
+    check_beside(name, "copy beside the ring", weight, *item.beside);
+    check_dtype(name, "copy beside the ring", weight, *item.beside);
+  }
   if (item.exp_avg_sq == nullptr) return;
   check_beside(name, "second moment", weight, *item.exp_avg_sq);
   if (item.exp_avg_sq->dtype() != item.exp_avg->dtype())
@@ -131,9 +145,12 @@ cpu::Task task_of(const Item& item) {
   task.run.grad = elements(*item.grad);
   task.run.exp_avg = writable(*item.exp_avg);
   if (task.adaptive) task.run.exp_avg_sq = writable(*item.exp_avg_sq);
+  if (item.late != nullptr) task.run.late = elements(*item.late);
+  if (item.mean != nullptr) task.run.mean = writable(*item.mean);
+  if (item.beside != nullptr) task.run.ahead = writable(*item.beside);
   if (item.master != nullptr) {
     task.run.weight = task.run.weight_out = writable(*item.master);
-    task.run.copy = writable(*item.next);
+    (item.late != nullptr ? task.run.ahead : task.run.copy) = writable(*item.next);
   } else if (moves(item)) {
     task.run.weight = elements(*item.weight);
     task.run.weight_out = writable(*item.next);
@@ -150,7 +167,8 @@ void note_writes(const Item& item) {
   if (!steps) return;
   note(*item.exp_avg);
   if (item.exp_avg_sq != nullptr) note(*item.exp_avg_sq);
-  if (item.master != nullptr) note(*item.master);
+  for (const at::Tensor* written : {item.master, item.mean, item.beside})
+    if (written != nullptr) note(*written);
 }
 
 }  // namespace nesterov_pp

@@ -19,6 +19,10 @@ struct Item {
   const at::Tensor* exp_avg;
   const at::Tensor* exp_avg_sq;  // null: the rule has none
   const at::Tensor* master;      // null, or the float32 weights that are stepped, of which `next` takes a copy
+  // Of corrected steps alone. A master of theirs is in the weights' dtype, and `next` takes what is predicted of it.
+  const at::Tensor* late = nullptr;    // the weights of the gradient
+  const at::Tensor* mean = nullptr;    // null: the correction has none
+  const at::Tensor* beside = nullptr;  // null, or what takes the prediction instead of `next`
 };
 
 // Throws std::invalid_argument naming the parameter unless its tensors can be passed over as one flat run: on `device`,

@@ -21,11 +21,12 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
 
-void compute(const std::vector<cpu::Task>& tasks, const std::vector<Row>& rows) {
+void compute(const std::vector<cpu::Task>& tasks, const std::vector<Row>& rows,
+             const std::vector<Correction<double>>& corrections) {
   std::vector<Coefficients<double>> coefficients;
   coefficients.reserve(rows.size());
   for (const Row& r : rows) coefficients.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
-  cpu::run(tasks, coefficients);
+  cpu::run(tasks, coefficients, corrections);
 }
 
 // Below twice as many tensors waking the other threads costs more than it saves.
@@ -65,7 +66,7 @@ void run(const std::vector<Item>& items, at::IntArrayRef row_of, const std::vect
     tasks.push_back(task_of(items[i]));
     if (tasks[i].row != cpu::kCarried) tasks[i].row = row_of[i];
   }
-  compute(tasks, rows);
+  compute(tasks, rows, {});
   for (const Item& item : items) note_writes(item);
 }
 
@@ -79,7 +80,9 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
   const auto fits = [n](const auto& list) { return list.size() == n; };
   bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) &&
               (t_.steps.empty() || fits(t_.steps)) && !t_.slots.empty() &&
-              (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) && (t_.mu_products.empty() || fits(t_.mu_products));
+              (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) && (t_.mu_products.empty() || fits(t_.mu_products)) &&
+              (t_.besides.empty() || fits(t_.besides)) &&
+              (t_.corrects && has_mean(t_.kind) ? fits(t_.means) : t_.means.empty());
   for (const auto& slot : t_.slots) same = same && fits(slot);
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
@@ -91,7 +94,10 @@ Item Plan::item(size_t i, const at::Tensor& grad) const {
           &grad,
           &t_.exp_avgs[i],
           t_.exp_avg_sqs.empty() ? nullptr : &t_.exp_avg_sqs[i],
-          t_.masters[i].defined() ? &t_.masters[i] : nullptr};
+          t_.masters[i].defined() ? &t_.masters[i] : nullptr,
+          t_.corrects ? &t_.slots[grads_of_][i] : nullptr,
+          t_.means.empty() ? nullptr : &t_.means[i],
+          t_.besides.empty() ? nullptr : &t_.besides[i]};
 }
 
 // [note: memory before it is needed]
@@ -126,6 +132,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
     fail("slot ", std::max({grads_of, from, to}), " of a ring of ", t_.slots.size(), " slots does not exist");
   const size_t n = t_.names.size();
   collected_ = false;
+  grads_of_ = grads_of;
   from_ = from;
   to_ = to;
   grads_.assign(n, at::Tensor());
@@ -164,6 +171,7 @@ void Plan::gather(size_t i, size_t grads_of) {
   check(item, seed_.has_value(), device_);
   tasks_[i] = task_of(item);
   tasks_[i].stochastic = seed_.has_value();
+  tasks_[i].kind = t_.kind;
   if (!grad.defined() || steps_.empty()) return;
   const std::string& name = t_.names[i];
   counts_[i] = {t_.groups[i], steps_.read(i, name), mu_products_.empty() ? 1.0 : mu_products_.read(i, name)};
@@ -191,7 +199,7 @@ std::string Plan::nonfinite_parameter() const {
   return "";
 }
 
-void Plan::pass(const std::vector<Row>& rows) { compute(tasks_, rows); }
+void Plan::pass(const std::vector<Row>& rows) { compute(tasks_, rows, corrections_); }
 
 bool Plan::note_written(size_t i) const {
   // A count of versions is behind its tensor, and increments wait for each other where reads do not.
@@ -212,11 +220,17 @@ void Plan::finish() {
   grads_.clear();
 }
 
-void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products) {
+void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_products,
+                 const std::vector<CorrectionRow>& corrections) {
   if (!collected_) fail("apply() runs the step that collect() has prepared; call collect() first");
   if (rows.size() != classes_.size() || mu_products.size() != classes_.size())
     fail("a step of ", classes_.size(), " classes takes ", classes_.size(), " rows and mu_products, not ", rows.size(),
          " and ", mu_products.size());
+  if (corrections.size() != (t_.corrects ? classes_.size() : 0))
+    fail("a step takes a row of corrections for each class of corrected tensors, and none else, not ",
+         corrections.size());
+  corrections_.clear();
+  for (const CorrectionRow& r : corrections) corrections_.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
   pass(rows);
   for_each_tensor(tasks_.size(), [&](size_t i) {
     if (!note_written(i)) return;

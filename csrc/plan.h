@@ -16,6 +16,7 @@
 namespace nesterov_pp {
 
 using Row = std::array<double, kCoefficients>;
+using CorrectionRow = std::array<double, kCorrections>;
 
 // One pass over checked items on the CPU; item i takes row row_of[i].
 void run(const std::vector<Item>& items, at::IntArrayRef row_of, const std::vector<Row>& rows);
@@ -40,6 +41,10 @@ struct Tensors {
   std::vector<int64_t> groups;
   std::vector<std::vector<at::Tensor>> slots;
   std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products;
+  // Of corrected steps; both lists are empty where there are none.
+  bool corrects = false;
+  Kind kind = Kind::kNone;
+  std::vector<at::Tensor> means, besides;
 };
 
 // On the CPU; device/plan.h for others.
@@ -61,8 +66,10 @@ class Plan {
   // The first parameter whose gradient is not finite everywhere; empty if there is none.
   std::string nonfinite_parameter() const;
 
-  // Runs the step collected, with one row and one new mu_product for each class, and counts it.
-  void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products);
+  // Runs the step collected, with one row and one new mu_product for each class, and counts it. `corrections` has a row
+  // for each class of corrected tensors, none for others.
+  void apply(const std::vector<Row>& rows, const std::vector<double>& mu_products,
+             const std::vector<CorrectionRow>& corrections);
 
  protected:
   // Notes the writes of the pass that was started; returns whether parameter i was stepped. Of several threads at once.
@@ -82,10 +89,12 @@ class Plan {
 
   bool collected_ = false;
   // Of the step collected.
-  size_t from_ = 0, to_ = 0;       // slots
+  size_t from_ = 0, to_ = 0;  // slots
+  size_t grads_of_ = 0;
   std::vector<at::Tensor> grads_;  // undefined where a parameter has none
   std::vector<cpu::Task> tasks_;
   std::vector<StepClass> classes_;
+  std::vector<Correction<double>> corrections_;  // of the classes, from `apply` on
 
  private:
   // All that is known of parameter i in a step. Of several threads at once, each for its own i.

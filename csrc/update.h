@@ -71,4 +71,79 @@ NPP_HD V update(const Coefficients<T>& c, const V& w, const V& grad, V& m, V& v)
   return w - (c.decay * w + direction);
 }
 
+// [note: corrections of late gradients]
+// What a step may add to the update above, with the weights `late` that the gradient was computed with and, for some, a
+// running mean beside the moments; nesterov_pp/kernels/corrections.py has the equations. The order of both is theirs.
+enum class Kind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
+
+NPP_HD constexpr bool has_mean(Kind kind) {
+  return kind == Kind::kAdaptiveDelayCompensation || kind == Kind::kGap || kind == Kind::kDiscrepancy;
+}
+NPP_HD constexpr bool compares(Kind kind) { return kind != Kind::kNone && kind != Kind::kDiscrepancy; }
+
+template <class T>
+struct Correction {
+  T strength;
+  T mean_complement;
+  T inv_bias;
+  T eps;
+  T ahead_last;
+  T ahead_momentum;
+  T ahead_mean;
+
+  template <class U>
+  NPP_HD Correction<U> as() const {
+    return {U(strength), U(mean_complement), U(inv_bias), U(eps), U(ahead_last), U(ahead_momentum), U(ahead_mean)};
+  }
+};
+
+constexpr int kCorrections = 7;
+static_assert(sizeof(Correction<double>) == kCorrections * sizeof(double), "plain row of scalars");
+
+#if defined(__CUDACC__)
+NPP_HD float absolute(float x) { return fabsf(x); }
+NPP_HD double absolute(double x) { return fabs(x); }
+#else
+NPP_HD float absolute(float x) { return __builtin_fabsf(x); }
+NPP_HD double absolute(double x) { return __builtin_fabs(x); }
+#endif
+
+template <class V>
+NPP_HD V absolute(const V& x) {
+  V result;
+  for (unsigned k = 0; k < sizeof(V) / sizeof(x[0]); ++k) result[k] = absolute(x[k]);
+  return result;
+}
+
+// As `update`; also updates `mean` in place, where the kind has one, and writes the predicted weights to `ahead`.
+template <Kind kKind, bool kAdaptive, class T, class V>
+NPP_HD V corrected_update(const Coefficients<T>& c, const Correction<T>& x, const V& w, const V& late, const V& grad,
+                          V& m, V& v, V& mean, V& ahead) {
+  V g = c.grad_scale * grad + c.l2 * w;
+  V decay = c.decay * w;
+  if constexpr (kKind == Kind::kDelayCompensation) g = g + x.strength * g * g * (w - late);
+  if constexpr (kKind == Kind::kAdaptiveDelayCompensation) {
+    mean = mean + x.mean_complement * (g * g - mean);
+    g = g + x.strength / square_root(mean + x.eps) * g * g * (w - late);
+  }
+  if constexpr (kKind == Kind::kGap) {
+    const V gap = T(1) + absolute(w - late) / (square_root(mean * x.inv_bias) + x.eps);
+    g = g / gap;
+    decay = decay / gap;
+  }
+  m = m + c.beta1_complement * (g - m);
+  V direction = c.c_grad * g + c.c_momentum * m, momentum = m;
+  if constexpr (kAdaptive) {
+    v = v + c.beta2_complement * (g * g - v);
+    const V denominator = square_root(v * c.inv_bias2) + c.eps;
+    direction = direction / denominator;
+    momentum = m / denominator;
+  }
+  const V next = w - (decay + direction);
+  if constexpr (kKind == Kind::kGap) mean = mean + x.mean_complement * (direction * direction - mean);
+  if constexpr (kKind == Kind::kDiscrepancy) mean = mean + x.mean_complement * ((next - w) - mean);
+  ahead = next + (x.ahead_last * (next - w) - x.ahead_momentum * momentum + x.ahead_mean * mean);
+  return next;
+}
+
 }  // namespace nesterov_pp

@@ -10,19 +10,32 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
 import nesterov_pp
 from nesterov_pp.kernels import available_backends, extension
-from nesterov_pp.pipeline import Recipe, recipes
+from nesterov_pp.methods.costs import delays_taken, extra_versions, of_step
+from nesterov_pp.pipeline import recipes
 
 _PROGRAM = "nesterov_pp"
 COMPARED: dict[str, Any] = {"methods": ["nesterov", "pipedream", "gpipe", "gpipe-1"], "seeds": [0, 1, 2]}
 """What ``compare`` compares by default."""
 
-PRESETS: dict[str, dict[str, Any]] = {"demo": {"microbatches": 2400, "context": 32, "lr": 2e-3}}
+SGD_METHODS = ("nesterov-sgd", "spectrain", "dana-zero", "dana-slim", "dana-dc")
+"""Methods without a preconditioner: a language model needs quite other learning rates for them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {"microbatches": 2400, "context": 32, "lr": [2e-3]},
+    "small": {
+        "methods": [name for name in recipes() if name not in (*SGD_METHODS, "gba")],
+        "microbatches": 2400,
+        "context": 32,
+        "lr": [1e-3, 3e-3],
+        "sample_length": 0,
+    },
+}
 """Settings of ``compare`` under a name; a flag that is given wins over the preset's."""
 
 
@@ -97,7 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
     sub.add_argument("--jobs", type=_typed(_count), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
-    add_settings(sub, "method", "seed")
+    for name, parse, many in (
+        ("lr", _rates, "several: each method's best"),
+        ("stages", _depths, "several: a table each"),
+    ):
+        setting = shown[name]
+        what = f"{setting.metadata['help']} (default: {setting.default}); {many}"
+        sub.add_argument(f"--{name}", type=_typed(parse), metavar="X[,...]", help=what)
+    add_settings(sub, "method", "seed", "lr", "stages")
     sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
     analysis_arguments(sub, _typed)
     sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
@@ -133,6 +153,22 @@ def _seeds(text: str) -> list[int]:
     if not all(name.isdecimal() for name in _names(text)):
         raise ValueError(f"needs whole numbers of at least 0 with commas between them, not {text!r}")
     return [int(name) for name in _names(text)]
+
+
+def _rates(text: str) -> list[float]:
+    return [_setting("lr")(name) for name in _names(text)]
+
+
+def _depths(text: str) -> list[int]:
+    return [_setting("stages")(name) for name in _names(text)]
+
+
+def _setting(name: str) -> Callable[[str], Any]:
+    """How a setting of a run is read."""
+    from nesterov_pp.training.config import Config
+
+    (parse,) = (f.metadata["parse"] for f in fields(Config) if f.name == name)
+    return cast(Callable[[str], Any], parse)
 
 
 def _count(text: str) -> int:
@@ -176,13 +212,17 @@ def _compare(arguments: dict[str, Any]) -> None:
         raise UserError("compare starts processes of its own; leave torchrun out")
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
-    own = {name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume") if name in given}
+    own = {
+        name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages") if name in given
+    }
     compare(
         given,
         own["methods"],
         own["seeds"],
         own.get("jobs", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
         own.get("out", Path("runs/compare")),
+        rates=own.get("lr", ()),
+        depths=own.get("stages", ()),
         resume=own.get("resume", False),
     )
 
@@ -221,26 +261,28 @@ def _methods(_: dict[str, Any]) -> None:
 
     table = Table(title="Methods: an update every K microbatches; P stages, numbered i = 1 ... P")
     table.add_column("Name", no_wrap=True)
-    for heading in ("What", "Optimizer", "K", "Extra weights", "Reference"):
+    for heading in ("What, and its source", "K", "Extra weights", "State", "Step", "Delay", "Runs in"):
         table.add_column(heading)
     for recipe in recipes().values():
+        cost = of_step(recipe)
         table.add_row(
             recipe.name,
-            recipe.summary,
-            getattr(recipe.rule, "__name__", str(recipe.rule)),
-            str(recipe.microbatches_per_update),
-            _extra_versions(recipe),
-            recipe.reference,
+            f"{recipe.summary}; {recipe.reference}",
+            str(recipe.microbatches_per_update or "P"),
+            extra_versions(recipe),
+            str(cost.state) if cost else "more",
+            str(cost.traffic) if cost else "more",
+            delays_taken(recipe),
+            "both" if recipe.distributed else "virtual",
         )
     console = make_console()
     console.print(table)
     console.print(
-        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline."
+        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline. "
+        "State: bytes per float32 parameter besides all versions; a copy that is predicted is in it. Step: bytes per "
+        "parameter that a step reads and writes; more: several passes. Delay: what the method takes; constant: it is "
+        "told the expected one. Runs in: both pipelines, or the virtual one."
     )
-
-
-def _extra_versions(recipe: Recipe) -> str:
-    return "P - i" if recipe.delayed and recipe.backward == "stashed" else "none"
 
 
 def _info(_: dict[str, Any]) -> None:

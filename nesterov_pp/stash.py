@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from nesterov_pp.kernels import zeros_like
 
-Backward = Literal["stashed", "newest"]
+Backward = Literal["stashed", "newest", "beside"]
+Beside = Literal["stepped", "backward"]
 
 
 class WeightStash:
@@ -35,27 +36,38 @@ class WeightStash:
             allocated here (same shapes, dtypes, devices). Frozen parameters and buffers are shared by all versions;
             parameters tied inside the module stay tied.
         versions: ring length, the delay ``tau`` of the stage plus one; at least 1.
+        beside: one more copy of the weights outside the ring, for an optimizer with a ``prediction``. "stepped": the
+            weights that are stepped, while the ring holds predictions. "backward": the weights that
+            ``use(version, backward="beside")`` linearises at. Default: none.
 
     Outside ``use`` the module is bound to the newest version. ``module.parameters()`` gives the leaves of the version
     that is bound. Not safe to use from several threads at once.
 
     Raises:
-        ValueError: ``versions`` is below 1, or a parameter cannot be kept in a ring: it shares memory with another
-            one, overlaps itself, or carries hooks (register them afterwards, on each of ``parameters(version)``).
+        ValueError: ``versions`` is below 1, ``beside`` is something else, or a parameter cannot be kept in a ring: it
+            shares memory with another one, overlaps itself, or carries hooks (register them afterwards, on each of
+            ``parameters(version)``).
     """
 
-    def __init__(self, module: nn.Module, versions: int) -> None:
+    def __init__(self, module: nn.Module, versions: int, *, beside: Beside | None = None) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(f"a WeightStash takes a torch.nn.Module, not {type(module).__name__}")
         if not isinstance(versions, int) or versions < 1:
             raise ValueError(f"versions must be at least 1 (the delay plus one), a whole number, not {versions!r}")
+        if beside not in (None, "stepped", "backward"):
+            raise ValueError(f"beside must be 'stepped', 'backward' or None, not {beside!r}")
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         _check_stashable(named)
         self.versions = versions
+        self.beside = beside
         self.newest = 0
         self._names = list(named)
         first = list(named.values())
         self._slots = [first] + [_new_leaves(first) for _ in range(versions - 1)]
+        self._beside = _new_leaves(first) if beside is not None else []
+        with torch.no_grad():
+            for leaf, p in zip(self._beside, first, strict=False):
+                leaf.copy_(p)
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
         self._places = _places_of(module, {id(p): i for i, p in enumerate(first)})
         self._in_flight: Counter[int] = Counter()
@@ -88,6 +100,11 @@ class WeightStash:
         """
         return dict(zip(self._names, self._slots[self._slot_of(version)], strict=True))
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights that are stepped, by name: those of the newest version, unless the ring holds predictions."""
+        leaves = self._beside if self.beside == "stepped" else self._slots[self.newest % self.versions]
+        return dict(zip(self._names, leaves, strict=True))
+
     def in_flight(self, version: int) -> int:
         """How many microbatches used the version and have not been stepped or released."""
         return self._in_flight[version]
@@ -114,18 +131,21 @@ class WeightStash:
             version: between ``oldest`` and ``newest``.
             backward: "stashed" (default) differentiates at ``version``. "newest" keeps the activations of ``version``
                 but linearises at the weights that are newest when backward runs, as a pipeline without a stash
-                does: autograd's saved weights are replaced by the newest ones. Weights that an operator saved as a
-                converted copy cannot be replaced, so autocast is refused.
+                does: autograd's saved weights are replaced by the newest ones. "beside" takes those of
+                ``WeightStash(beside="backward")`` instead. Weights that an operator saved as a converted copy cannot
+                be replaced, so autocast is refused.
 
         Raises:
-            ValueError: the version is not in the ring; or ``backward="newest"`` under autocast.
+            ValueError: the version is not in the ring; or weights are to be replaced under autocast.
         """
-        if backward not in ("stashed", "newest"):
-            raise ValueError(f"backward must be 'stashed' or 'newest', not {backward!r}")
+        if backward not in ("stashed", "newest", "beside"):
+            raise ValueError(f"backward must be 'stashed', 'newest' or 'beside', not {backward!r}")
+        if backward == "beside" and self.beside != "backward":
+            raise ValueError("backward='beside' needs a WeightStash built with beside='backward'")
         slot = self._slot_of(version)
         hooks: AbstractContextManager[Any] = nullcontext()
-        if backward == "newest" and torch.is_grad_enabled():
-            hooks = self._linearise_at_newest(slot)
+        if backward != "stashed" and torch.is_grad_enabled():
+            hooks = self._linearise_elsewhere(slot, backward)
         counted = torch.is_grad_enabled()
         self._in_flight[version] += counted
         self._entered.append(version)
@@ -139,6 +159,40 @@ class WeightStash:
         finally:
             self._entered.pop()
             self._rebind()
+
+    @contextmanager
+    def use_stepped(self) -> Iterator[None]:
+        """Run the module with ``weights()`` inside the block, without gradients: what a trained model is judged by."""
+        if self.beside != "stepped":
+            yield
+            return
+        before = self._bound_slot
+        with torch.no_grad():
+            self._bind_leaves(self._beside)
+            try:
+                yield
+            finally:
+                self._bind_leaves(self._slots[before])
+
+    def gather_gradients(self, versions: Sequence[int]) -> int:
+        """Add the gradients of several versions up on the newest of them, which is returned, with what is in flight.
+
+        For updates whose microbatches ran with different versions. The other versions have no gradients then.
+
+        Raises:
+            ValueError: one of the versions is not in the ring.
+        """
+        slots = {version: self._slots[self._slot_of(version)] for version in sorted(set(versions))}
+        newest = max(slots)
+        for version, leaves in slots.items():
+            if version == newest:
+                continue
+            for leaf, onto in zip(leaves, slots[newest], strict=True):
+                if leaf.grad is not None:
+                    onto.grad = leaf.grad if onto.grad is None else onto.grad.add_(leaf.grad)
+                leaf.grad = None
+            self._in_flight[newest] += self._in_flight.pop(version, 0)
+        return newest
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of every version."""
@@ -184,6 +238,10 @@ class WeightStash:
             )
         return [[slot[i] for i in order] for slot in self._slots]
 
+    def leaves_beside(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The copies outside the ring of ``parameters``, which may be leaves of any version."""
+        return [self._beside[self._index[id(p)]] for p in parameters]
+
     def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
         """Check a step that takes the gradients of ``version``; returns its slots (gradients, source, target).
 
@@ -220,12 +278,18 @@ class WeightStash:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies."""
+        """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies.
+
+        Where there are weights outside the ring, they are under ``"beside"``.
+        """
         live = range(self.oldest, self.newest + 1)
-        return {
+        state: dict[str, Any] = {
             "newest": self.newest,
             "weights": [{n: p.detach() for n, p in self.parameters(v).items()} for v in live],
         }
+        if self.beside is not None:
+            state["beside"] = {n: p.detach() for n, p in zip(self._names, self._beside, strict=True)}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,7 +304,10 @@ class WeightStash:
                 f"the saved ring holds {len(weights)} versions at version {newest}; "
                 f"this one keeps {self.versions} and needs {min(newest + 1, self.versions)}"
             )
-        for saved in weights:
+        beside = [state["beside"]] if "beside" in state else []
+        if bool(beside) != (self.beside is not None) or not all(isinstance(saved, dict) for saved in beside):
+            raise ValueError("one of the saved ring and this one has weights outside the ring, and the other has none")
+        for saved in weights + beside:
             if list(saved) != self._names:
                 unlike = sorted(set(saved) ^ set(self._names)) or ["the order"]
                 raise ValueError(f"the saved ring is of another module: {', '.join(unlike[:3])} differ")
@@ -258,6 +325,9 @@ class WeightStash:
             for name, leaf in self.parameters(version).items():
                 leaf.copy_(saved[name])
                 leaf.grad = None
+        for saved in beside:
+            for name, leaf in zip(self._names, self._beside, strict=True):
+                leaf.copy_(saved[name])
         self._rebind()
 
     # ------------------------------------------------------------------ inside
@@ -299,18 +369,20 @@ class WeightStash:
     def _bind(self, slot: int) -> None:
         if slot == self._bound_slot:
             return
-        leaves = self._slots[slot]
-        for container, key, i in self._places:
-            container[key] = leaves[i]
+        self._bind_leaves(self._slots[slot])
         self._bound_slot = slot
 
-    def _linearise_at_newest(self, slot: int) -> AbstractContextManager[Any]:
-        """Hooks that swap the weights autograd saves, and views of them, for the newest ones when backward runs."""
+    def _bind_leaves(self, leaves: Sequence[Tensor]) -> None:
+        for container, key, i in self._places:
+            container[key] = leaves[i]
+
+    def _linearise_elsewhere(self, slot: int, backward: Backward) -> AbstractContextManager[Any]:
+        """Hooks that swap the weights autograd saves, and views of them, for other ones when backward runs."""
         leaves = self._slots[slot]
         device_types = {leaf.device.type for leaf in leaves}
         if any(torch.is_autocast_enabled(kind) for kind in device_types):
             raise ValueError(
-                'backward="newest" cannot see through the weight copies that autocast makes; '
+                f'backward="{backward}" cannot see through the weight copies that autocast makes; '
                 'leave autocast out of this stage or use backward="stashed"'
             )
         owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in enumerate(leaves) if leaf.numel()}
@@ -330,7 +402,8 @@ class WeightStash:
             if isinstance(packed, Tensor):
                 return packed
             i, shape, stride, offset = packed
-            current = self._slots[self.newest % self.versions][i].detach()
+            elsewhere = self._beside if backward == "beside" else self._slots[self.newest % self.versions]
+            current = elsewhere[i].detach()
             offset += int(current.storage_offset())
             return torch.as_strided(current, shape, stride, offset)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from toy import microbatch, model
 
-from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect
+from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
 
 UPDATES = 100
 BASE: dict[str, Any] = {"lr": 3e-3, "seed": 7, "max_grad_norm": 0.5}
@@ -108,6 +108,30 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
         pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
         losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
     return {"losses": losses, "weights": [m.state_dict() for m in modules]}
+
+
+def methods() -> list[str]:
+    """Those that are for several processes too."""
+    return [name for name, recipe in recipes().items() if recipe.distributed]
+
+
+def run_methods(world: World, _: str) -> dict[str, Any]:
+    """What came of a short run with every method, or why it was refused."""
+    found: dict[str, Any] = {}
+    for name in methods():
+        total = 24 * recipes()[name].accumulation(world.size)
+        modules = model(world.size, dropout=0.1, dtype=torch.float32)
+        pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, name, **BASE)
+        losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
+        found[name] = {"losses": losses, "weights": pipe.stash.weights()}
+    return found
+
+
+def expected_of_method(name: str, stages: int) -> dict[str, Any]:
+    modules = model(stages, dropout=0.1, dtype=torch.float32)
+    pipe = VirtualPipeline(modules, F.cross_entropy, name, **BASE)
+    losses = [float(pipe.step(*microbatch(m))) for m in range(24 * pipe.microbatches_per_update)]
+    return {"losses": losses, "weights": [stash.weights() for stash in pipe.stashes]}
 
 
 def run_on_gpus(world: World, _: str) -> dict[str, Any]:
@@ -219,6 +243,7 @@ def main() -> None:
                 **dict.fromkeys(TWO_REPLICAS, run_replicas),
                 **dict.fromkeys(SHAPES, run_shaped),
                 "gpus": run_on_gpus,
+                "methods": run_methods,
             }
             act = others.get(name, run)
             torch.save(act(world, name), folder / f"{name}-{world.rank}.pt")

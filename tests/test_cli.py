@@ -64,7 +64,7 @@ BAD = [
     ("train --stag 4", "unrecognized arguments: --stag"),
     ("train --learning-rate 1", "unrecognized arguments: --learning-rate"),
     ("train surplus", "unrecognized arguments: surplus"),
-    ("train --method adam", "unknown method 'adam'; choose one of nesterov, nesterov-no-stash, pipedream"),
+    ("train --method adam", "unknown method 'adam'; choose one of nesterov, nesterov-no-stash, nesterov-sgd"),
     ("train --stages 9", "8 layers cannot fill 9 stages"),
     ("train --heads 5", "--width must be a multiple of --heads"),
     ("train --method gpipe --microbatches 10", "must be a multiple of 4, not 10"),
@@ -159,9 +159,9 @@ def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_usable(name: str) -> None:
     settings = {**COMPARED, **PRESETS[name]}
-    methods, seeds = settings.pop("methods"), settings.pop("seeds")
+    methods, seeds, rates = settings.pop("methods"), settings.pop("seeds"), settings.pop("lr")
     for method in methods:
-        Config(method=method, seed=seeds[0], **settings).check()
+        Config(method=method, seed=seeds[0], lr=rates[0], **settings).check()
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -179,9 +179,11 @@ def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     listed = {cells[1].strip(): [cell.strip() for cell in cells] for cells in rows if cells[1].strip()}
     assert list(listed) == list(recipes())
-    assert listed["nesterov"][3:6] == ["NAdam", "1", "P - i"]
-    assert listed["nesterov-no-stash"][5] == "none"
-    assert listed["gpipe"][3:6] == ["AdamW", "4", "none"]
+    assert listed["nesterov"][3:9] == ["1", "P - i", "8", "28", "any", "both"]
+    assert listed["nesterov-no-stash"][4] == "none"
+    assert listed["gpipe"][3:5] == ["4", "none"]
+    assert listed["xpipe"][5:8] == ["12", "32", "constant"]
+    assert listed["basis-rotation"][5:7] == ["more", "more"]
 
 
 def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,8 +38,8 @@ Pointer advance(Pointer base, int64_t bytes) {
 // Where the new version goes: memory that the pass does not read, if that is another slot or the copy of a master.
 bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
 
-void run_part(const Task& task, const std::vector<Coefficients<double>>& rows, int64_t begin, int64_t end,
-              bool streaming, Isa isa) {
+void run_part(const Task& task, const std::vector<Coefficients<double>>& rows,
+              const std::vector<Correction<double>>& corrections, int64_t begin, int64_t end, bool streaming, Isa isa) {
   const int64_t weights = begin * size_of(task.dtypes.weight), grads = begin * size_of(task.dtypes.grad),
                 moments = begin * size_of(task.dtypes.moment);
   Run part{advance(task.run.weight, weights),
@@ -50,13 +50,20 @@ void run_part(const Task& task, const std::vector<Coefficients<double>>& rows, i
            advance(task.run.copy, grads),
            end - begin,
            streaming && writes_unread(task),
-           task.run.noise};
+           task.run.noise,
+           advance(task.run.late, grads),
+           advance(task.run.mean, moments),
+           advance(task.run.ahead, grads)};
   part.noise.first += begin;
   if (task.row == kCarried) {
     carry(part.weight, part.weight_out, part.count * size_of(task.dtypes.weight));
     return;
   }
-  kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, rows[static_cast<size_t>(task.row)]);
+  const auto row = static_cast<size_t>(task.row);
+  if (corrections.empty())
+    kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, rows[row]);
+  else
+    corrected_kernel(isa, task.dtypes, task.adaptive, task.kind)(part, rows[row], corrections[row]);
 }
 
 // Asks for the elements of a small tensor: between small ones the processor's own prefetching finds no rhythm.
@@ -72,7 +79,8 @@ void prefetch(const Task& task) {
 
 }  // namespace
 
-void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows) {
+void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows,
+         const std::vector<Correction<double>>& corrections) {
   std::vector<int64_t> first_unit(tasks.size() + 1, 0);
   int64_t new_bytes = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
@@ -93,7 +101,7 @@ void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>
       const int64_t from = std::max<int64_t>(0, begin - first_unit[i]) * kUnit;
       const int64_t to = std::min<int64_t>(tasks[i].run.count, (end - first_unit[i]) * kUnit);
       if (i + kTasksAhead < tasks.size()) prefetch(tasks[i + kTasksAhead]);
-      if (from < to) run_part(tasks[i], rows, from, to, streaming, isa);
+      if (from < to) run_part(tasks[i], rows, corrections, from, to, streaming, isa);
     }
   });
 }

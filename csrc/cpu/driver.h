@@ -17,11 +17,14 @@ struct Task {
   Dtypes dtypes;
   bool adaptive;
   bool stochastic;
-  long long row;  // of the coefficients
+  long long row;  // of the coefficients, and of the corrections
+  Kind kind;      // of a corrected pass
 };
 
-// Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements.
-void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows);
+// Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements. Corrected, if there are
+// as many rows of corrections as of coefficients; plain, if there is none.
+void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows,
+         const std::vector<Correction<double>>& corrections);
 
 // Values of one tensor.
 struct Values {

@@ -7,22 +7,12 @@
 
 #include "lanes.h"
 
-#if defined(__x86_64__)
+#if NPP_X86
 #include <emmintrin.h>
-#define NPP_X86 1
-#define NPP_TARGET_V3 __attribute__((target("arch=x86-64-v3")))
-#define NPP_TARGET_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
 #endif
 
 namespace nesterov_pp::cpu {
 namespace {
-
-template <class S, int N>
-NPP_INLINE typename Element<S, N>::Value load(const S* from) {
-  typename Element<S, N>::Stored stored;
-  __builtin_memcpy(&stored, from, sizeof(stored));
-  return Element<S, N>::widen(stored);
-}
 
 // `noise` matters where bfloat16 is rounded stochastically.
 template <class S, int N, bool kStochastic>

@@ -19,6 +19,11 @@ struct Run {
   long long count;
   bool streaming;  // write the new version past the caches: it was not read, and is too large to stay in them
   Noise noise;
+  // Of corrected passes alone, each null where it has none: the weights of the gradient, the running mean, and the
+  // predicted weights, which may be in the same memory as nothing else but `late`.
+  const void* late;
+  void* mean;
+  void* ahead;
 };
 
 using Kernel = void (*)(const Run&, const Coefficients<double>&);
@@ -33,6 +38,11 @@ const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
 // but float64 is computed in float32. `stochastic` rounds bfloat16 weights and moments by `Run::noise`; there is no
 // such pass for float16 weights or moments. The copy of a master weight is always rounded to nearest.
 Kernel kernel(Isa, Dtypes, bool adaptive, bool stochastic);
+
+// The pass with a correction. Null where there is none: for float16, for gradients of another dtype than the weights.
+// bfloat16 is rounded to nearest.
+using CorrectedKernel = void (*)(const Run&, const Coefficients<double>&, const Correction<double>&);
+CorrectedKernel corrected_kernel(Isa, Dtypes, bool adaptive, Kind);
 
 // Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every
 // instruction set.

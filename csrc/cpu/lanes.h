@@ -6,6 +6,12 @@
 
 namespace nesterov_pp::cpu {
 
+#if defined(__x86_64__)
+#define NPP_X86 1
+#define NPP_TARGET_V3 __attribute__((target("arch=x86-64-v3")))
+#define NPP_TARGET_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#endif
+
 #define NPP_INLINE static inline __attribute__((always_inline))
 #define NPP_INLINE_METHOD inline __attribute__((always_inline))
 
@@ -133,5 +139,12 @@ struct Element<Half, N> {
     return __builtin_convertvector(bits | ((u >> 16) & 0x8000U), Stored);
   }
 };
+
+template <class S, int N>
+NPP_INLINE typename Element<S, N>::Value load(const S* from) {
+  typename Element<S, N>::Stored stored;
+  __builtin_memcpy(&stored, from, sizeof(stored));
+  return Element<S, N>::widen(stored);
+}
 
 }  // namespace nesterov_pp::cpu

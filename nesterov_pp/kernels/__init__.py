@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nesterov_pp.kernels import extension, ops
 from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.memory import zeros_like
 from nesterov_pp.kernels.plan import Plan, StepClass, Tensors
 from nesterov_pp.kernels.reference import ReferencePlan
@@ -23,6 +24,8 @@ from nesterov_pp.kernels.reference import ReferencePlan
 __all__ = [
     "BACKENDS",
     "Coefficients",
+    "Correction",
+    "Kind",
     "Plan",
     "StepClass",
     "Tensors",
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+_CORRECTING = ("cpu", "reference")
+_CORRECTIONS = "corrections and predictions of late gradients"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -107,10 +112,12 @@ def _overlap(tensors: list[Tensor]) -> bool:
     return any(end > begin for (_, end), (begin, _) in pairwise(spans))
 
 
-def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | None = None) -> str:
+def choose_backend(
+    requested: str, tensors: list[Tensor], only_reference: str | None = None, *, corrects: bool = False
+) -> str:
     """The backend that steps ``tensors``: ``requested``, or the fastest that can where it is "auto".
 
-    ``only_reference`` names an option that no other backend has.
+    ``only_reference`` names an option that no other backend has; ``corrects``: the pass has a correction in it.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot step these tensors.
@@ -124,7 +131,10 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
         candidates = ["cpu"] if all(t.device.type == "cpu" for t in tensors) else ["cuda", "triton"]
     refusals = {}
     for name in candidates:
-        refusal = f"it does not have {only_reference}" if only_reference else _refusal(name, tensors)
+        missing = only_reference or (_CORRECTIONS if corrects and name not in _CORRECTING else None)
+        refusal = f"it does not have {missing}" if missing else _refusal(name, tensors)
+        if refusal is None and corrects and any(t.dtype == torch.float16 for t in tensors):
+            refusal = f"it does not have {_CORRECTIONS} in float16"
         if refusal is None and _overlap(tensors):
             refusal = "it steps all parameters at once, and some of these share memory"
         if refusal is None:
@@ -132,9 +142,9 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
         refusals[name] = refusal
     if requested != "auto":
         raise ValueError(f"backend {requested!r} cannot be used: {refusals[requested]}")
-    missing = [_unavailable(name) for name in candidates]
-    if all(missing) and any(t.device.type in ("cpu", "cuda") for t in tensors):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in zip(candidates, missing, strict=True))
+    unavailable = [_unavailable(name) for name in candidates]
+    if all(unavailable) and any(t.device.type in ("cpu", "cuda") for t in tensors):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in zip(candidates, unavailable, strict=True))
         warnings.warn(f"the slower reference backend is used ({reasons})", RuntimeWarning, stacklevel=4)
     return "reference"
 

@@ -55,6 +55,10 @@ def tensors_of(module: ModuleType, tensors: Tensors) -> object:
         masters=tensors.masters,
         steps=tensors.steps,
         mu_products=tensors.mu_products,
+        corrects=tensors.corrects,
+        kind=int(tensors.kind),
+        means=tensors.means,
+        besides=tensors.besides,
     )
 
 

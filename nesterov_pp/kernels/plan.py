@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.corrections import Correction, Kind
 
 StepClass = tuple[int, float, float]
 """Parameters of one group with one step count: (group index, steps done, product of mu so far)."""
@@ -22,6 +23,10 @@ class Tensors:
     slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped and copied to the
     parameter. ``exp_avg_sqs`` is empty for non-adaptive rules, ``mu_products`` for rules without a momentum schedule,
     both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
+
+    With a correction (``kind``, or ``predicts``) ``means`` are its running means, if it has one. ``predicts``: the
+    slots take predicted weights ``x``, and ``masters`` of the parameters' dtype are stepped; or, where there are
+    ``besides``, these take ``x``, and the slots are stepped.
     """
 
     names: list[str]
@@ -34,6 +39,15 @@ class Tensors:
     steps: list[Tensor]
     mu_products: list[Tensor]
     max_exp_avg_sqs: list[Tensor | None]
+    kind: Kind = Kind.NONE
+    predicts: bool = False
+    means: list[Tensor] = field(default_factory=list)
+    besides: list[Tensor] = field(default_factory=list)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a step takes ``Correction`` scalars too."""
+        return self.predicts or self.kind != Kind.NONE
 
 
 class Plan(Protocol):
@@ -64,8 +78,13 @@ class Plan(Protocol):
         where nothing is clipped. Only of plans that are ``on_device``.
         """
 
-    def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
-        """Run the step collected, with one row and one new mu product for each class, and count it."""
+    def apply(
+        self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
+    ) -> None:
+        """Run the step collected, with one row and one new mu product for each class, and count it.
+
+        ``corrections``: one for each class where the tensors are to be corrected; else none.
+        """
 
     def apply_rows(self, rows: Tensor) -> None:
         """Run the step collected, of a plan that was given no ``steps``, for the caller counts.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.plan import StepClass, Tensors
 from nesterov_pp.kernels.rounding import Noise
 
@@ -56,6 +57,56 @@ def update(
         weight_out.copy_(w)
 
 
+def corrected_update(
+    weight: Tensor,
+    weight_out: Tensor,
+    late: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor | None,
+    c: Coefficients,
+    kind: Kind,
+    x: Correction,
+    *,
+    mean: Tensor | None = None,
+    ahead: Tensor | None = None,
+) -> None:
+    """``update`` with a correction (see ``Correction``): ``late`` are the weights that ``grad`` was computed with,
+    ``mean`` the running mean of the correction, and ``ahead`` takes the predicted weights."""
+    dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
+    w, s, m = weight.to(dtype), late.to(dtype), exp_avg.to(dtype)
+    a = torch.zeros_like(w) if mean is None else mean.to(dtype)
+    g = c.grad_scale * grad.to(dtype) + c.l2 * w
+    decay = c.decay * w
+    if kind == Kind.DELAY_COMPENSATION:
+        g = g + x.strength * g * g * (w - s)
+    elif kind == Kind.ADAPTIVE_DELAY_COMPENSATION:
+        a = a + x.mean_complement * (g * g - a)
+        g = g + x.strength / (a + x.eps).sqrt() * g * g * (w - s)
+    elif kind == Kind.GAP:
+        gap = 1.0 + (w - s).abs() / ((a * x.inv_bias).sqrt() + x.eps)
+        g, decay = g / gap, decay / gap
+    m = m + c.beta1_complement * (g - m)
+    direction, momentum = c.c_grad * g + c.c_momentum * m, m
+    if exp_avg_sq is not None:
+        v = exp_avg_sq.to(dtype)
+        v = v + c.beta2_complement * (g * g - v)
+        exp_avg_sq.copy_(v)
+        denominator = (v * c.inv_bias2).sqrt() + c.eps
+        direction, momentum = direction / denominator, m / denominator
+    exp_avg.copy_(m)
+    after = w - (decay + direction)
+    if kind == Kind.GAP:
+        a = a + x.mean_complement * (direction * direction - a)
+    elif kind == Kind.DISCREPANCY:
+        a = a + x.mean_complement * ((after - w) - a)
+    if mean is not None:
+        mean.copy_(a)
+    if ahead is not None:
+        ahead.copy_(after + (x.ahead_last * (after - w) - x.ahead_momentum * momentum + x.ahead_mean * a))
+    weight_out.copy_(after)
+
+
 def widened(grad: Tensor) -> Tensor:
     """A gradient whose norm does not overflow: that of 5,000 float16 values of 1,000 is no float16."""
     return grad.to(torch.float32) if grad.dtype in _LOW else grad
@@ -73,7 +124,7 @@ class ReferencePlan:
     def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
         self._tensors = tensors
         self._seed = seed
-        self._slots = (0, 0)
+        self._slots = (0, 0, 0)
         self._grads: list[Tensor | None] = []
         self._class_of: list[int] = []
 
@@ -92,6 +143,8 @@ class ReferencePlan:
             }
             if t.exp_avg_sqs:
                 beside["second moment"] = t.exp_avg_sqs[i]
+            if t.means:
+                beside["running mean"] = t.means[i]
             for what, other in beside.items():
                 if other is not None:
                     _check_beside(t.names[i], what, weight, other)
@@ -107,7 +160,7 @@ class ReferencePlan:
             mu_product = _scalar(t.names[i], "mu product", t.mu_products[i]) if t.mu_products else 1.0
             key = (t.groups[i], steps, mu_product)
             class_of.append(classes.setdefault(key, len(classes)))
-        self._slots, self._grads, self._class_of = (source, target), grads, class_of
+        self._slots, self._grads, self._class_of = (grads_of, source, target), grads, class_of
         return list(classes)
 
     def gradient_norm(self) -> float:
@@ -125,9 +178,11 @@ class ReferencePlan:
     def apply_rows(self, rows: Tensor) -> None:
         raise NotImplementedError("the reference plan is not on_device")
 
-    def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
+    def apply(
+        self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
+    ) -> None:
         t = self._tensors
-        source, target = self._slots
+        grads_of, source, target = self._slots
         for i, grad in enumerate(self._grads):
             weight, weight_out = t.slots[source][i], t.slots[target][i]
             if grad is None:
@@ -135,20 +190,38 @@ class ReferencePlan:
                     weight_out.copy_(weight)
                 continue
             k = self._class_of[i]
-            noise = None
-            if self._seed is not None:
-                noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
-            update(
-                weight,
-                weight_out,
-                grad,
-                t.exp_avgs[i],
-                t.exp_avg_sqs[i] if t.exp_avg_sqs else None,
-                rows[k],
-                master=t.masters[i],
-                max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
-                noise=noise,
-            )
+            exp_avg_sq = t.exp_avg_sqs[i] if t.exp_avg_sqs else None
+            if t.corrects:
+                master = t.masters[i]
+                ahead = t.besides[i] if t.besides else weight_out if t.predicts else None
+                corrected_update(
+                    weight if master is None else master,
+                    weight_out if master is None else master,
+                    t.slots[grads_of][i],
+                    grad,
+                    t.exp_avgs[i],
+                    exp_avg_sq,
+                    rows[k],
+                    t.kind,
+                    corrections[k],
+                    mean=t.means[i] if t.means else None,
+                    ahead=ahead,
+                )
+            else:
+                noise = None
+                if self._seed is not None:
+                    noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
+                update(
+                    weight,
+                    weight_out,
+                    grad,
+                    t.exp_avgs[i],
+                    exp_avg_sq,
+                    rows[k],
+                    master=t.masters[i],
+                    max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
+                    noise=noise,
+                )
             t.steps[i].add_(1)
             if t.mu_products:
                 t.mu_products[i].fill_(mu_products[k])

@@ -17,3 +17,8 @@ def discount_by_delay(delay: int, update: int, correction_updates: int) -> float
         return 1.0
     rho = 1.0 - min((1 + update) / correction_updates, 1.0)
     return math.pow(delay, -rho)
+
+
+def one_over_delay(delay: int, _update: int, _correction_updates: int) -> float:
+    """Staleness-aware SGD (arXiv 1511.05950; recalled): ``1 / tau``, and 1 for ``tau = 0``."""
+    return 1.0 / max(1, delay)

@@ -2,7 +2,20 @@
 
 from nesterov_pp.optim.adamw import AdamW
 from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.optim.nadam import NAdam
 from nesterov_pp.optim.nag import NAG, convex_schedule
+from nesterov_pp.optim.stage_optimizer import StageOptimizer
 
-__all__ = ["NAG", "AdamW", "FusedOptimizer", "NAdam", "convex_schedule"]
+__all__ = [
+    "NAG",
+    "AdamW",
+    "DelayCompensation",
+    "Discrepancy",
+    "FusedOptimizer",
+    "GapAware",
+    "NAdam",
+    "Prediction",
+    "StageOptimizer",
+    "convex_schedule",
+]

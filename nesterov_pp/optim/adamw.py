@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.stash import WeightStash
 
@@ -31,7 +32,7 @@ class AdamW(FusedOptimizer):
         foreach, fused: accepted for compatibility; the pass is always one over all tensors.
         amsgrad: keep the largest second moment in the denominator; takes the reference backend and says so (False).
         capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
-            stochastic_rounding, seed, backend: as for ``NAdam``.
+            stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
 
     ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
 
@@ -69,6 +70,8 @@ class AdamW(FusedOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        correction: DelayCompensation | GapAware | None = None,
+        prediction: Prediction | Discrepancy | None = None,
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
         if fused and differentiable:
@@ -84,6 +87,8 @@ class AdamW(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            correction=correction,
+            prediction=prediction,
         )
         defaults = {
             "lr": lr,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from nesterov_pp.kernels import Coefficients, StepClass, choose_backend, zeros_like
+from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend, zeros_like
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.local import global_norm, is_dtensor, local
 from nesterov_pp.optim.options import Options
@@ -49,7 +49,7 @@ class FusedOptimizer(Optimizer):
         if options.stash is not None:
             options.stash.leaves(self._parameters())
         plain = [local(p) for p in self._parameters()]
-        self.backend = choose_backend(options.backend, plain, self._only_reference())
+        self.backend = choose_backend(options.backend, plain, self._only_reference(), corrects=options.corrects)
         if options.stash is not None:
             options.stash.attach(self)
         self._ready = True
@@ -122,9 +122,17 @@ class FusedOptimizer(Optimizer):
             prepared.masters.follow(source)
             prepared.plan.apply_rows(rows_on_device)
         else:
-            rows = [self._row(step_class, scale) for step_class in classes]
+            rows, products = [], []
+            for step_class in classes:
+                row, product = self._row(step_class, scale)
+                rows.append(row)
+                products.append(product)
             prepared.masters.follow(source)
-            prepared.plan.apply([row for row, _ in rows], [product for _, product in rows])
+            if self.options.corrects:
+                pairs = zip(classes, rows, strict=True)
+                prepared.plan.apply(rows, products, [self._correction(c, row) for c, row in pairs])
+            else:
+                prepared.plan.apply(rows, products)
         prepared.masters.written(target)
         if stash is not None:
             stash.end_step(version, microbatches)
@@ -193,6 +201,18 @@ class FusedOptimizer(Optimizer):
             shown = ", ".join(f"{key}={value!r}" for key, value in found.items() if not isinstance(value, bool))
             raise ValueError(f"parameter group {index} cannot be stepped with {shown}; nothing has been updated")
         return row, product
+
+    def _correction(self, step_class: StepClass, row: Coefficients) -> Correction:
+        """The scalars of a class's correction; ``row`` has those of its rule."""
+        index, steps, _ = step_class
+        group, options = self.param_groups[index], self.options
+        scalars = Correction() if options.correction is None else options.correction.scalars(int(steps) + 1)
+        if options.prediction is None:
+            return scalars
+        ahead = options.prediction.scalars(row, float(group.get("horizon", 1.0)))
+        if options.correction is None:
+            return ahead
+        return scalars._replace(ahead_last=ahead.ahead_last, ahead_momentum=ahead.ahead_momentum)
 
     def _overflowed(self) -> bool:
         """Whether a ``GradScaler`` found gradients that are not finite."""
@@ -299,8 +319,8 @@ class FusedOptimizer(Optimizer):
 
     def _state_names(self) -> list[str]:
         """What every parameter's state has."""
-        names = ["step", "exp_avg"]
-        return names + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
+        names = ["step", "exp_avg"] + ["exp_avg_sq"] * self._adaptive + ["mu_product"] * self._has_mu_product
+        return names if self.options.mean_name is None else [*names, self.options.mean_name]
 
     def _init_state(self, parameters: list[Tensor]) -> None:
         scalar, capturable = counts.default_dtype(), self._capturable()
@@ -312,8 +332,9 @@ class FusedOptimizer(Optimizer):
             ones = [torch.ones((), dtype=t, device=d or "cpu") for t, d in zip(dtypes, devices, strict=True)]
             entries["mu_product"] = ones
         entries = {name: counts.side_by_side(numbers) for name, numbers in entries.items()}
-        for name in ["exp_avg"] + ["exp_avg_sq"] * self._adaptive:
-            entries[name] = zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
+        for name in self._state_names():
+            if name.startswith("exp_avg"):
+                entries[name] = zeros_like(parameters, [self.options.moment_dtype(p) for p in parameters])
         for i, p in enumerate(parameters):
             self.state[p].update({name: values[i] for name, values in entries.items()})
 

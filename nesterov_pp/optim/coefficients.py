@@ -19,6 +19,7 @@ def nadam(
     weight_decay: float,
     momentum_decay: float,
     decoupled: bool,
+    horizon: float = 1.0,
     scale: float = 1.0,
 ) -> tuple[Coefficients, float]:
     """NAdam as ``torch.optim.NAdam`` defines it, the practical form of the paper's Eq. 10 (arXiv 2505.01099).
@@ -27,21 +28,24 @@ def nadam(
 
         c_grad = lr (1 - mu_t) / (1 - Pi_t)        c_momentum = lr mu_{t+1} / (1 - Pi_t mu_{t+1})
 
-    ``(1 - mu_t)`` is the discount of the late gradient, ``mu_{t+1} m`` the look-ahead.
+    ``(1 - mu_t)`` is the discount of the late gradient, ``mu_{t+1} m`` the look-ahead. It reaches one update ahead; for
+    a ``horizon`` of s updates each mu of the two coefficients, but not of the products, is multiplied by
+    ``beta1^(s - 1)``, the decay of m over the rest of the way (derived as for ``nag``, for a constant denominator).
 
     Returns the coefficients and ``Pi_t``; ``mu_product`` is ``Pi_{t-1}``.
     """
     mu = beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay))
     mu_next = beta1 * (1.0 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
     product = mu_product * mu
+    further = beta1 ** (horizon - 1.0)
     row = Coefficients(
         grad_scale=scale,
         l2=0.0 if decoupled else weight_decay,
         beta1_complement=1.0 - beta1,
         beta2_complement=1.0 - beta2,
         decay=lr * weight_decay if decoupled else 0.0,
-        c_grad=lr * (1.0 - mu) / (1.0 - product),
-        c_momentum=lr * mu_next / (1.0 - product * mu_next),
+        c_grad=lr * (1.0 - mu * further) / (1.0 - product),
+        c_momentum=lr * (mu_next * further) / (1.0 - product * mu_next),
         inv_bias2=1.0 / (1.0 - beta2**t),
         eps=eps,
     )
@@ -72,7 +76,15 @@ def adamw(
     )
 
 
-def nag(*, lr: float, gamma: float, gamma_next: float, weight_decay: float, scale: float = 1.0) -> Coefficients:
+def nag(
+    *,
+    lr: float,
+    gamma: float,
+    gamma_next: float,
+    weight_decay: float,
+    horizon: float = 1.0,
+    scale: float = 1.0,
+) -> Coefficients:
     """Discounted Nesterov (Eq. 10 of arXiv 2505.01099), stored in look-ahead form.
 
     Eq. 10 with ``d_t = gamma_t (w_t - w_{t-1})`` is ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) g_t``, the gradient taken
@@ -80,6 +92,10 @@ def nag(*, lr: float, gamma: float, gamma_next: float, weight_decay: float, scal
     ``m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t``::
 
         theta_{t+1} = theta_t - lr ((1 - gamma_t) g_t + gamma_{t+1} m_t)
+
+    A ``horizon`` of s updates looks further ahead, ``theta = w - lr (gamma + ... + gamma^s) m``. For constant gamma, lr
+    and s the same elimination of w gives ``gamma^s`` in the place of gamma in both coefficients (derived here; it is
+    the spike compensation of arXiv 2003.11666, discounted). With s = 0 the step is plain momentum.
     """
     return Coefficients(
         grad_scale=scale,
@@ -87,8 +103,8 @@ def nag(*, lr: float, gamma: float, gamma_next: float, weight_decay: float, scal
         beta1_complement=1.0 - gamma,
         beta2_complement=0.0,
         decay=lr * weight_decay,
-        c_grad=lr * (1.0 - gamma),
-        c_momentum=lr * gamma_next,
+        c_grad=lr * (1.0 - gamma**horizon),
+        c_momentum=lr * gamma_next**horizon,
         inv_bias2=1.0,
         eps=0.0,
     )

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.stash import WeightStash
 
@@ -53,6 +54,8 @@ class NAdam(FusedOptimizer):
         seed: of that rounding; its random bits depend on (seed, step, parameter, element) and nothing else, so a rerun
             gives the same bits (0).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
+        correction: ``DelayCompensation`` or ``GapAware``, of the late gradient, inside the pass (None).
+        prediction: ``Prediction`` or ``Discrepancy``: the pass also writes predicted weights (None).
 
     Parameters are float32, float64, bfloat16 or float16, of which the last two are computed in float32; complex ones
     are stepped as pairs of numbers, the shards of ``DTensor`` each in its process. State is allocated here.
@@ -90,6 +93,8 @@ class NAdam(FusedOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        correction: DelayCompensation | GapAware | None = None,
+        prediction: Prediction | Discrepancy | None = None,
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
         options = Options(
@@ -101,6 +106,8 @@ class NAdam(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            correction=correction,
+            prediction=prediction,
         )
         defaults = {
             "lr": lr,
@@ -130,5 +137,6 @@ class NAdam(FusedOptimizer):
             weight_decay=group["weight_decay"],
             momentum_decay=group["momentum_decay"],
             decoupled=group["decoupled_weight_decay"],
+            horizon=1.0 if self.options.prediction is not None else float(group.get("horizon", 1.0)),
             scale=scale,
         )

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
+from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate
 from nesterov_pp.stash import WeightStash
 
@@ -47,7 +48,7 @@ class NAG(FusedOptimizer):
         weight_decay: decoupled decay rate (0).
         maximize: ascend instead of descend (False).
         foreach, fused, capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
-            stochastic_rounding, seed, backend: as for ``NAdam``.
+            stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
 
     Raises:
         ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
@@ -75,6 +76,8 @@ class NAG(FusedOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        correction: DelayCompensation | GapAware | None = None,
+        prediction: Prediction | Discrepancy | None = None,
     ) -> None:
         check_hyperparameters(lr=lr, weight_decay=weight_decay)
         self._schedule = momentum if callable(momentum) else None
@@ -89,6 +92,8 @@ class NAG(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             seed=seed,
             backend=backend,
+            correction=correction,
+            prediction=prediction,
         )
         defaults = {
             "lr": lr,
@@ -120,6 +125,7 @@ class NAG(FusedOptimizer):
             gamma=gamma,
             gamma_next=gamma_next,
             weight_decay=group["weight_decay"],
+            horizon=0.0 if self.options.prediction is not None else float(group.get("horizon", 1.0)),
             scale=scale,
         )
         return row, mu_product

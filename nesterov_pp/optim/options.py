@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_pp.kernels.corrections import Kind
+from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.stash import WeightStash
 
 ON_NONFINITE = ("ignore", "raise")
@@ -33,6 +35,8 @@ class Options:
     stochastic_rounding: bool = False
     seed: int = 0
     backend: str = "auto"
+    correction: DelayCompensation | GapAware | None = None
+    prediction: Prediction | Discrepancy | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.stash, WeightStash | None):
@@ -47,6 +51,41 @@ class Options:
             raise ValueError(f"Invalid state_dtype: {self.state_dtype}; choose one of {choices}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Invalid seed: {self.seed}; it must be a whole number from 0 to 2^64 - 1")
+        self._check_corrections()
+
+    def _check_corrections(self) -> None:
+        if self.correction is not None and self.stash is None:
+            raise ValueError(f"{self.correction} compares with the weights of a WeightStash; give stash=")
+        if self.prediction is not None:
+            wanted = self.prediction.beside
+            if self.stash is None or self.stash.beside != wanted:
+                raise ValueError(f"{self.prediction} needs stash=WeightStash(..., beside={wanted!r})")
+            if self.correction is not None and isinstance(self.prediction, Discrepancy):
+                raise ValueError(f"{self.prediction} does not go with {self.correction}: choose one")
+        elif self.stash is not None and self.stash.beside is not None:
+            raise ValueError(f"a WeightStash with beside={self.stash.beside!r} needs an optimizer with a prediction")
+        if self.corrects and (self.master_weights or self.stochastic_rounding):
+            option = "master_weights" if self.master_weights else "stochastic_rounding"
+            raise ValueError(f"{option} does not go with a correction or a prediction")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the pass has a correction or a prediction in it."""
+        return self.correction is not None or self.prediction is not None
+
+    @property
+    def kind(self) -> Kind:
+        """What is done with the gradient, or kept a mean of."""
+        if self.correction is not None:
+            return self.correction.kind
+        return self.prediction.kind if isinstance(self.prediction, Discrepancy) else Kind.NONE
+
+    @property
+    def mean_name(self) -> str | None:
+        """The entry of a parameter's state that holds a correction's running mean."""
+        if self.correction is not None:
+            return self.correction.mean_name
+        return self.prediction.mean_name if isinstance(self.prediction, Discrepancy) else None
 
     def has_master(self, p: Tensor) -> bool:
         return self.master_weights and p.dtype in LOW_PRECISION

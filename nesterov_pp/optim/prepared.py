@@ -58,10 +58,13 @@ class Prepared:
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
         self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
         self._options = (only_reference, capturable)
-        self.backend = choose_backend(options.backend, list(chain.from_iterable(self._plain)), only_reference)
+        tensors_to_step = list(chain.from_iterable(self._plain))
+        self.backend = choose_backend(options.backend, tensors_to_step, only_reference, corrects=options.corrects)
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
         masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, newest, strict=True)]
         self.masters = MasterWeights(self.leaves, masters)
+        beside = [local(p) for p in stash.leaves_beside(parameters)] if stash is not None and stash.beside else []
+        stepped = stash is not None and stash.beside == "stepped"
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
         self.device_counts = _counts_on_device(group_of, states, entries) if capturable and states else None
         on_host = self.device_counts is None
@@ -72,10 +75,14 @@ class Prepared:
             slots=self._plain,
             exp_avgs=[local(s["exp_avg"]) for s in states],
             exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if "exp_avg_sq" in entries else [],
-            masters=[None if master is None else local(master) for master in masters],
+            masters=list(beside) if stepped else [None if master is None else local(master) for master in masters],
             steps=[s["step"] for s in states] if on_host else [],
             mu_products=[s["mu_product"] for s in states] if on_host and "mu_product" in entries else [],
             max_exp_avg_sqs=[None if v is None else local(v) for v in largest],
+            kind=options.kind,
+            predicts=options.prediction is not None,
+            means=[] if options.mean_name is None else [local(s[options.mean_name]) for s in states],
+            besides=[] if stepped else beside,
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
         # When all memory has been had.

@@ -1,19 +1,42 @@
-"""Pipelines: delays, partition, recipes, the virtual pipeline and the one across processes."""
+"""Pipelines: delays, partition, recipes, and the virtual pipeline."""
 
 from nesterov_pp.pipeline.asynchronous import AsyncPipeline
-from nesterov_pp.pipeline.delays import stage_delays, version_for_update
+from nesterov_pp.pipeline.delays import (
+    Delays,
+    DropOuts,
+    Fixed,
+    Geometric,
+    LocalAccumulation,
+    Stragglers,
+    Trace,
+    Uniform,
+    stage_delays,
+    version_for_update,
+)
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
 from nesterov_pp.pipeline.stage import microbatch_seed
+from nesterov_pp.pipeline.swarm import Swarm
 from nesterov_pp.pipeline.virtual import VirtualPipeline
+from nesterov_pp.pipeline.workers import VirtualWorkers
 from nesterov_pp.pipeline.world import PipelineError, World, connect
 
 __all__ = [
     "AsyncPipeline",
+    "Delays",
+    "DropOuts",
+    "Fixed",
+    "Geometric",
+    "LocalAccumulation",
     "PipelineError",
     "Placement",
     "Recipe",
+    "Stragglers",
+    "Swarm",
+    "Trace",
+    "Uniform",
     "VirtualPipeline",
+    "VirtualWorkers",
     "World",
     "balanced_sizes",
     "connect",

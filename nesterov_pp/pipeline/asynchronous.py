@@ -10,19 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.pipeline.delays import stage_delays, version_for_update
+from nesterov_pp.pipeline.delays import version_for_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
-from nesterov_pp.pipeline.stage import build_optimizer, gpus_of, random_state, run_stage, set_learning_rate
+from nesterov_pp.pipeline.stage import (
+    build_optimizer,
+    build_stash,
+    random_state,
+    run_stage,
+    set_horizon,
+    set_learning_rate,
+)
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
 from nesterov_pp.pipeline.timeline import Timeline
 from nesterov_pp.pipeline.transport import Channel, Links
 from nesterov_pp.pipeline.world import PipelineError, World
-from nesterov_pp.stash import WeightStash
 
 LossFunction = Callable[[Any, Any], Tensor]
 Batch = Callable[[int], tuple[Any, Tensor]]
@@ -99,7 +105,7 @@ class AsyncPipeline:
             raise ValueError(f"receive_ahead must be at least 0, not {receive_ahead}")
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
-        if recompute and recipe.backward == "newest":
+        if recompute and recipe.backward != "stashed":
             raise ValueError(f"{recipe.name!r} keeps activations of older weights, which cannot be recomputed")
         self.recipe, self.loss_fn, self.lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
@@ -108,8 +114,14 @@ class AsyncPipeline:
         self.module = own_stage(stages, partition, self.stages, self.stage, world.agreed, lambda: batch(0)[0])
         if device is not None:
             self.module.to(device)
-        k = recipe.microbatches_per_update if microbatches_per_update is None else microbatches_per_update
-        self.delays = stage_delays(self.stages, k) if recipe.delayed else [0] * self.stages
+        k = recipe.accumulation(self.stages) if microbatches_per_update is None else microbatches_per_update
+        if k < 1:
+            raise ValueError(f"microbatches_per_update must be at least 1, not {k}")
+        model = recipe.delays_of(self.stages, k)
+        self.delays = model.largest
+        # A stage that is further from the end may not be less late, or the two would wait for each other.
+        if not recipe.distributed or model.expected != model.largest or self.delays != sorted(self.delays)[::-1]:
+            raise ValueError(f"method {recipe.name!r} runs in a VirtualPipeline only")
         if microbatches < 1 or microbatches % k:
             raise ValueError(f"the length of a run must be a positive multiple of {k} microbatches, not {microbatches}")
         self.microbatches_per_update, self.total = k, microbatches
@@ -121,20 +133,19 @@ class AsyncPipeline:
         self._world, self._receive_ahead = world, receive_ahead
         self._losses: dict[int, Tensor] = {}
 
-        stashed = recipe.backward == "stashed"
-        self.stash = WeightStash(self.module, self.delay + 1 if stashed else 1)
+        self.stash = build_stash(recipe, self.module, 1 if recipe.backward == "newest" else self.delay + 1)
+        self._place = Placement(self.stage + 1, self.stages, self.delay)
         self._versions = Versions(self.stash, self.delay)
         self.optimizer = build_optimizer(
             recipe,
             self.module,
             self.stash,
-            Placement(self.stage + 1, self.stages, self.delay),
+            self._place,
             lr=lr,
             max_grad_norm=max_grad_norm,
             backend=backend,
         )
         self.device = torch.device(device) if device is not None else device_of(self.module)
-        self._gpus = gpus_of(self.module)
         self._links = Links(world, self.stages, replicas, backlog=self._ahead + 3)
         self._average = None
         if self._links.twins is not None and self.optimizer is not None:
@@ -187,7 +198,7 @@ class AsyncPipeline:
         limit = forward_limit(
             m,
             ahead=self._ahead,
-            delay=self.delay,
+            delay=self._delay_of(self.updates),
             microbatches_per_update=self.microbatches_per_update,
             flush_every=self.flush_every,
             stop=self.total,
@@ -226,7 +237,8 @@ class AsyncPipeline:
         try:
             with torch.no_grad(), self.timeline.span("evaluate", self.microbatches), self._autocasting():
                 self.module.eval()
-                yield
+                with self.stash.use_stepped():
+                    yield
         finally:
             self.module.train(mode)
 
@@ -297,8 +309,12 @@ class AsyncPipeline:
 
     def _version(self, m: int) -> int:
         update = m // self.microbatches_per_update
-        version = version_for_update(update, self.delay, drained_before(update, self.flush_every))
+        drained_at = drained_before(update, self.flush_every, self.recipe.synchronous_updates or 0)
+        version = version_for_update(update, self.delay, drained_at)
         return version if self.optimizer is not None else 0
+
+    def _delay_of(self, update: int) -> int:
+        return self.delay if update >= (self.recipe.synchronous_updates or 0) else 0
 
     def versions_in_flight(self) -> set[int]:
         """The versions that microbatches run with which are under way after an update, or may start before the next."""
@@ -322,7 +338,7 @@ class AsyncPipeline:
             with ExitStack() as bound:
                 bound.enter_context(self._versions.use(self._version(m), self.recipe.backward))
                 bound.enter_context(self._autocasting())
-                with random_state(self.seed, self.stage, m * self.replicas + self.replica, self._gpus):
+                with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
                     output = self._engine.forward(m, inputs)
                 if self.is_last:
                     self._losses[m] = self.loss_fn(output, targets)
@@ -358,7 +374,8 @@ class AsyncPipeline:
         begin = time.perf_counter()
         with self.timeline.span("step", update):
             if self.optimizer is not None:
-                set_learning_rate(self.optimizer, self.recipe, self.delay, update, self.lr)
+                set_learning_rate(self.optimizer, self.recipe, self._delay_of(update), update, self.lr)
+                set_horizon(self.optimizer, self.recipe, self._place, update)
                 version = self._version(update * self.microbatches_per_update)
                 self._versions.step(self.optimizer, version, self.microbatches_per_update)
         self.optimizer_seconds += time.perf_counter() - begin

@@ -1,6 +1,17 @@
-"""When a stage's gradient is applied, and with which weights it was computed."""
+"""When a stage's gradient is applied, and with which weights it was computed.
+
+A delay counts the updates of a stage between a microbatch's forward and the application of its gradient. Models of
+delays draw it by (stage, microbatch) alone, so that a run which goes on draws what it would have drawn.
+"""
 
 from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 
 def stage_delays(stages: int, microbatches_per_update: int = 1) -> list[int]:
@@ -24,3 +35,266 @@ def version_for_update(update: int, delay: int, drained_at: int = 0) -> int:
     ``drained_at`` is the update before which the pipeline was last empty (0: the start).
     """
     return max(drained_at, update - delay)
+
+
+class Delays(Protocol):
+    """The delay of every microbatch on every stage; lists have an entry a stage, first stage first."""
+
+    @property
+    def largest(self) -> list[int]:
+        """No delay exceeds these: a stage keeps so many versions and one."""
+
+    @property
+    def expected(self) -> list[int]:
+        """What a method that assumes constant delays is told."""
+
+    def draw(self, microbatch: int) -> list[int] | None:
+        """The delays of a microbatch (from 0); None if it is lost, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same delay for every microbatch.
+
+    Raises:
+        ValueError: a delay is negative.
+    """
+
+    delays: Sequence[int]
+
+    def __post_init__(self) -> None:
+        _check_whole("a delay", self.delays)
+
+    @property
+    def largest(self) -> list[int]:
+        return list(self.delays)
+
+    @property
+    def expected(self) -> list[int]:
+        return list(self.delays)
+
+    def draw(self, microbatch: int) -> list[int]:
+        return list(self.delays)
+
+
+@dataclass(frozen=True)
+class LocalAccumulation:
+    """A pipeline that counts microbatches, not updates: stage i has ``P - i`` microbatches in flight and updates after
+    every ``K`` backwards, whichever these are, so the delays within one update differ by one.
+
+    Microbatch ``m`` runs forward after ``m - (P - i)`` backwards and is applied in update ``floor(m / K)``.
+    """
+
+    stages: int
+    microbatches_per_update: int
+
+    @property
+    def largest(self) -> list[int]:
+        return [math.ceil((self.stages - i) / self.microbatches_per_update) for i in range(1, self.stages + 1)]
+
+    @property
+    def expected(self) -> list[int]:
+        return stage_delays(self.stages, self.microbatches_per_update)
+
+    def draw(self, microbatch: int) -> list[int]:
+        k = self.microbatches_per_update
+        return [microbatch // k - max(0, microbatch - self.stages + i) // k for i in range(1, self.stages + 1)]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Delays drawn anew for every microbatch and stage, all of ``low_i ... high_i`` equally likely.
+
+    Raises:
+        ValueError: the lists differ in length, or a range is empty or negative.
+    """
+
+    low: Sequence[int]
+    high: Sequence[int]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("a delay", self.low)
+        if len(self.low) != len(self.high) or any(a > b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"uniform delays go from low to high on each stage, not from {self.low} to {self.high}")
+
+    @property
+    def largest(self) -> list[int]:
+        return list(self.high)
+
+    @property
+    def expected(self) -> list[int]:
+        return [round((a + b) / 2) for a, b in zip(self.low, self.high, strict=True)]
+
+    def draw(self, microbatch: int) -> list[int]:
+        pairs = zip(self.low, self.high, strict=True)
+        return [_random(self.seed, i, microbatch).randint(a, b) for i, (a, b) in enumerate(pairs)]
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """Delays with ``P(tau = k) = p (1 - p)^k``, ``p = 1 / (1 + mean_i)``, cut off at ``largest_i``.
+
+    Raises:
+        ValueError: the lists differ in length, or hold a negative number.
+    """
+
+    mean: Sequence[float]
+    cut: Sequence[int]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("the largest delay", self.cut)
+        if len(self.mean) != len(self.cut) or any(not 0.0 <= m < math.inf for m in self.mean):
+            raise ValueError(f"geometric delays need a mean from 0 on for each stage, not {self.mean}")
+
+    @property
+    def largest(self) -> list[int]:
+        return list(self.cut)
+
+    @property
+    def expected(self) -> list[int]:
+        return [min(round(m), c) for m, c in zip(self.mean, self.cut, strict=True)]
+
+    def draw(self, microbatch: int) -> list[int]:
+        return [self._one(i, microbatch) for i in range(len(self.mean))]
+
+    def _one(self, stage: int, microbatch: int) -> int:
+        if self.mean[stage] == 0.0:
+            return 0
+        uniform = 1.0 - _random(self.seed, stage, microbatch).random()  # above 0
+        stay = self.mean[stage] / (1.0 + self.mean[stage])
+        return min(int(math.log(uniform) / math.log(stay)), self.cut[stage])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Recorded delays, a row a microbatch with an entry a stage (None: the microbatch is lost), again from the first
+    row after the last.
+
+    Raises:
+        ValueError: there is no row, or rows differ in length.
+    """
+
+    rows: Sequence[Sequence[int] | None]
+
+    def __post_init__(self) -> None:
+        kept = [row for row in self.rows if row is not None]
+        if not kept or any(len(row) != len(kept[0]) for row in kept):
+            raise ValueError("a trace of delays needs rows with one delay for each stage")
+        for row in kept:
+            _check_whole("a delay", row)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Trace:
+        """From a text file: a line a microbatch with an entry a stage, separated by commas or blanks; ``-`` for a
+        microbatch that is lost; ``#`` begins a comment.
+
+        Raises:
+            ValueError: a line is something else.
+            OSError: the file cannot be read.
+        """
+        rows: list[list[int] | None] = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            words = line.split("#")[0].replace(",", " ").split()
+            if not words:
+                continue
+            if words != ["-"] and not all(word.isdecimal() for word in words):
+                raise ValueError(f"{path}, line {number}: a trace has whole numbers from 0 on, or '-', not {line!r}")
+            rows.append(None if words == ["-"] else [int(word) for word in words])
+        return cls(rows)
+
+    @property
+    def largest(self) -> list[int]:
+        return [max(column) for column in self._columns()]
+
+    @property
+    def expected(self) -> list[int]:
+        return [round(sum(column) / len(column)) for column in self._columns()]
+
+    def draw(self, microbatch: int) -> list[int] | None:
+        row = self.rows[microbatch % len(self.rows)]
+        return None if row is None else list(row)
+
+    def _columns(self) -> list[tuple[int, ...]]:
+        return list(zip(*[row for row in self.rows if row is not None], strict=True))
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """``usual`` delays, of which every stage's is larger by ``extra`` with a probability.
+
+    Raises:
+        ValueError: the probability is not from 0 to 1, or ``extra`` is negative.
+    """
+
+    usual: Delays
+    probability: float
+    extra: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+        _check_whole("the extra delay", [self.extra])
+
+    @property
+    def largest(self) -> list[int]:
+        return [tau + self.extra for tau in self.usual.largest]
+
+    @property
+    def expected(self) -> list[int]:
+        return [round(tau + self.probability * self.extra) for tau in self.usual.expected]
+
+    def draw(self, microbatch: int) -> list[int] | None:
+        usual = self.usual.draw(microbatch)
+        if usual is None:
+            return None
+        late = [_random(self.seed, i, microbatch).random() < self.probability for i in range(len(usual))]
+        return [tau + self.extra * slow for tau, slow in zip(usual, late, strict=True)]
+
+
+@dataclass(frozen=True)
+class DropOuts:
+    """``usual`` delays, but a microbatch is lost with a probability: a worker that held it has gone.
+
+    Raises:
+        ValueError: the probability is not from 0 to 1.
+    """
+
+    usual: Delays
+    probability: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_probability(self.probability)
+
+    @property
+    def largest(self) -> list[int]:
+        return self.usual.largest
+
+    @property
+    def expected(self) -> list[int]:
+        return self.usual.expected
+
+    def draw(self, microbatch: int) -> list[int] | None:
+        lost = _random(self.seed, -1, microbatch).random() < self.probability
+        return None if lost else self.usual.draw(microbatch)
+
+
+def one_forward_one_backward(stages: int, microbatches_per_update: int) -> Delays:
+    """Those of ``stage_delays``."""
+    return Fixed(stage_delays(stages, microbatches_per_update))
+
+
+def _random(seed: int, stage: int, microbatch: int) -> random.Random:
+    return random.Random(f"{seed}/{stage}/{microbatch}")
+
+
+def _check_whole(what: str, values: Sequence[int]) -> None:
+    if any(not isinstance(value, int) or value < 0 for value in values):
+        raise ValueError(f"{what} must be a whole number from 0 on, not {values}")
+
+
+def _check_probability(value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"a probability must be from 0 to 1, not {value}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 
-def drained_before(update: int, flush_every: int | None) -> int:
-    """The last update up to ``update`` before which the pipeline was empty (0: the start)."""
-    return 0 if flush_every is None else update // flush_every * flush_every
+def drained_before(update: int, flush_every: int | None, synchronous_updates: int = 0) -> int:
+    """The last update up to ``update`` before which the pipeline was empty (0: the start).
+
+    Before each of the first ``synchronous_updates`` it was, and before the one after them.
+    """
+    drained = 0 if flush_every is None else update // flush_every * flush_every
+    return max(drained, min(update, synchronous_updates))
 
 
 def forward_limit(

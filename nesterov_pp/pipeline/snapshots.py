@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.stash import Backward, WeightStash
 
 if TYPE_CHECKING:
@@ -39,15 +39,15 @@ class Versions:
     @contextmanager
     def use(self, version: int, backward: Backward) -> Iterator[None]:
         """The module computes with ``version``, for one microbatch."""
-        if backward == "stashed":
-            with self._stash.use(version):
+        if backward != "newest":
+            with self._stash.use(version, backward=backward):
                 yield
             return
         with self._as_it_was(version), self._stash.use(self._stash.newest, backward=backward):
             yield
         self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
 
-    def step(self, optimizer: FusedOptimizer, version: int, microbatches: int) -> None:
+    def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""
         if self._stash.versions > self._delay:
             optimizer.step(version=version, microbatches=microbatches)
@@ -95,7 +95,8 @@ class StageState:
         frozen = sum(_bytes(p) for p in pipe.module.parameters() if not p.requires_grad)
         states = [] if pipe.optimizer is None else list(pipe.optimizer.state.values())
         moments = sum(_bytes(t) for state in states for name, t in state.items() if name.startswith("exp_avg"))
-        return {"weights": one + frozen, "stash": (pipe.stash.versions - 1) * one, "moments": moments}
+        others = pipe.stash.versions - 1 + (pipe.stash.beside is not None)
+        return {"weights": one + frozen, "stash": others * one, "moments": moments}
 
     def save(self) -> dict[str, Any]:
         """Raises: ValueError: an update is unfinished, or weights that are needed were not kept."""

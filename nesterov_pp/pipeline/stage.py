@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.recipe import Placement, Recipe
 from nesterov_pp.stash import WeightStash
+
+
+def build_stash(recipe: Recipe, module: nn.Module, versions: int) -> WeightStash:
+    """The ring of a stage's weights, with what the recipe keeps outside it."""
+    return WeightStash(module, versions, beside=recipe.beside)
 
 
 def build_optimizer(
@@ -23,7 +28,7 @@ def build_optimizer(
     lr: float,
     max_grad_norm: float | None,
     backend: str,
-) -> FusedOptimizer | None:
+) -> StageOptimizer | None:
     """The recipe's optimizer for a stage's trainable parameters; None where there are none."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
@@ -32,11 +37,20 @@ def build_optimizer(
     return recipe.rule(trainable, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
 
 
-def set_learning_rate(optimizer: FusedOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
+def set_learning_rate(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
     """Give every group the rate of an update on a stage with that delay."""
     factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
+
+
+def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, update: int) -> None:
+    """Give every group the horizon of an update, where the recipe has one."""
+    if recipe.horizon is None:
+        return
+    horizon = recipe.horizon(place, update, recipe.correction_updates or 1)
+    for group in optimizer.param_groups:
+        group["horizon"] = horizon
 
 
 def run_stage(module: nn.Module, hidden: Any) -> Any:
@@ -50,14 +64,12 @@ def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
 
 
 @contextmanager
-def random_state(seed: int | None, stage: int, microbatch: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state.
-
-    ``devices``: GPUs that the stage computes on.
-    """
+def random_state(module: nn.Module, seed: int | None, stage: int, microbatch: int) -> Iterator[None]:
+    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state."""
     if seed is None:
         yield
         return
+    devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
         own = microbatch_seed(seed, stage, microbatch)
         # torch.manual_seed would also note itself, and a stack trace, for every kind of device that is not in use.
@@ -66,8 +78,3 @@ def random_state(seed: int | None, stage: int, microbatch: int, devices: Sequenc
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(own)
         yield
-
-
-def gpus_of(module: nn.Module) -> list[torch.device]:
-    """Where a stage computes, as far as that is on GPUs."""
-    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.optim import FusedOptimizer
-from nesterov_pp.pipeline.delays import stage_delays, version_for_update
+from nesterov_pp.optim import StageOptimizer
+from nesterov_pp.pipeline.delays import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
-from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.schedule import drained_before
-from nesterov_pp.pipeline.stage import build_optimizer, gpus_of, random_state, run_stage, set_learning_rate
-from nesterov_pp.stash import WeightStash
+from nesterov_pp.pipeline.stage import (
+    build_optimizer,
+    build_stash,
+    random_state,
+    run_stage,
+    set_horizon,
+    set_learning_rate,
+)
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -26,16 +32,20 @@ class VirtualPipeline:
 
     Update ``t`` takes the gradient that its microbatches have at version ``max(0, t - tau_i)`` of stage ``i``'s
     weights, ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. The losses and
-    weights are those of the pipeline with P processes; with one stage, those of ordinary training.
+    weights are those of the pipeline with P processes; with one stage, those of ordinary training. Some methods have
+    other delays, and ``delays`` gives any.
 
     Args:
-        stages: the stage modules in order, each mapping the output of the one before to its own, a tuple as several
-            arguments; or an ``nn.Sequential`` with ``partition``.
+        stages: the stage modules in order, each mapping the output of the one before to its own; or an
+            ``nn.Sequential`` with ``partition``.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
         method: a name from ``recipes()``, or a ``Recipe``.
         lr: base learning rate; settable at any time as ``pipe.lr``.
         partition: for an ``nn.Sequential``: layers of each stage, or the number of stages.
         microbatches_per_update: K; default: the recipe's.
+        delays: of every microbatch on every stage, instead of the method's own: one number a stage, or a model of them
+            (``pipeline.Uniform``, ``Geometric``, ``Trace``, ``Stragglers``, ``DropOuts``, ...). A recipe with
+            ``constant_delay`` is told the expected delay. A microbatch that is lost has no gradient.
         flush_every: drain the pipeline after every so many updates and go on with all versions equal, as the paper's
             released code does every 1,000; default: never.
         max_grad_norm: clip each stage's gradient norm; default: no clipping.
@@ -43,11 +53,13 @@ class VirtualPipeline:
         backend: as for the optimizers.
         overrides: hyper-parameters of the recipe.
 
-    The emulation keeps ``tau_i + 1`` versions of each stage's weights, also for recipes that need no stash in a real
-    pipeline. Modules are left in the mode (training or evaluation) they are in.
+    The emulation keeps as many versions of each stage's weights as its largest delay and one, also for recipes that
+    need no stash in a real pipeline. ``pipe.delays`` are the expected delays. Modules are left in the mode (training or
+    evaluation) they are in.
 
     Raises:
-        ValueError: unknown method or hyper-parameter, a bad partition, or parameters tied across stages.
+        ValueError: unknown method or hyper-parameter, a bad partition, parameters tied across stages, or delays that
+            are not one a stage or that the method cannot have.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class VirtualPipeline:
         *,
         partition: int | Sequence[int] | None = None,
         microbatches_per_update: int | None = None,
+        delays: Delays | Sequence[int] | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
         seed: int | None = None,
@@ -69,55 +82,67 @@ class VirtualPipeline:
         self.stages = stage_list(stages, partition)
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
-        k = recipe.microbatches_per_update if microbatches_per_update is None else microbatches_per_update
-        delays = stage_delays(len(self.stages), k)
+        k = recipe.accumulation(len(self.stages)) if microbatches_per_update is None else microbatches_per_update
+        if k < 1:
+            raise ValueError(f"stages and microbatches_per_update must be at least 1, not {len(self.stages)} and {k}")
         self.recipe = recipe
         self.loss_fn = loss_fn
         self.lr = lr
         self.microbatches_per_update = k
         self.flush_every = flush_every
         self.seed = seed
-        self.delays = delays if recipe.delayed else [0] * len(self.stages)
+        self.delay_model = _delay_model(recipe, len(self.stages), k, delays)
+        self.delays = self.delay_model.expected
         self.microbatches = 0
+        self.updates = 0
         self.optimizer_seconds = 0.0
-        self._gpus = [gpus_of(module) for module in self.stages]
-        self.stashes = [WeightStash(m, tau + 1) for m, tau in zip(self.stages, self.delays, strict=True)]
-        self.optimizers: list[FusedOptimizer | None] = []
-        for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
-            placement = Placement(i + 1, len(self.stages), self.delays[i])
-            self.optimizers.append(
-                build_optimizer(recipe, module, stash, placement, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
-            )
+        self.stashes = [
+            build_stash(recipe, m, n + 1) for m, n in zip(self.stages, self.delay_model.largest, strict=True)
+        ]
+        self.places = [Placement(i, len(self.stages), tau) for i, tau in enumerate(self.delays, start=1)]
+        self.optimizers: list[StageOptimizer | None] = [
+            build_optimizer(recipe, module, stash, place, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
+            for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
+        ]
+        self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
+        # Of the microbatches since the last update: for each stage, the versions and delays they ran with.
+        self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
 
     @property
-    def updates(self) -> int:
-        """Updates done."""
-        return self.microbatches // self.microbatches_per_update
+    def waiting(self) -> int:
+        """How many microbatches of an unfinished update there are."""
+        return len(self._ran_with[0])
 
     def versions(self) -> list[int]:
-        """The weight version that the next microbatch runs with, for each stage."""
-        drained_at = drained_before(self.updates, self.flush_every)
-        return [version_for_update(self.updates, tau, drained_at) for tau in self.delays]
+        """The weight version that the next microbatch runs with, for each stage (the newest, if it will be lost)."""
+        return self._versions(self._draw() or [0] * len(self.stages))
 
     def step(self, inputs: Any, targets: Any) -> Tensor:
-        """Take one microbatch through the delayed stages; every K-th ends in an update.
+        """Take one microbatch through the delayed stages; every K-th that is not lost ends in an update.
 
         Returns:
-            The microbatch's loss, a detached 0-d tensor.
+            The microbatch's loss, a detached 0-d tensor; if the microbatch is lost, that with the newest weights.
         """
-        # A stage without trainable parameters has no optimizer and stays at version 0.
-        versions = [min(v, s.newest) for v, s in zip(self.versions(), self.stashes, strict=True)]
+        delays = self._draw()
+        versions = self._versions(delays or [0] * len(self.stages))
         with ExitStack() as bound:
+            if delays is None:
+                bound.enter_context(torch.no_grad())
             hidden = inputs
             for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
                 bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
-                with random_state(self.seed, i, self.microbatches, self._gpus[i]):
+                with random_state(module, self.seed, i, self.microbatches):
                     hidden = run_stage(module, hidden)
             loss = self.loss_fn(hidden, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if delays is not None:
+                self._backward(loss, versions, delays)
         self.microbatches += 1
-        if self.microbatches % self.microbatches_per_update == 0:
-            self._update(versions)
+        if delays is None:
+            return loss.detach()
+        for i, ran_with in enumerate(self._ran_with):
+            ran_with.append((versions[i], delays[i]))
+        if self.waiting == self.microbatches_per_update:
+            self._update()
         return loss.detach()
 
     def predict(self, inputs: Any) -> Any:
@@ -126,8 +151,9 @@ class VirtualPipeline:
         try:
             with torch.no_grad():
                 hidden = inputs
-                for module in self.stages:
-                    hidden = run_stage(module.eval(), hidden)
+                for module, stash in zip(self.stages, self.stashes, strict=True):
+                    with stash.use_stepped():
+                        hidden = run_stage(module.eval(), hidden)
                 return hidden
         finally:
             for module, training in zip(self.stages, modes, strict=True):
@@ -140,7 +166,7 @@ class VirtualPipeline:
             return self.loss_fn(output, targets)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: ``weights`` (one version of all stages), ``stash`` (the further versions), ``moments``."""
+        """Bytes held: ``weights`` (one version of all stages), ``stash`` (the others), ``moments`` (and means)."""
         one = [sum(p.numel() * p.element_size() for p in s.parameters(s.newest).values()) for s in self.stashes]
         frozen = sum(p.numel() * p.element_size() for m in self.stages for p in m.parameters() if not p.requires_grad)
         moments = sum(
@@ -153,7 +179,10 @@ class VirtualPipeline:
         )
         return {
             "weights": sum(one) + frozen,
-            "stash": sum(tau * size for tau, size in zip(self.delays, one, strict=True)),
+            "stash": sum(
+                (stash.versions - 1 + (stash.beside is not None)) * size
+                for stash, size in zip(self.stashes, one, strict=True)
+            ),
             "moments": moments,
         }
 
@@ -163,17 +192,19 @@ class VirtualPipeline:
         Raises:
             ValueError: gradients of an unfinished update are waiting.
         """
-        if self.microbatches % self.microbatches_per_update:
+        if self.waiting:
             raise ValueError(
-                f"{self.microbatches % self.microbatches_per_update} microbatch(es) of an update are waiting; "
+                f"{self.waiting} microbatch(es) of an update are waiting; "
                 f"save after a multiple of {self.microbatches_per_update} microbatches"
             )
         return {
             "method": self.recipe.name,
             "delays": list(self.delays),
             "microbatches": self.microbatches,
+            "updates": self.updates,
             "stashes": [stash.state_dict() for stash in self.stashes],
             "optimizers": [None if o is None else o.state_dict() for o in self.optimizers],
+            "forecasts": [forecast.state_dict() for forecast in self.forecasts],
             "buffers": [{n: b.detach() for n, b in m.named_buffers()} for m in self.stages],
         }
 
@@ -193,17 +224,62 @@ class VirtualPipeline:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer is not None:
                 optimizer.load_state_dict(saved)
+        for forecast, saved in zip(self.forecasts, state["forecasts"], strict=True):
+            forecast.load_state_dict(saved)
         for module, saved in zip(self.stages, state["buffers"], strict=True):
             for name, buffer in module.named_buffers():
                 buffer.copy_(saved[name])
         self.microbatches = int(state["microbatches"])
+        self.updates = int(state["updates"])
 
-    def _update(self, versions: list[int]) -> None:
-        update = self.updates - 1
+    def _draw(self) -> list[int] | None:
+        """The next microbatch's delays; None if it will be lost."""
+        if self.updates < (self.recipe.synchronous_updates or 0):
+            return [0] * len(self.stages)
+        return self.delay_model.draw(self.microbatches)
+
+    def _versions(self, delays: list[int]) -> list[int]:
+        drained_at = drained_before(self.updates, self.flush_every, self.recipe.synchronous_updates or 0)
+        wanted = [version_for_update(self.updates, tau, drained_at) for tau in delays]
+        # A stage without trainable parameters has no optimizer and stays at version 0.
+        return [min(version, stash.newest) for version, stash in zip(wanted, self.stashes, strict=True)]
+
+    def _backward(self, loss: Tensor, versions: list[int], delays: list[int]) -> None:
+        """Add the microbatch's gradients to its update's; on stages where it is too late they count as zeros."""
+        limit = self.recipe.max_staleness
+        kept = []
+        for stash, version, delay in zip(self.stashes, versions, delays, strict=True):
+            if limit is not None and delay > limit:
+                kept += [(p, p.grad) for p in stash.parameters(version).values()]
+        for p, _ in kept:
+            p.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        for p, grad in kept:
+            p.grad = torch.zeros_like(p) if grad is None else grad
+
+    def _update(self) -> None:
         start = time.perf_counter()
-        for i, optimizer in enumerate(self.optimizers):
+        for i, (optimizer, stash) in enumerate(zip(self.optimizers, self.stashes, strict=True)):
+            ran_with, self._ran_with[i] = self._ran_with[i], []
             if optimizer is None:
                 continue
-            set_learning_rate(optimizer, self.recipe, self.delays[i], update, self.lr)
-            optimizer.step(version=versions[i], microbatches=self.microbatches_per_update)
+            version = stash.gather_gradients([version for version, _ in ran_with])
+            delay = max(delay for _, delay in ran_with)
+            if self.forecasts:
+                self.forecasts[i].apply(list(stash.parameters(version).values()), delay)
+            set_learning_rate(optimizer, self.recipe, delay, self.updates, self.lr)
+            set_horizon(optimizer, self.recipe, self.places[i], self.updates)
+            optimizer.step(version=version, microbatches=self.microbatches_per_update)
+        self.updates += 1
         self.optimizer_seconds += time.perf_counter() - start
+
+
+def _delay_model(recipe: Recipe, stages: int, k: int, delays: Delays | Sequence[int] | None) -> Delays:
+    if delays is None:
+        return recipe.delays_of(stages, k)
+    if not recipe.delayed:
+        raise ValueError(f"method {recipe.name!r} waits for its gradients, so it takes no delays")
+    model = Fixed(list(delays)) if isinstance(delays, Sequence) else delays
+    if len(model.largest) != stages:
+        raise ValueError(f"delays need one entry for each of {stages} stages, not {len(model.largest)}")
+    return model

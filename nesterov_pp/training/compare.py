@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -34,9 +35,14 @@ class Job:
     config: Config
     folder: RunFolder
 
+    several_rates: bool = False
+    several_depths: bool = False
+
     @property
     def name(self) -> str:
-        return f"{self.config.method} seed {self.config.seed}"
+        rate = f" lr {self.config.lr:g}" if self.several_rates else ""
+        depth = f" {self.config.stages} stages" if self.several_depths else ""
+        return f"{self.config.method} seed {self.config.seed}{rate}{depth}"
 
     @property
     def log(self) -> Path:
@@ -59,12 +65,18 @@ def compare(
     jobs: int,
     out: Path,
     *,
+    rates: Sequence[float] = (),
+    depths: Sequence[int] = (),
     resume: bool = False,
     console: Console | None = None,
 ) -> None:
     """Train every method with every seed, ``jobs`` at a time, each on one thread unless ``given`` has ``threads``.
 
-    Runs lie in ``out/METHOD/seed-N``. With ``resume``, finished runs are taken as they are and unfinished ones go on.
+    ``rates`` and ``depths``: every one of these learning rates and numbers of stages too, instead of ``given``'s. Each
+    method is judged by its best rate.
+
+    Runs lie in ``out/METHOD/seed-N``; with several rates or depths in ``out/stages-P/lr-X/METHOD/seed-N``. With
+    ``resume``, finished runs are taken as they are and unfinished ones go on.
 
     Raises:
         UserError: a setting, the data or the folder is not usable; nothing has been started.
@@ -76,8 +88,7 @@ def compare(
         given = {**given, "data": str(Path(given["data"]).resolve())}
     if not is_fresh(out) and not resume:
         raise UserError(f"{out} already holds something; add --resume to go on with it, or give another --out")
-    # Seeds outside, so that every method has a run before any has its second.
-    plan = [_job({**given, "method": m, "seed": s}, out) for s in seeds for m in methods]
+    plan = _plan(given, methods, seeds, rates, depths, out)
     for job in plan:
         job.config.check()
     _check_data(plan[0].config)
@@ -89,8 +100,7 @@ def compare(
         soft_wrap=True,
     )
     failed = _run_all(waiting, jobs, out, console)
-    finished = {m: [job for job in plan if job.config.method == m and job.finished] for m in methods}
-    _report({m: runs for m, runs in finished.items() if runs}, out, console, [f"{j.name}: {r}" for j, r in failed])
+    _report([job for job in plan if job.finished], out, console, [f"{j.name}: {r}" for j, r in failed])
     if failed:
         raise RunError("; ".join(f"{job.name} failed ({reason})" for job, reason in failed))
 
@@ -103,16 +113,43 @@ def _check_data(config: Config) -> None:
         check_text(text.train + text.validation)
 
 
-def _job(given: Mapping[str, Any], out: Path) -> Job:
+def _plan(
+    given: Mapping[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    depths: Sequence[int],
+    out: Path,
+) -> list[Job]:
+    """All runs; seeds outside, so that every method has a run before any has its second."""
+    grid = [
+        ({"lr": rate} if rates else {}) | ({"stages": depth} if depths else {})
+        for depth in depths or (None,)
+        for rate in rates or (None,)
+    ]
+    several = (len(rates) > 1, len(depths) > 1)
+    return [
+        _job({**given, **point, "method": m, "seed": s}, out, *several)
+        for s in seeds
+        for point in grid
+        for m in methods
+    ]
+
+
+def _job(given: Mapping[str, Any], out: Path, several_rates: bool, several_depths: bool) -> Job:
     """Raises: UserError: the run's folder holds a run with other settings."""
-    folder = RunFolder(out / str(given["method"]) / f"seed-{given['seed']}")
     config = Config(**given)
+    if several_depths:
+        out /= f"stages-{config.stages}"
+    if several_rates:
+        out /= f"lr-{config.lr:g}"
+    folder = RunFolder(out / config.method / f"seed-{config.seed}")
     if folder.config.exists():
         there = settle({}, read_object(folder.config).get("config", {}))
         for name, value in vars(config).items():
             if name not in FREE and getattr(there, name) != value:
                 raise UserError(f"{folder.path}: {differs(flag(name), getattr(there, name), value)}")
-    return Job(config, folder)
+    return Job(config, folder, several_rates, several_depths)
 
 
 def _run_all(waiting: Sequence[Job], jobs: int, out: Path, console: Console) -> list[tuple[Job, str]]:
@@ -186,20 +223,53 @@ def _reason(status: int, job: Job) -> str | None:
     return lines[-1].removeprefix("nesterov_pp: error: ")
 
 
-def _report(finished: Mapping[str, Sequence[Job]], out: Path, console: Console, failed: Sequence[str]) -> None:
-    if not finished:
+def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str]) -> None:
+    depths = sorted({job.config.stages for job in finished})
+    by_depth, sentences = {}, []
+    for depth in depths:
+        end = f"-{depth}-stages" if len(depths) > 1 else ""
+        rows, curves = _judged([job for job in finished if job.config.stages == depth])
+        checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves))
+        sentence = comparison.sentence(rows)
+        checkpoint.write_text(out / f"compare{end}.md", comparison.markdown(rows, sentence))
+        console.print(comparison.table(rows, f"{depth} stages" if end else "Comparison"))
+        by_depth[depth] = rows
+        sentences += [sentence] if sentence else []
+    if not depths:
         return
-    curves: dict[str, list[Curves]] = {m: [read_curves(j.folder.metrics) for j in js] for m, js in finished.items()}
-    checkpoint.write_atomic(out / "compare.png", lambda file: plots.draw_comparison(file, curves))
-    rows = [comparison.summarise([read_object(job.folder.summary) for job in runs]) for runs in finished.values()]
-    sentence = comparison.sentence(rows)
-    result = {"methods": rows, "comparison": sentence, "failed": list(failed)}
+    if len(depths) > 1:
+        checkpoint.write_text(out / "compare.md", comparison.depth_markdown(by_depth))
+        checkpoint.write_atomic(out / "compare.png", lambda file: plots.draw_depths(file, by_depth))
+    rows = [row for rows in by_depth.values() for row in rows]
+    result = {"methods": rows, "comparison": " ".join(sentences), "failed": list(failed)}
     checkpoint.write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
-    checkpoint.write_text(out / "compare.md", comparison.markdown(rows, sentence))
-    console.print(comparison.table(rows))
-    if sentence:
+    for sentence in sentences:
         console.print(sentence, soft_wrap=True)
     console.print(f"Table and plot are in {out}: compare.md, compare.json, compare.png.", soft_wrap=True)
+
+
+def _draw(curves: dict[str, list[Curves]], file: IO[bytes]) -> None:
+    plots.draw_comparison(file, curves)
+
+
+def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[Curves]]]:
+    """A row for each method with its best learning rate, and the curves of its runs; methods in the order of runs."""
+    runs: dict[tuple[str, float], list[Job]] = {}
+    for job in jobs:
+        runs.setdefault((job.config.method, job.config.lr), []).append(job)
+    rows = [
+        {
+            **comparison.summarise([read_object(job.folder.summary) for job in of_point]),
+            "stages": of_point[0].config.stages,
+            "lr": of_point[0].config.lr,
+        }
+        for of_point in runs.values()
+    ]
+    best = comparison.best_rates(rows)
+    curves = {
+        row["method"]: [read_curves(job.folder.metrics) for job in runs[row["method"], row["lr"]]] for row in best
+    }
+    return comparison.relate(best, {m: comparison.mean_curve(c) for m, c in curves.items()}), curves
 
 
 class _Progress:

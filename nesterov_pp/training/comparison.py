@@ -1,4 +1,4 @@
-"""The table of a comparison, from the summaries of its runs."""
+"""The table of a comparison, from the summaries and validation curves of its runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
+from nesterov_pp.training.metrics import Curves
 from nesterov_pp.training.report import perplexity, size
+
+UNDELAYED, UNCORRECTED = "gpipe-1", "pipedream"
+"""The methods that others are measured between."""
 
 _HEADINGS = (
     "Method",
@@ -21,6 +25,7 @@ _HEADINGS = (
     "Optimizer time",
     "Peak memory",
 )
+_RELATIVE = ("Slowdown", "Recovered")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -40,6 +45,60 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
+    """(microbatches, mean validation loss over runs)."""
+    return [
+        (points[0][0], fmean(loss for _, loss in points))
+        for points in zip(*(c.validation for c in curves), strict=True)
+    ]
+
+
+def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of a method with several learning rates, the one with the lowest mean loss; ``by_lr`` has all."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kept = best.get(row["method"])
+        if kept is None or row["validation_loss"] < kept["validation_loss"]:
+            best[row["method"]] = row
+    tried = {
+        method: {str(row["lr"]): row["validation_loss"] for row in rows if row["method"] == method} for method in best
+    }
+    return [{**row, "by_lr": tried[method]} for method, row in best.items()]
+
+
+def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
+    """Rows with ``slowdown`` and ``recovered``, None where the methods that they compare with are not there.
+
+    ``slowdown``: tokens of the method over tokens of the undelayed run to the lowest loss that both have reached.
+    ``recovered``: (pipedream - method) / (pipedream - undelayed), in final losses.
+    """
+    final = {row["method"]: row["validation_loss"] for row in rows}
+    undelayed, uncorrected = final.get(UNDELAYED), final.get(UNCORRECTED)
+    related = []
+    for row in rows:
+        slowdown = recovered = None
+        if undelayed is not None:
+            level = max(min(loss for _, loss in curves[name]) for name in (row["method"], UNDELAYED))
+            slowdown = first_reaching(curves[row["method"]], level) / first_reaching(curves[UNDELAYED], level)
+        if undelayed is not None and uncorrected is not None and uncorrected != undelayed:
+            recovered = (uncorrected - row["validation_loss"]) / (uncorrected - undelayed)
+        related.append({**row, "slowdown": slowdown, "recovered": recovered})
+    return related
+
+
+def first_reaching(curve: Sequence[tuple[int, float]], level: float) -> float:
+    """Microbatches, interpolated, at which a curve that gets there first comes down to ``level``."""
+    before: tuple[int, float] | None = None
+    for m, loss in curve:
+        if loss <= level:
+            if before is None:
+                return float(m)
+            share = (before[1] - level) / (before[1] - loss)
+            return before[0] + share * (m - before[0])
+        before = (m, loss)
+    raise ValueError(f"the curve stays above {level}")
+
+
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """The first method's validation loss beside the others', whichever way it falls."""
     if len(rows) < 2:
@@ -56,27 +115,52 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Validation loss: {first['method']} is {', '.join(parts)}."
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table:
     """For the terminal."""
-    result = Table(title="Comparison")
-    for heading in _HEADINGS:
+    result = Table(title=title)
+    for heading in _headings(rows):
         result.add_column(
             heading, justify="left" if heading == "Method" else "right", no_wrap=heading in ("Method", "Each seed")
         )
     for row in rows:
-        result.add_row(*_cells(row))
+        result.add_row(*_cells(row, rows))
     return result
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str) -> str:
     """The same table as a Markdown file."""
-    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" + "|--:" * (len(_HEADINGS) - 1) + "|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    headings = _headings(rows)
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
+    lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
     return "\n".join([*lines, "", conclusion]).rstrip() + "\n"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
+def depth_markdown(by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
+    """Validation loss of each method (rows) at each number of stages (columns)."""
+    methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
+    losses = {(row["method"], n): row["validation_loss"] for n, rows in by_depth.items() for row in rows}
+    lines = ["| Stages | " + " | ".join(map(str, by_depth)) + " |", "|---" + "|--:" * len(by_depth) + "|"]
+    for method in methods:
+        cells = [f"{losses[method, n]:.4f}" if (method, n) in losses else "failed" for n in by_depth]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _headings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    rates = ["lr"] if _several_rates(rows) else []
+    return [_HEADINGS[0], *rates, *_HEADINGS[1:], *(_RELATIVE if _are_related(rows) else ())]
+
+
+def _several_rates(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(len(row.get("by_lr", ())) > 1 for row in rows)
+
+
+def _are_related(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row.get("slowdown") is not None for row in rows)
+
+
+def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [
         row["method"],
         f"{row['validation_loss']:.4f}",
         " ".join(f"{loss:.3f}" for loss in row["validation_losses"]),
@@ -87,3 +171,9 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{100.0 * row['optimizer_share']:.1f} %",
         size(row["peak_memory"]),
     ]
+    if _several_rates(rows):
+        cells.insert(1, f"{row['lr']:g}")
+    if _are_related(rows):
+        recovered = row["recovered"]
+        cells += [f"{row['slowdown']:.2f}x", "-" if recovered is None else f"{100.0 * recovered:.0f} %"]
+    return cells

@@ -123,7 +123,7 @@ class Config:
 
     @property
     def microbatches_per_update(self) -> int:
-        return self.recipe.microbatches_per_update
+        return self.recipe.accumulation(self.stages)
 
     @property
     def updates(self) -> int:

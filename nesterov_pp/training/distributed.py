@@ -145,6 +145,12 @@ class StageDriver:
             self.pipe.keep_for(self._stop.at)
         return now
 
+    def waiting(self) -> bool:
+        return self.pipe.microbatches % self.pipe.microbatches_per_update > 0
+
+    def updates(self) -> int:
+        return self.pipe.updates
+
     def memory(self) -> dict[str, int]:
         return self.pipe.memory()
 

@@ -70,6 +70,12 @@ class Driver(Protocol):
     def stopping(self, stop: StopRequest, updates: int) -> bool:
         """Whether to stop after so many updates, on all processes at the same number."""
 
+    def waiting(self) -> bool:
+        """Whether microbatches of an unfinished update are waiting."""
+
+    def updates(self) -> int:
+        """Updates done."""
+
     def memory(self) -> dict[str, int]:
         """Bytes that this process holds, by purpose."""
 
@@ -142,6 +148,12 @@ class VirtualDriver:
 
     def stopping(self, stop: StopRequest, updates: int) -> bool:
         return stop.received is not None
+
+    def waiting(self) -> bool:
+        return self.pipe.waiting > 0
+
+    def updates(self) -> int:
+        return self.pipe.updates
 
     def memory(self) -> dict[str, int]:
         return self.pipe.memory()

@@ -39,7 +39,7 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
         steps = [m for m, _ in curves[0].validation]
         losses = np.array([[loss for _, loss in c.validation] for c in curves])
         mean = losses.mean(axis=0)
-        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)]}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k)}
         axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
         if len(curves) > 1:
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)
@@ -75,6 +75,29 @@ def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, fl
     columns = 1 + (len(cosines) - 1) // 12
     axes.legend(edgecolor="none", title="updates of delay: mean", fontsize=8, handlelength=3.5, ncols=columns)
     _save(figure, file)
+
+
+def draw_depths(file: IO[bytes], by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+    """Validation loss at the end against the number of stages, a line a method, lowest to highest seed as a bar."""
+    figure, axes = _figure()
+    methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
+    for k, method in enumerate(methods):
+        points = [(n, row) for n, rows in by_depth.items() for row in rows if row["method"] == method]
+        means = np.array([row["validation_loss"] for _, row in points])
+        low, high = (np.array([end(row["validation_losses"]) for _, row in points]) for end in (min, max))
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k)}
+        axes.errorbar([n for n, _ in points], means, [means - low, high - means], label=method, capsize=3, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(by_depth), list(map(str, by_depth)))
+    axes.set_xlabel("stages")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.legend(frameon=False, handlelength=3.5)
+    _save(figure, file)
+
+
+def _line(k: int) -> Any:
+    """Lines and colours together tell 36 methods apart; the first 6 differ in both."""
+    return LINES[(k + k // len(COLOURS)) % len(LINES)]
 
 
 def _figure() -> tuple[Any, Any]:

@@ -112,6 +112,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
     for layers, stash, optimizer in zip(_layers_of(old), saved["stashes"], saved["optimizers"], strict=True):
         newest = stash["weights"][-1]
         names = _names(newest, layers)
+        if "beside" in stash or set(optimizer.get("state", ())) != set(range(len(names))):
+            raise UserError(f"{old.method} keeps more than weights and moments; its runs cannot be regrouped")
         weights.update(zip(names, newest.values(), strict=True))
         moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
@@ -126,7 +128,7 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions)})
         own = optimizer.state_dict()
         optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(names)}})
-    pipe.microbatches = int(saved["microbatches"])
+    pipe.microbatches, pipe.updates = int(saved["microbatches"]), version
     return pipe
 
 

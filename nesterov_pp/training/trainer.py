@@ -195,7 +195,6 @@ class _Run:
             self.sums = Totals(**state["totals"])
             start, keep = int(state["microbatch"]), int(state["metrics_bytes"])
         self._optimizer_seconds_before = self.sums.optimizer_seconds
-        k = config.microbatches_per_update
         tokens = config.batch * config.context * config.replicas
         self.outputs: Outputs | Silence = Silence()
         if driver.reports:
@@ -213,12 +212,12 @@ class _Run:
                     validation_loss = self._validate(done)
                     if validation_loss is not None:
                         self.outputs.validated(done, validation_loss)
-                if done % k:
+                if driver.waiting():
                     continue
                 for stage, cosine in driver.observe():
                     self.outputs.measured(done, stage, cosine)
-                stopping = driver.stopping(stop, done // k)
-                if last or stopping or done // k % config.checkpoint_every == 0:
+                stopping = driver.stopping(stop, driver.updates())
+                if last or stopping or driver.updates() % config.checkpoint_every == 0:
                     self._save(done)
                 if stopping and not last:
                     number = stop.received or signal.SIGTERM

@@ -9,7 +9,38 @@ from nesterov_pp.pipeline import Placement, find_recipe, recipes, register
 
 
 def test_the_list():
-    assert list(recipes()) == ["nesterov", "nesterov-no-stash", "pipedream", "pipedream-lr", "gpipe", "gpipe-1"]
+    assert sorted(recipes()) == [
+        "basis-rotation",
+        "basis-rotation-1st-uni",
+        "dana-dc",
+        "dana-slim",
+        "dana-zero",
+        "dc-asgd",
+        "fft-forecast",
+        "gap-aware",
+        "gba",
+        "gpipe",
+        "gpipe-1",
+        "lr-second-order",
+        "lwp",
+        "nesterov",
+        "nesterov-horizon",
+        "nesterov-no-stash",
+        "nesterov-sgd",
+        "one-step-ef",
+        "one-step-ef-muon",
+        "one-step-ef-nadam",
+        "paci",
+        "pipedream",
+        "pipedream-2bw",
+        "pipedream-lr",
+        "pipemare",
+        "poly-forecast",
+        "spectrain",
+        "staleness-aware",
+        "swarm",
+        "xpipe",
+    ]
 
 
 def test_momentum_by_stage():

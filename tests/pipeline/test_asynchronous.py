@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from pipeline_worker import (
     TWO_REPLICAS,
     UPDATES,
     expected,
+    expected_of_method,
     expected_of_replicas,
     expected_of_shaped,
     expected_on_gpu,
     k_of,
+    methods,
     shaped,
 )
 from tolerances import MANY_STEPS
@@ -131,3 +134,18 @@ def test_a_gpu_for_each_stage(tmp_path: Path) -> None:
     for ours, theirs in zip(found, wanted["weights"], strict=True):
         for name, value in ours["weights"].items():
             torch.testing.assert_close(value, theirs[name], **MANY_STEPS[torch.float32])
+
+
+@pytest.fixture(scope="module")
+def of_methods(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("methods")
+    run(3, folder, ["methods"])
+    return [torch.load(folder / f"methods-{rank}.pt") for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_that_says_so(of_methods: list[Any], name: str) -> None:
+    wanted = expected_of_method(name, 3)
+    assert of_methods[-1][name]["losses"] == wanted["losses"]
+    for found, theirs in zip(of_methods, wanted["weights"], strict=True):
+        assert all(torch.equal(value, theirs[key]) for key, value in found[name]["weights"].items())

@@ -216,7 +216,7 @@ def test_no_stash_linearises_at_the_current_weights(stages):
 
 @pytest.mark.parametrize("method", list(recipes()))
 def test_state_dict_goes_on_bit_for_bit(method, tmp_path):
-    k = recipes()[method].microbatches_per_update
+    k = recipes()[method].accumulation(4)
     whole, first, second = (model(4, 0.1, torch.float32) for _ in range(3))
     options = {"method": method, "lr": 1e-2, "seed": 3, "flush_every": 7}
     pipe = VirtualPipeline(whole, F.cross_entropy, **options)

@@ -110,3 +110,29 @@ def test_a_killed_comparison_takes_its_runs_with_it(tiny: list[str], tmp_path: P
     while not checkpoint.checkpoints(run):
         assert time.monotonic() < deadline, "the run did not stop"
         time.sleep(0.05)
+
+
+def test_rates_and_depths(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A grid of learning rates and of stages: a folder each, the best rate in the table, a table by depth."""
+    out = tmp_path / "out"
+    flags = [*tiny, "--microbatches", "40", "--jobs", "2", "--out", str(out), "--seeds", "0"]
+    flags = [flag for k, flag in enumerate(flags) if "--stages" not in flags[max(0, k - 1) : k + 1]]
+    grid = ["--methods", "gpipe-1,pipedream,xpipe", "--lr", "0.001,0.01", "--stages", "1,2"]
+    assert main(["compare", *flags, *grid]) == 0
+    result = json.loads((out / "compare.json").read_text())
+    assert [(row["stages"], row["method"]) for row in result["methods"]] == [
+        (n, m) for n in (1, 2) for m in ("gpipe-1", "pipedream", "xpipe")
+    ]
+    for row in result["methods"]:
+        runs = [out / f"stages-{row['stages']}" / f"lr-{lr:g}" / row["method"] / "seed-0" for lr in (0.001, 0.01)]
+        losses = [json.loads((run / "summary.json").read_text())["validation_loss"] for run in runs]
+        assert row["validation_loss"] == min(losses)
+        assert list(row["by_lr"].values()) == losses
+    one, two = result["methods"][:3], result["methods"][3:]
+    assert len({row["validation_loss"] for row in one}) == 1, "one stage has no delay"
+    assert len({row["validation_loss"] for row in two}) == 3
+    assert all(row["slowdown"] == 1.0 for row in one)
+    assert two[0]["slowdown"] == 1.0
+    assert "| xpipe | " in (out / "compare.md").read_text()
+    for name in ("compare.png", "compare-1-stages.png", "compare-2-stages.png"):
+        assert (out / name).stat().st_size > 10_000

@@ -1,0 +1,25 @@
+"""PipeMare (arXiv 1910.05124): no stash, rates by delay, backward at estimated weights, a synchronous start."""
+
+from __future__ import annotations
+
+from nesterov_pp.methods.horizons import over_the_delay
+from nesterov_pp.methods.pipedream import ADAMW
+from nesterov_pp.methods.rates import CORRECTION_UPDATES, discount_by_delay
+from nesterov_pp.optim import AdamW, Discrepancy
+from nesterov_pp.pipeline.recipe import Recipe, register
+
+PIPEMARE = register(
+    Recipe(
+        name="pipemare",
+        summary="no stash: rate by delay (T1), backward at estimated weights (T2), synchronous_updates (T3) (AdamW)",
+        reference="arXiv 1910.05124 (recalled; T1 as in the code of 2505.01099)",
+        rule=AdamW,
+        options={**ADAMW, "prediction": Discrepancy()},
+        backward="beside",
+        lr_factor=discount_by_delay,
+        correction_updates=CORRECTION_UPDATES,
+        horizon=over_the_delay,
+        synchronous_updates=0,
+        constant_delay=True,
+    )
+)

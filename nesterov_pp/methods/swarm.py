@@ -1,0 +1,28 @@
+"""The paper's method without a stash over teams of unequal, unreliable workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nesterov_pp.methods.nesterov import NESTEROV_NO_STASH
+from nesterov_pp.pipeline.delays import Delays
+from nesterov_pp.pipeline.recipe import register
+from nesterov_pp.pipeline.swarm import Swarm
+
+
+def three_a_stage(stages: int, _microbatches_per_update: int) -> Delays:
+    """Three workers a stage of speeds 1, 0.7 and 0.4, the slower ones there for 300 units and away for 60 on average;
+    2 P microbatches in flight."""
+    return Swarm(((1.0, 0.7, 0.4),) * stages, in_flight=2 * stages, cut=4 * stages, mean_up=300.0, mean_down=60.0)
+
+
+SWARM = register(
+    replace(
+        NESTEROV_NO_STASH,
+        name="swarm",
+        summary="nesterov-no-stash over stochastic wiring: 3 unequal workers a stage that come and go",
+        reference="arXiv 2301.11913, asynchronous; with arXiv 2505.01099, Eq. 13",
+        delays=three_a_stage,
+        distributed=False,
+    )
+)

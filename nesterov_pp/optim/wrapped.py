@@ -1,0 +1,139 @@
+"""Any optimizer of torch on a ring of weights, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from nesterov_pp.optim.basis_rotation import BasisRotation
+from nesterov_pp.stash import Beside, WeightStash
+
+Build = Callable[[dict[str, nn.Parameter]], list[Optimizer]]
+_NO_HIDDEN_MATRIX = {"tokens", "positions", "embedding", "embeddings", "embed_tokens", "wte", "wpe"} | {
+    "out",
+    "output",
+    "head",
+    "lm_head",
+}
+"""Parts of names that mark embeddings and heads, which Muon leaves to AdamW."""
+
+
+class StepsCopies:
+    """Steps the weights that a ``WeightStash(beside="stepped")`` keeps outside its ring with optimizers of torch, and
+    writes the next version as ``x = w' + s (w' - w)``; s is the groups' ``"horizon"``, 0 where they have none.
+
+    A step takes several passes over memory. It is for rules that are no element-wise pass anyhow: matrix products.
+
+    Args:
+        params: ignored but for their number: the ring's are stepped.
+        lr: learning rate of all groups.
+        stash: the ring.
+        base: "muon": ``torch.optim.Muon`` (with the rate that matches AdamW's) for hidden matrices, AdamW for
+            embeddings, heads (by the names of their parameters) and all that is no matrix. "basis-rotation":
+            ``BasisRotation``.
+        max_grad_norm: clip the gradients' global norm (None: no clipping).
+        backend: "auto" or "reference"; there is no other.
+        momentum: of Muon (0.95).
+        options: further hyper-parameters: ``betas``, ``eps`` and ``weight_decay`` of both, others of ``BasisRotation``.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, the base is unknown, or another backend is asked for.
+    """
+
+    beside: ClassVar[Beside] = "stepped"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        *,
+        stash: WeightStash,
+        base: str,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+        momentum: float = 0.95,
+        **options: Any,
+    ) -> None:
+        if base not in _BASES:
+            raise ValueError(f"base must be one of {', '.join(_BASES)}, not {base!r}")
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend {backend!r} cannot be used: it does not have {base}; use 'reference' or 'auto'")
+        if len(list(params)) != len(stash.names):
+            raise ValueError("the optimizer of a WeightStash must step all its parameters")
+        stash.attach(self)
+        self.max_grad_norm = max_grad_norm
+        self._stash = stash
+        named = stash.weights()
+        self._weights = list(named.values())
+        self._inner = _BASES[base](named, lr, momentum, options)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(inner.param_groups for inner in self._inner))
+
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]:
+        return {p: state for inner in self._inner for p, state in inner.state.items()}
+
+    @torch.no_grad()
+    def step(self, *, version: int | None = None, microbatches: int = 1) -> None:
+        """Take the gradients of a version, the sum over ``microbatches``, and write the next version."""
+        stash = self._stash
+        source, _, target = stash.begin_step(version, microbatches)
+        slots = stash.leaves(self._leaves())
+        for w, leaf in zip(self._weights, slots[source], strict=True):
+            w.grad = None if leaf.grad is None else leaf.grad / microbatches
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._weights, self.max_grad_norm)
+        ahead = float(self.param_groups[0].get("horizon", 0.0))
+        before = [w.clone() for w in self._weights] if ahead else []
+        for inner in self._inner:
+            inner.step()
+        for i, (w, out) in enumerate(zip(self._weights, slots[target], strict=True)):
+            out.copy_(w + ahead * (w - before[i]) if ahead else w)
+            w.grad = None
+        stash.end_step(version, microbatches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"inner": [the state of each optimizer]}``."""
+        return {"inner": [inner.state_dict() for inner in self._inner]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        for inner, saved in zip(self._inner, state_dict["inner"], strict=True):
+            inner.load_state_dict(saved)
+
+    def _leaves(self) -> list[nn.Parameter]:
+        return list(self._stash.parameters(self._stash.newest).values())
+
+
+def _muon(named: dict[str, nn.Parameter], lr: float, momentum: float, options: dict[str, Any]) -> list[Optimizer]:
+    hidden = [p for n, p in named.items() if p.dim() == 2 and not _NO_HIDDEN_MATRIX & set(n.split("."))]
+    taken = {id(p) for p in hidden}
+    others = [p for p in named.values() if id(p) not in taken]
+    decay = options.get("weight_decay", 1e-2)
+    inner: list[Optimizer] = []
+    if hidden:
+        inner.append(
+            torch.optim.Muon(hidden, lr=lr, momentum=momentum, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if others:
+        inner.append(AdamW(others, lr=lr, **options))
+    return inner
+
+
+def _basis_rotation(
+    named: dict[str, nn.Parameter], lr: float, _momentum: float, options: dict[str, Any]
+) -> list[Optimizer]:
+    return [BasisRotation(list(named.values()), lr=lr, **options)]
+
+
+_BASES: dict[str, Callable[[dict[str, nn.Parameter], float, float, dict[str, Any]], list[Optimizer]]] = {
+    "muon": _muon,
+    "basis-rotation": _basis_rotation,
+}

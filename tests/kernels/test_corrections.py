@@ -1,0 +1,216 @@
+"""Corrections and predictions inside the pass: backends against the reference, instruction sets against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends import BACKENDS
+from tolerances import MANY_STEPS, ULPS, ulps_apart
+from torch import nn
+
+import nesterov_pp as npp
+from nesterov_pp.kernels import extension
+from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, GapAware, Prediction
+
+C, REASON = extension.load()
+needs_extension = pytest.mark.skipif(C is None, reason=str(REASON))
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4097, 70_001]
+VERSIONS = 3
+CASES: dict[str, dict[str, Any]] = {
+    "delay compensation": {"correction": DelayCompensation(0.5)},
+    "adaptive delay compensation": {"correction": DelayCompensation(2.0, adaptive=True)},
+    "gap": {"correction": GapAware()},
+    "displacement": {"prediction": Prediction("displacement")},
+    "momentum, damped": {"prediction": Prediction("momentum", damping=0.9)},
+    "discrepancy": {"prediction": Discrepancy()},
+    "gap and momentum": {"correction": GapAware(decay=0.9), "prediction": Prediction("momentum")},
+    "compensation and displacement": {
+        "correction": DelayCompensation(2.0, adaptive=True),
+        "prediction": Prediction("displacement"),
+    },
+}
+RULES: dict[str, Any] = {
+    "NAdam": lambda p, **options: npp.NAdam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True, **options),
+    "AdamW": lambda p, **options: npp.AdamW(p, lr=1e-2, **options),
+    "NAG": lambda p, **options: npp.NAG(p, lr=1e-1, momentum=0.9, weight_decay=0.1, **options),
+}
+
+
+def run(
+    rule: str, options: dict[str, Any], backend: str, dtype: torch.dtype, steps: int = 6, sizes: list[int] = SIZES
+) -> tuple[list[torch.Tensor], FusedOptimizer]:
+    """A ring whose gradients are as late as it allows; all that the last step has left."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.ParameterList([torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes])
+    prediction = options.get("prediction")
+    stash = npp.WeightStash(module, VERSIONS, beside=None if prediction is None else prediction.beside)
+    optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
+    for group in optimizer.param_groups:
+        if prediction is not None:
+            group["horizon"] = 2.0
+    for _ in range(steps):
+        late = max(0, stash.newest - VERSIONS + 1)
+        for p in stash.parameters(late).values():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+        optimizer.step(version=late)
+    left = [p.detach() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]
+    left += stash.state_dict().get("beside", {}).values()
+    left += [t for s in optimizer.state.values() for n, t in s.items() if n.startswith("exp_avg")]
+    return left, optimizer
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_backends_equal_the_reference(dtype, backend, rule, case):
+    ours, optimizer = run(rule, CASES[case], backend, dtype)
+    assert optimizer.backend == backend
+    expected, _ = run(rule, CASES[case], "reference", dtype)
+    torch.testing.assert_close(ours, expected, **MANY_STEPS[dtype])
+    plain, _ = run(rule, {}, backend, dtype)
+    beside, newest, last = VERSIONS * len(SIZES), (VERSIONS - 1) * len(SIZES), len(SIZES) - 1
+    if case == "discrepancy":  # leaves the ring alone, and writes something else beside it
+        assert not torch.equal(ours[beside + last], ours[newest + last])
+    else:
+        assert not torch.equal(ours[newest + last], plain[newest + last])
+
+
+@needs_extension
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("state_dtype", [None, torch.float32])
+def test_bfloat16_is_rounded_as_the_reference_rounds(case, state_dtype):
+    options = {**CASES[case], "state_dtype": state_dtype}
+    ours, _ = run("AdamW", options, "cpu", torch.bfloat16, steps=1)
+    expected, _ = run("AdamW", options, "reference", torch.bfloat16, steps=1)
+    low = [(a, b) for a, b in zip(ours, expected, strict=True) if a.dtype == torch.bfloat16]
+    assert all(ulps_apart(a, b) <= ULPS[torch.bfloat16] for a, b in low)
+    wide = [(a, b) for a, b in zip(ours, expected, strict=True) if a.dtype != torch.bfloat16]
+    assert bool(wide) == (state_dtype is not None)
+    for a, b in wide:
+        torch.testing.assert_close(a, b, **MANY_STEPS[torch.float32])
+
+
+@needs_extension
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype, case):
+    results, selected, threads = [], C.isa(), torch.get_num_threads()
+    try:
+        for isa in C.isas():
+            for count in (1, 3):
+                C.set_isa(isa)
+                torch.set_num_threads(count)
+                results.append(run("NAdam", CASES[case], "cpu", dtype, sizes=[*SIZES, 300_000])[0])
+    finally:
+        C.set_isa(selected)
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("rule", ["NAdam", "AdamW"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_correction_of_no_strength_and_a_horizon_of_none_leave_the_bits(dtype, rule, backend):
+    plain, _ = run(rule, {}, backend, dtype)
+    without, _ = run(rule, {"correction": DelayCompensation(0.0)}, backend, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(plain, without, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    rings = []
+    for prediction in (None, Prediction("displacement"), Prediction("momentum")):
+        module = nn.ParameterList([torch.ones(1000, dtype=dtype)])
+        stash = npp.WeightStash(module, VERSIONS, beside=prediction.beside if prediction else None)
+        options = {} if prediction is None else {"prediction": prediction}
+        optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
+        for group in optimizer.param_groups:
+            if prediction is not None:
+                group["horizon"] = 0.0
+        generator.manual_seed(0)
+        for _ in range(5):
+            (leaf,) = stash.parameters(stash.newest).values()
+            leaf.grad = torch.randn(1000, generator=generator, dtype=dtype)
+            optimizer.step()
+        rings.append(leaf.detach().clone())
+    assert torch.equal(rings[0], rings[1])
+    assert torch.equal(rings[0], rings[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"correction": GapAware()}, "compares with the weights of a WeightStash; give stash="),
+        ({"prediction": Prediction()}, r"needs stash=WeightStash\(..., beside='stepped'\)"),
+        ({"stash": (2, "backward"), "prediction": Prediction()}, "beside='stepped'"),
+        ({"stash": (2, "stepped")}, "needs an optimizer with a prediction"),
+        (
+            {"stash": (2, "backward"), "prediction": Discrepancy(), "correction": GapAware()},
+            "does not go with GapAware",
+        ),
+        ({"stash": (2, None), "correction": GapAware(), "master_weights": True}, "master_weights does not go with"),
+        ({"stash": (2, None), "correction": GapAware(), "stochastic_rounding": True}, "stochastic_rounding does not"),
+    ],
+)
+def test_options_that_do_not_go_together(options, sentence):
+    module = nn.Linear(2, 2)
+    if "stash" in options:
+        versions, beside = options["stash"]
+        options = {**options, "stash": npp.WeightStash(module, versions, beside=beside)}
+    with pytest.raises(ValueError, match=sentence):
+        npp.AdamW(module.parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: DelayCompensation(-1.0), "strength must be from 0"),
+        (lambda: GapAware(decay=1.0), "decay must be from 0 to below 1"),
+        (lambda: Prediction("magic"), "by 'displacement' or 'momentum'"),
+        (lambda: Prediction(damping=0.0), "damping must be above 0"),
+        (lambda: Discrepancy(decay=0.0), "decay must be above 0"),
+    ],
+)
+def test_bad_hyper_parameters(build, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build()
+
+
+@needs_extension
+def test_float16_takes_the_reference():
+    module = nn.Linear(2, 2).half()
+    stash = npp.WeightStash(module, 2)
+    assert npp.AdamW(module.parameters(), stash=stash, correction=GapAware()).backend == "reference"
+    module = nn.Linear(2, 2).half()
+    with pytest.raises(ValueError, match="float16"):
+        npp.AdamW(module.parameters(), stash=npp.WeightStash(module, 2), correction=GapAware(), backend="cpu")
+
+
+def test_a_correction_goes_on_after_a_checkpoint():
+    def made() -> tuple[npp.WeightStash, FusedOptimizer]:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 3)
+        stash = npp.WeightStash(module, 2, beside="stepped")
+        options = {"correction": GapAware(), "prediction": Prediction("momentum")}
+        return stash, npp.AdamW(module.parameters(), stash=stash, **options)
+
+    def steps(stash: npp.WeightStash, optimizer: FusedOptimizer, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for p in stash.parameters(stash.oldest).values():
+                p.grad = torch.randn(p.shape)
+            optimizer.step(version=stash.oldest)
+
+    stash, optimizer = made()
+    steps(stash, optimizer, range(10))
+    first, second = made(), made()
+    steps(*first, range(5))
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(first[1].state_dict())
+    steps(*second, range(5, 10))
+    for a, b in zip(stash.weights().values(), second[0].weights().values(), strict=True):
+        assert torch.equal(a, b)
+    bare = npp.WeightStash(nn.Linear(3, 3), 2)
+    with pytest.raises(ValueError, match="outside the ring"):
+        bare.load_state_dict(first[0].state_dict())

@@ -1,0 +1,111 @@
+"""Counted bytes against measured ones: which tensors a step's result depends on, and which it changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import nesterov_pp as npp
+from nesterov_pp.methods.costs import of_step
+from nesterov_pp.optim import FusedOptimizer
+from nesterov_pp.pipeline import Placement, recipes
+from nesterov_pp.pipeline.stage import build_optimizer, build_stash, set_horizon
+
+ONE_PASS = [name for name, recipe in recipes().items() if of_step(recipe) is not None]
+THEORY = {  # bytes per parameter of state and step, from the papers' tables of costs
+    "nesterov": (8, 28),
+    "pipedream": (8, 28),
+    "nesterov-sgd": (4, 20),
+    "xpipe": (12, 32),
+    "one-step-ef": (12, 32),
+    "pipemare": (16, 40),
+    "gap-aware": (12, 40),
+    "dc-asgd": (8, 32),
+    "spectrain": (8, 24),
+    "dana-dc": (8, 28),
+    "nesterov-horizon": (8, 28),
+}
+
+
+class Step:
+    """One step of a stage whose gradient is two versions late, from the same state every time."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        recipe = recipes()[name]
+        torch.manual_seed(0)
+        self.module = nn.ParameterList([torch.randn(64)])
+        self.stash = build_stash(recipe, self.module, 3)
+        place = Placement(1, 3, 2)
+        optimizer = build_optimizer(
+            recipe, self.module, self.stash, place, lr=1e-2, max_grad_norm=None, backend=backend
+        )
+        assert isinstance(optimizer, FusedOptimizer)
+        self.optimizer = optimizer
+        for _ in range(5):
+            for p in self.stash.parameters(self.stash.oldest).values():
+                p.grad = torch.randn(64)
+            set_horizon(optimizer, recipe, place, 10_000)
+            optimizer.step(version=self.stash.oldest)
+        for p in self.stash.parameters(self.stash.oldest).values():
+            p.grad = torch.randn(64)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All float32 tensors of the parameter's size that the step may touch."""
+        stash, (state,) = self.stash, self.optimizer.state.values()
+        (late,) = stash.parameters(stash.oldest).values()
+        found = {f"version {v}": p for v in (3, 4, 5) for p in stash.parameters(v).values()}
+        found |= {f"beside {n}": p for n, p in stash.state_dict().get("beside", {}).items()}
+        found |= {n: t for n, t in state.items() if t.numel() == 64}
+        assert late.grad is not None
+        return {n: t.detach() for n, t in found.items()} | {"grad": late.grad}
+
+
+def result(name: str, backend: str, change: str | None = None) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The tensors after the step, one of them changed before it, and the names of those that the step has changed."""
+    step = Step(name, backend)
+    tensors = step.tensors()
+    if change is not None:
+        tensors[change].mul_(1.01).add_(1e-3)
+    before = {n: t.clone() for n, t in tensors.items()}
+    step.optimizer.step(version=step.stash.oldest)
+    return tensors, {n for n, t in tensors.items() if not torch.equal(t, before[n])}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_step_reads_and_writes_what_is_counted(name, backend):
+    after, written = result(name, backend)
+    read = set()
+    for n in after:
+        other, _ = result(name, backend, n)
+        # What is left alone keeps the change that was made to it: that is no read.
+        if any(not torch.equal(other[k], after[k]) for k in after if k != n or k in written):
+            read.add(n)
+    cost = of_step(recipes()[name])
+    assert cost is not None
+    # The weights that are read are one tensor and those written another: a slot, or the copy beside the ring.
+    assert 4 * (len(read) + len(written)) == cost.traffic, (sorted(read), sorted(written))
+    assert (cost.state, cost.traffic) == THEORY.get(name, tuple(cost))
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_stage_keeps_what_is_counted(name):
+    step = Step(name, "auto")
+    (state,) = step.optimizer.state.values()
+    held = sum(t.numel() * t.element_size() for n, t in state.items() if n.startswith("exp_avg"))
+    held += sum(t.numel() * t.element_size() for t in step.stash.state_dict().get("beside", {}).values())
+    cost = of_step(recipes()[name])
+    assert cost is not None
+    assert held / 64 == cost.state
+
+
+def test_what_is_no_single_pass_says_so():
+    assert {name for name in recipes() if name not in ONE_PASS} == {
+        "basis-rotation",
+        "basis-rotation-1st-uni",
+        "fft-forecast",
+        "one-step-ef-muon",
+        "poly-forecast",
+    }
+    assert npp.methods.NESTEROV.distributed
