@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare-small test test-all check format cuda-build gpu-check bench sanitize coverage clean
+.PHONY: help setup demo demo-distributed compare-small test test-all check format cuda-build gpu-check bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -35,6 +35,11 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
 
 demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo (again: goes on, or shows them)
 	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo --resume
+
+# One thread a process: four processes share the cores.
+demo-distributed: setup ## the pipeline in four processes on this machine, about three minutes; survives kill -9 of any of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 4 --max-restarts 3 -m nesterov_pp train \
+		--microbatches 6000 --context 32 --lr 2e-3 --checkpoint-every 250 --out runs/demo-distributed --resume
 
 compare-small: setup ## 24 methods, 3 seeds, 2 learning rates, 8 stages on the standard library's source; up to an hour on 2 cores
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
@@ -85,7 +90,7 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 COVERED := build/coverage
 coverage: setup ## which lines the tests run: tables of Python and C++
 	rm -rf $(COVERED) && mkdir -p $(COVERED)
-	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
+	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs examples setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
 	rm -f $(COVERED)/nesterov_pp/_C*
 	sed 's/"-O3"/"-O0"/; s/"-g0"/"-g"/' setup.py > $(COVERED)/setup.py
 	cd $(COVERED) && CFLAGS="--coverage" LDFLAGS="--coverage" ../../$(BIN)/python setup.py -q build_ext --inplace

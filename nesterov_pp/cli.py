@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | analyze | methods | info``."""
+"""The command line: ``python -m nesterov_pp train | compare | analyze | reshard | methods | info``."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str, status: int) -> int:
-    kind = "error: " if status < 128 else ""
-    print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
+    if sentence:  # of several processes, one speaks
+        kind = "error: " if status < 128 else ""
+        print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "train with several methods and seeds, and put them into one table")
     sub.add_argument("--methods", type=_typed(_names), metavar="A,B,...", help="methods; default: those of the demo")
     sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
-    sub.add_argument("--jobs", type=_typed(_jobs), metavar="N", help="runs at a time (default: the number of cores)")
+    sub.add_argument("--jobs", type=_typed(_count), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
     for name, parse, many in (
         ("lr", _rates, "several: each method's best"),
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(sub, "method", "seed", "lr", "stages")
     sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
     analysis_arguments(sub, _typed)
+    sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
+    sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    sub.add_argument("--stages", type=_typed(_count), required=True, metavar="N", help="stages of the new run")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new run, empty or absent")
+    sub.add_argument("--one-process", action="store_true", help="for one process; default: one for each stage")
     command("methods", _methods, "list the methods")
     command("info", _info, "versions, and which backends are available and why")
     return parser
@@ -165,7 +171,7 @@ def _setting(name: str) -> Callable[[str], Any]:
     return cast(Callable[[str], Any], parse)
 
 
-def _jobs(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"needs a whole number of at least 1, not {text!r}")
     return int(text)
@@ -198,8 +204,12 @@ def _train(arguments: dict[str, Any]) -> None:
 
 def _compare(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.pipeline.world import launched
     from nesterov_pp.training.compare import compare
+    from nesterov_pp.training.config import UserError
 
+    if launched():
+        raise UserError("compare starts processes of its own; leave torchrun out")
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
     own = {
@@ -233,6 +243,14 @@ def _analyze(arguments: dict[str, Any]) -> None:
     picture = command.analyze(console, **arguments)
     write_atomic(path, lambda file: file.write(picture))
     console.print(f"The plot is {path}.", soft_wrap=True)
+
+
+def _reshard(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.training.reshard import reshard
+
+    one_process = arguments.pop("one_process", False)
+    print(reshard(arguments["run"], arguments["stages"], arguments["out"], one_process=one_process))
 
 
 def _methods(_: dict[str, Any]) -> None:

@@ -83,6 +83,11 @@ class WeightStash:
         return max(0, self.newest - self.versions + 1)
 
     @property
+    def in_use(self) -> int:
+        """The version that the module is bound to: that of the innermost ``use``, else the newest."""
+        return self._entered[-1] if self._entered else self.newest
+
+    @property
     def names(self) -> list[str]:
         """Names of the parameters in the ring, as in ``module.named_parameters()``."""
         return list(self._names)
@@ -359,8 +364,7 @@ class WeightStash:
             del self._in_flight[version]
 
     def _rebind(self) -> None:
-        inside = self._entered[-1] if self._entered else self.newest
-        self._bind(max(inside, self.oldest) % self.versions)
+        self._bind(max(self.in_use, self.oldest) % self.versions)
 
     def _bind(self, slot: int) -> None:
         if slot == self._bound_slot:
@@ -429,7 +433,8 @@ def _check_stashable(named: dict[str, nn.Parameter]) -> None:
                 f"{name} carries hooks, which the other versions would not have; "
                 "register them after building the WeightStash, on each of stash.parameters(version)"
             )
-        twin = first_with.setdefault(p.untyped_storage().data_ptr(), name) if p.numel() else name
+        here = p.to_local() if hasattr(p, "to_local") else p  # of a DTensor, the shard
+        twin = first_with.setdefault(here.untyped_storage().data_ptr(), name) if here.numel() else name
         if twin != name:
             raise ValueError(
                 f"{name} shares memory with {twin}; tie them by using one Parameter in both places, "

@@ -206,3 +206,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
     assert main(["train"]) == 2
     assert "needs matplotlib; run `pip install 'nesterov-pp[train]'`" in capsys.readouterr().err
+
+
+def test_compare_is_not_for_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare"]) == 2
+    assert "leave torchrun out" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Pipelines: delays, partition, recipes, and the virtual pipeline."""
 
+from nesterov_pp.pipeline.asynchronous import AsyncPipeline
 from nesterov_pp.pipeline.delays import (
     Delays,
     DropOuts,
@@ -18,13 +19,16 @@ from nesterov_pp.pipeline.stage import microbatch_seed
 from nesterov_pp.pipeline.swarm import Swarm
 from nesterov_pp.pipeline.virtual import VirtualPipeline
 from nesterov_pp.pipeline.workers import VirtualWorkers
+from nesterov_pp.pipeline.world import PipelineError, World, connect
 
 __all__ = [
+    "AsyncPipeline",
     "Delays",
     "DropOuts",
     "Fixed",
     "Geometric",
     "LocalAccumulation",
+    "PipelineError",
     "Placement",
     "Recipe",
     "Stragglers",
@@ -33,7 +37,9 @@ __all__ = [
     "Uniform",
     "VirtualPipeline",
     "VirtualWorkers",
+    "World",
     "balanced_sizes",
+    "connect",
     "find_recipe",
     "microbatch_seed",
     "recipes",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> list[nn.Sequential]:
@@ -23,7 +26,7 @@ def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> li
     if isinstance(partition, int):
         if not 1 <= partition <= len(layers):
             raise ValueError(f"{len(layers)} layers cannot be cut into {partition} stages; use 1 to {len(layers)}")
-        sizes = balanced_sizes([sum(p.numel() for p in layer.parameters()) for layer in layers], partition)
+        sizes = balanced_sizes(parameter_costs(layers), partition)
     else:
         sizes = list(partition)
     if any(size < 1 for size in sizes) or sum(sizes) != len(layers):
@@ -96,3 +99,88 @@ def stage_list(stages: Sequence[nn.Module] | nn.Sequential, partition: int | Seq
         raise ValueError("a pipeline needs at least one stage")
     check_untied(modules)
     return modules
+
+
+def own_stage(
+    stages: nn.Module | Sequence[nn.Module],
+    partition: int | str | Sequence[int] | None,
+    count: int,
+    index: int,
+    agreed: Callable[[Callable[[], list[int]]], list[int]],
+    example: Callable[[], Any],
+) -> nn.Module:
+    """The stage of process ``index`` of ``count``.
+
+    Args:
+        stages: that stage itself; or all of them in a list; or an ``nn.Sequential`` to cut.
+        partition: for an ``nn.Sequential``: layers of each stage; their number, or "parameters", for stages whose
+            largest has as few parameters as possible; or "time", for stages whose slowest is as fast as possible.
+        agreed: what one process computes, on all of them.
+        example: the input of a microbatch, for "time".
+
+    Raises:
+        ValueError: there are not as many stages as processes, or the model cannot be cut so.
+    """
+    if partition is None and isinstance(stages, nn.Module):
+        return stages
+    if partition in ("time", "parameters") and isinstance(stages, nn.Sequential):
+        layers = stages
+        if not 1 <= count <= len(layers):
+            raise ValueError(
+                f"{len(layers)} layers cannot be cut into {count} stages; use 1 to {len(layers)} processes"
+            )
+        if partition == "time":
+            partition = agreed(lambda: balanced_sizes(measured_costs(layers, example()), count))
+        else:
+            partition = balanced_sizes(parameter_costs(layers), count)
+    if isinstance(partition, str):
+        raise ValueError(
+            f'partition must be "time", "parameters", a number of stages or their sizes, not {partition!r}'
+        )
+    modules = stage_list(stages, partition)  # type: ignore[arg-type]
+    if len(modules) != count:
+        raise ValueError(
+            f"{len(modules)} stages need {len(modules)} processes a replica, and there are {count}: "
+            f"start as many as there are stages, one stage a process"
+        )
+    return modules[index]
+
+
+def parameter_costs(layers: Iterable[nn.Module]) -> list[int]:
+    """Parameters of each layer."""
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers]
+
+
+def measured_costs(layers: nn.Sequential, inputs: Any, repeats: int = 5) -> list[int]:
+    """Nanoseconds of each layer's forward and backward on ``inputs``, the fastest of ``repeats``.
+
+    Weights, gradients and the random state are left as they were; buffers too.
+    """
+    buffers = [(b, b.clone()) for b in layers.buffers()]
+    costs: list[int] = []
+    with torch.random.fork_rng():
+        hidden = inputs
+        for layer in layers:
+            best = None
+            for _ in range(repeats + 1):  # the first one warms up
+                leaf = hidden.detach().requires_grad_() if hidden.is_floating_point() else hidden
+                begin = _now(leaf)
+                output: Tensor = layer(leaf)
+                sources = [t for t in (leaf, *layer.parameters()) if t.requires_grad]
+                if output.requires_grad:
+                    ones = [torch.ones_like(output)]
+                    torch.autograd.grad([output], sources, ones, allow_unused=True)
+                spent = _now(leaf) - begin
+                best = spent if best is None else min(best, spent)
+            costs.append(best or 1)
+            hidden = output
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return costs
+
+
+def _now(t: Tensor) -> int:
+    if t.device.type == "cuda":
+        torch.cuda.synchronize(t.device)
+    return time.perf_counter_ns()

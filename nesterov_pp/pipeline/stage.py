@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,11 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
         group["horizon"] = horizon
 
 
+def run_stage(module: nn.Module, hidden: Any) -> Any:
+    """The output of a stage; what the stage before gave as a tuple comes as several arguments."""
+    return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
+
+
 def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
     """The seed of the random state that a stage (from 0) runs a microbatch's forward with."""
     return (seed * 1_000_003 + stage) * 1_000_000_007 + microbatch & 0x7FFF_FFFF_FFFF_FFFF
@@ -65,5 +71,10 @@ def random_state(module: nn.Module, seed: int | None, stage: int, microbatch: in
         return
     devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(microbatch_seed(seed, stage, microbatch))
+        own = microbatch_seed(seed, stage, microbatch)
+        # torch.manual_seed would also note itself, and a stack trace, for every kind of device that is not in use.
+        torch.default_generator.manual_seed(own)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own)
         yield

@@ -14,7 +14,15 @@ from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.delays import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, find_recipe
-from nesterov_pp.pipeline.stage import build_optimizer, build_stash, random_state, set_horizon, set_learning_rate
+from nesterov_pp.pipeline.schedule import drained_before
+from nesterov_pp.pipeline.stage import (
+    build_optimizer,
+    build_stash,
+    random_state,
+    run_stage,
+    set_horizon,
+    set_learning_rate,
+)
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -124,7 +132,7 @@ class VirtualPipeline:
             for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
                 bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
                 with random_state(module, self.seed, i, self.microbatches):
-                    hidden = module(hidden)
+                    hidden = run_stage(module, hidden)
             loss = self.loss_fn(hidden, targets)
             if delays is not None:
                 self._backward(loss, versions, delays)
@@ -145,7 +153,7 @@ class VirtualPipeline:
                 hidden = inputs
                 for module, stash in zip(self.stages, self.stashes, strict=True):
                     with stash.use_stepped():
-                        hidden = module.eval()(hidden)
+                        hidden = run_stage(module.eval(), hidden)
                 return hidden
         finally:
             for module, training in zip(self.stages, modes, strict=True):
@@ -231,8 +239,7 @@ class VirtualPipeline:
         return self.delay_model.draw(self.microbatches)
 
     def _versions(self, delays: list[int]) -> list[int]:
-        drained_at = 0 if self.flush_every is None else self.updates // self.flush_every * self.flush_every
-        drained_at = max(drained_at, min(self.updates, self.recipe.synchronous_updates or 0))
+        drained_at = drained_before(self.updates, self.flush_every, self.recipe.synchronous_updates or 0)
         wanted = [version_for_update(self.updates, tau, drained_at) for tau in delays]
         # A stage without trainable parameters has no optimizer and stays at version 0.
         return [min(version, stash.newest) for version, stash in zip(wanted, self.stashes, strict=True)]

@@ -17,6 +17,7 @@ from nesterov_pp.training.config import RunError, UserError
 KEPT = 2
 _FORMAT = "nesterov_pp run 1"
 _PREFIX = "checkpoint-"
+_DIGITS = 9
 
 
 @contextmanager
@@ -56,21 +57,35 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*.pt"))
+def checkpoints(folder: Path, part: str = "") -> list[Path]:
+    """The checkpoints in a folder, oldest first; ``part`` is that of one stage, "" of a whole pipeline."""
+    return sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}{part}.pt"))
 
 
-def save(folder: Path, microbatch: int, state: dict[str, Any]) -> None:
-    """Write the checkpoint after ``microbatch`` microbatches and drop all but the newest two.
+def stage_part(stage: int, stages: int) -> str:
+    """How the checkpoint of one stage (from 0) is marked in its name."""
+    return f".stage-{stage + 1}-of-{stages}"
+
+
+def microbatch_of(path: Path) -> int:
+    """The microbatches done before a checkpoint."""
+    return int(path.name[len(_PREFIX) :][:_DIGITS])
+
+
+def save(folder: Path, microbatch: int, state: dict[str, Any], *, part: str = "", certain: int | None = None) -> None:
+    """Write the checkpoint after ``microbatch`` microbatches and drop old ones.
+
+    Kept are the newest two of those that are whole: where stages write parts of their own, those of at most
+    ``certain`` microbatches, which all of them have written.
 
     Raises:
         RunError: it cannot be written; the others are kept.
     """
-    path = folder / f"{_PREFIX}{microbatch:09d}.pt"
+    path = folder / f"{_PREFIX}{microbatch:0{_DIGITS}d}{part}.pt"
     write_atomic(path, lambda file: torch.save({"format": _FORMAT, "microbatch": microbatch, **state}, file))
+    certain = microbatch if certain is None else certain
     with _readable_errors(folder):
-        for old in checkpoints(folder)[:-KEPT]:
+        for old in [p for p in checkpoints(folder, part) if microbatch_of(p) <= certain][:-KEPT]:
             old.unlink()
 
 
@@ -89,7 +104,7 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         state = None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        others = [p.name for p in checkpoints(path.parent) if p < path]
+        others = [p.name for p in checkpoints(path.parent, path.stem[len(_PREFIX) + _DIGITS :]) if p < path]
         then = f"continue from {others[-1]}" if others else "start from the beginning"
         raise UserError(f"{path} is truncated or damaged; remove it, and --resume will {then}")
     return state

@@ -17,7 +17,7 @@ CORRECTION_SHARE = 0.14
 FINAL_LR = 0.1
 """What the cosine leaves of the learning rate at the end of a run."""
 
-FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature")
+FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature", "timeout")
 """Settings that may differ when a run goes on: no loss depends on them (the data's content is checked instead)."""
 
 
@@ -109,6 +109,8 @@ class Config:
     sample_length: int = _option(300, _whole(0), "tokens of text to write at the end")
     temperature: float = _option(0.8, _positive, "of that text")
     threads: int = _option(1, _whole(1), "threads; more than one pays for wide models only")
+    replicas: int = _option(1, _whole(1), "processes that share each stage's work, each with microbatches of its own")
+    timeout: float = _option(60.0, _positive, "seconds that processes wait for each other before they give up")
     backend: str = _option("auto", _choice(*BACKENDS), "backend of the optimizer step")
 
     @property

@@ -21,11 +21,13 @@ class InterruptionError(Exception):
 class StopRequest:
     """Inside the block the first signal is noted in ``received``; a second one acts as it would without the block.
 
-    Outside the main thread nothing is caught.
+    A ``patient`` one notes the second one too: a launcher passes on what the terminal has sent already, and kills what
+    does not end in time. Outside the main thread nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.received: int | None = None
+        self._patient = patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,7 +40,8 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +19,15 @@ import torch
 from rich.console import Console
 
 import nesterov_pp
-from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.pipeline.world import launched
 from nesterov_pp.training import checkpoint, plots, report
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, derived_seed, flag, settle
 from nesterov_pp.training.data import Corpus, Text, read_text, tokenize
-from nesterov_pp.training.diagnostics import Diagnostics
+from nesterov_pp.training.distributed import stage_driver
+from nesterov_pp.training.driver import Driver, VirtualDriver
 from nesterov_pp.training.folder import RunFolder, read_object
-from nesterov_pp.training.metrics import MetricsLog, read_curves, tensorboard_writer
-from nesterov_pp.training.model import build_stages, next_token_loss
+from nesterov_pp.training.metrics import read_curves
+from nesterov_pp.training.outputs import Outputs, Silence
 from nesterov_pp.training.sample import generate, printable
 from nesterov_pp.training.signals import InterruptionError, StopRequest
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
@@ -32,12 +35,10 @@ from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenize
 PROMPT = 32
 """Tokens of validation text that the sample continues."""
 
-_SCALARS_EVERY = 10
-
 
 @dataclass
 class Totals:
-    """Sums over a run, interruptions included. Seconds are those of training steps alone."""
+    """Sums over a run in this process, interruptions included. Seconds are those of training steps alone."""
 
     seconds: float = 0.0
     optimizer_seconds: float = 0.0
@@ -57,40 +58,71 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool = False, console:
         RunError: the loss is not finite, or a file cannot be written; the checkpoints are kept.
         InterruptionError: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    console = console or report.make_console()
+    if not launched():
+        _train(VirtualDriver(), given, out, resume, console or report.make_console())
+        return
+    with stage_driver(given.get("timeout", Config.timeout), given.get("replicas", Config.replicas)) as driver:
+        quiet = Console(quiet=True)
+        _train(driver, given, out, resume, console or (report.make_console() if driver.reports else quiet))
+
+
+def _train(driver: Driver, given: Mapping[str, Any], out: Path, resume: bool, console: Console) -> None:
     folder = RunFolder(out)
     if given.get("data") is not None:
         given = {**given, "data": str(Path(given["data"]).resolve())}
-    with StopRequest() as stop:
-        recorded = folder.recorded(resume=resume)
-        config = settle(given, None if recorded is None else _part(recorded, "config", folder.config))
-        config.check()
+    with StopRequest(patient=driver.processes > 1) as stop:
+        resume = driver.resumes(resume)
+        config, recorded = driver.agree(lambda: _settled(driver, given, folder, resume))
         if recorded is not None and folder.summary.exists():
             console.print(f"The run in {out} is finished.")
             report.print_summary(console, read_object(folder.summary))
             return
         torch.set_num_threads(config.threads)
-        text = read_text(config.data)
-        if recorded is not None and recorded.get("data_digest") != text.digest:
-            raise UserError(f"the text of {text.name} has changed since this run began; give another --out")
-        tokenizer = _tokenizer(config, text, folder)
-        corpus = tokenize(text, tokenizer, config.context)
+        text, tokenizer, corpus = driver.agree(lambda: _data(config, recorded, folder))
         record = {
             "nesterov_pp": nesterov_pp.__version__,
             "config": asdict(config),
+            "processes": driver.processes,
             "data_digest": text.digest,
             "tokenizer_digest": tokenizer.digest,
         }
-        run = _Run(config, corpus, tokenizer, folder, record, console)
-        with folder.claimed():
-            state = _newest_checkpoint(folder, record) if recorded is not None else None
-            if recorded is None:
+        run = driver.agree(lambda: _Run(driver, config, corpus, tokenizer, folder, record, console))
+        with ExitStack() as claim:
+            driver.agree(lambda: claim.enter_context(folder.claimed()) if driver.reports else None)
+            state = driver.agree(lambda: _newest_checkpoint(driver, folder, record)) if recorded is not None else None
+            if recorded is None and driver.reports:
                 checkpoint.write_text(folder.config, json.dumps(record, indent=2) + "\n")
-            if isinstance(tokenizer, BpeTokenizer) and not folder.tokenizer.exists():
+            if isinstance(tokenizer, BpeTokenizer) and not folder.tokenizer.exists() and driver.reports:
                 checkpoint.write_text(folder.tokenizer, tokenizer.definition)
             run.announce(text)
             run.go_on(state, stop)
             run.finish()
+
+
+def _settled(
+    driver: Driver, given: Mapping[str, Any], folder: RunFolder, resume: bool
+) -> tuple[Config, dict[str, Any] | None]:
+    """The configuration, and the record of the run to go on with."""
+    given = driver.settled(given)
+    recorded = folder.recorded(resume=resume)
+    if recorded is not None and recorded.get("processes", 1) != driver.processes:
+        there = recorded.get("processes", 1)
+        how = f"torchrun --nproc-per-node {there} -m" if there != 1 else "python -m"
+        raise UserError(
+            f"the run in {folder.path} is one of {there} process(es), not {driver.processes}; "
+            f"go on with: {how} nesterov_pp train --resume --out {folder.path}"
+        )
+    config = settle(given, None if recorded is None else _part(recorded, "config", folder.config))
+    config.check()
+    return config, recorded
+
+
+def _data(config: Config, recorded: dict[str, Any] | None, folder: RunFolder) -> tuple[Text, Tokenizer, Corpus]:
+    text = read_text(config.data)
+    if recorded is not None and recorded.get("data_digest") != text.digest:
+        raise UserError(f"the text of {text.name} has changed since this run began; give another --out")
+    tokenizer = _tokenizer(config, text, folder)
+    return text, tokenizer, tokenize(text, tokenizer, config.context)
 
 
 def _part(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -108,12 +140,11 @@ def _tokenizer(config: Config, text: Text, folder: RunFolder) -> Tokenizer:
     return BpeTokenizer.train(text.train, config.vocab_size)
 
 
-def _newest_checkpoint(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any] | None:
+def _newest_checkpoint(driver: Driver, folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Raises: UserError: it is damaged, or of another run."""
-    saved = checkpoint.checkpoints(folder.path)
-    if not saved:
+    state = driver.newest(folder.path)
+    if state is None:
         return None
-    state = checkpoint.load(saved[-1])
     theirs = state["record"]
     unlike = [
         f"{flag(name)} {theirs['config'].get(name)}, not {value}"
@@ -122,13 +153,15 @@ def _newest_checkpoint(folder: RunFolder, record: Mapping[str, Any]) -> dict[str
     ]
     unlike += [f"another {n.split('_')[0]}" for n in ("data_digest", "tokenizer_digest") if theirs[n] != record[n]]
     if unlike:
-        raise UserError(f"{saved[-1]} is of another configuration ({unlike[0]}); remove it, or give another --out")
+        name = f"the checkpoint in {folder.path} after microbatch {state['microbatch']}"
+        raise UserError(f"{name} is of another configuration ({unlike[0]}); remove it, or give another --out")
     return state
 
 
 class _Run:
     def __init__(
         self,
+        driver: Driver,
         config: Config,
         corpus: Corpus,
         tokenizer: Tokenizer,
@@ -136,11 +169,10 @@ class _Run:
         record: dict[str, Any],
         console: Console,
     ) -> None:
-        self.config, self.corpus, self.tokenizer = config, corpus, tokenizer
+        self.driver, self.config, self.corpus, self.tokenizer = driver, config, corpus, tokenizer
         self.folder, self.record, self.console = folder, record, console
-        self.totals = Totals()
-        self.pipe = _pipeline(config, tokenizer.size)
-        self.diagnostics = None if config.diagnostics is None else Diagnostics(self.pipe, config.diagnostics)
+        self.sums = Totals()
+        driver.build(config, tokenizer.size, lambda m: corpus.batch(config.seed, m, config.batch, config.context))
         self.validation = corpus.validation_batches(config.eval_batches, config.batch, config.context)
 
     def announce(self, text: Text) -> None:
@@ -152,85 +184,78 @@ class _Run:
             f"vocabulary {self.tokenizer.size}{left_out}.",
             soft_wrap=True,
         )
-        self.console.print(report.memory_line(self.pipe.memory(), self.pipe.delays), soft_wrap=True)
+        self.console.print(report.memory_line(self._memory(), self.driver.delays), soft_wrap=True)
 
     def go_on(self, state: dict[str, Any] | None, stop: StopRequest) -> None:
         """Train from a checkpoint (None: from the start) to the end, or until a signal."""
-        config, pipe = self.config, self.pipe
-        start = 0
+        config, driver = self.config, self.driver
+        start, keep = 0, 0
         if state is not None:
-            try:
-                pipe.load_state_dict(state["pipeline"])
-                if self.diagnostics is not None:
-                    self.diagnostics.load_state_dict(state.get("diagnostics", {}))
-            except ValueError as error:
-                raise UserError(f"the checkpoint does not fit: {error}") from None
-            self.totals = Totals(**state["totals"])
-            start = int(state["microbatch"])
-        self._optimizer_seconds_before = self.totals.optimizer_seconds
-        self.log = MetricsLog(self.folder.metrics, keep=0 if state is None else int(state["metrics_bytes"]))
-        scalars = tensorboard_writer(self.folder.tensorboard, start)
-        session_start = self.totals.seconds
-        progress = report.RunProgress(self.console, start, config.microbatches)
+            driver.agree(lambda: driver.load(state))
+            self.sums = Totals(**state["totals"])
+            start, keep = int(state["microbatch"]), int(state["metrics_bytes"])
+        self._optimizer_seconds_before = self.sums.optimizer_seconds
+        tokens = config.batch * config.context * config.replicas
+        self.outputs: Outputs | Silence = Silence()
+        if driver.reports:
+            self.outputs = Outputs(config, self.folder, self.console, keep, start)
+        seconds_before = self.sums.seconds
         try:
             for m in range(start, config.microbatches):
                 done = m + 1
                 loss = self._step(m)
-                rate = (done - start) * config.batch * config.context / (self.totals.seconds - session_start)
-                progress.step(done, loss, rate)
-                self.log.write(microbatch=done, loss=loss, lr=pipe.lr)
-                if done % _SCALARS_EVERY == 0:
-                    scalars.add_scalar("loss/train", loss, done)
-                    scalars.add_scalar("lr", pipe.lr, done)
-                    scalars.add_scalar("tokens_per_second", rate, done)
+                if loss is not None:
+                    rate = (done - start) * tokens / (self.sums.seconds - seconds_before)
+                    self.outputs.trained(done, loss, config.learning_rate(m), rate)
                 last = done == config.microbatches
                 if last or done % config.eval_every == 0:
                     validation_loss = self._validate(done)
-                    progress.validated(validation_loss)
-                    self.log.write(microbatch=done, validation_loss=validation_loss)
-                    scalars.add_scalar("loss/validation", validation_loss, done)
-                if pipe.waiting:
+                    if validation_loss is not None:
+                        self.outputs.validated(done, validation_loss)
+                if driver.waiting():
                     continue
-                for stage, cosine in self.diagnostics.observe() if self.diagnostics is not None else ():
-                    self.log.write(microbatch=done, stage=stage, cosine=cosine)
-                    scalars.add_scalar(f"cosine/stage_{stage}", cosine, done)
-                stopping = stop.received is not None
-                if last or stopping or pipe.updates % config.checkpoint_every == 0:
+                for stage, cosine in driver.observe():
+                    self.outputs.measured(done, stage, cosine)
+                stopping = driver.stopping(stop, driver.updates())
+                if last or stopping or driver.updates() % config.checkpoint_every == 0:
                     self._save(done)
                 if stopping and not last:
-                    raise InterruptionError(stop.received or 0, self._how_to_go_on(done, stop.received or 0))
+                    number = stop.received or signal.SIGTERM
+                    raise InterruptionError(number, self._how_to_go_on(done, number) if driver.reports else "")
         finally:
-            progress.close()
-            self.log.close()
-            scalars.close()
+            self.outputs.close()
 
     def finish(self) -> None:
         """Plot, sample, summary (which marks the run as finished), table."""
-        config, pipe = self.config, self.pipe
-        curves = read_curves(self.folder.metrics)
-        checkpoint.write_atomic(self.folder.plot, lambda file: plots.draw_run(file, curves, config.method))
-        if curves.cosines:
-            draw = partial(plots.draw_alignment, cosines=curves.cosines, delays=pipe.delays)
-            checkpoint.write_atomic(self.folder.alignment_plot, draw)
+        config, driver = self.config, self.driver
         prompt = self.corpus.validation[: min(PROMPT, config.context)].long()
         tokens = generate(
-            pipe.predict,
+            driver.predict,
             prompt,
             config.sample_length,
             context=config.context,
             temperature=config.temperature,
             seed=derived_seed("sample", config.seed),
         )
+        self._sum_up()
+        memory, everyone = self._memory(), driver.gather(self.sums)
+        if not driver.reports:
+            return
+        curves = read_curves(self.folder.metrics)
+        checkpoint.write_atomic(self.folder.plot, lambda file: plots.draw_run(file, curves, config.method))
+        if curves.cosines:
+            draw = partial(plots.draw_alignment, cosines=curves.cosines, delays=driver.delays)
+            checkpoint.write_atomic(self.folder.alignment_plot, draw)
         sample = printable(self.tokenizer.decode(prompt.tolist() + tokens))
         checkpoint.write_text(self.folder.sample, sample + "\n")
         summary = report.summarise(
             config,
             curves,
-            delays=pipe.delays,
-            memory=pipe.memory(),
-            seconds=self.totals.seconds,
-            optimizer_seconds=self.totals.optimizer_seconds,
-            peak_memory=max(self.totals.peak_memory, _peak_memory()),
+            delays=driver.delays,
+            memory=memory,
+            seconds=self.sums.seconds,
+            optimizer_seconds=max(sums.optimizer_seconds for sums in everyone),
+            peak_memory=sum(sums.peak_memory for sums in everyone),
         )
         checkpoint.write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         if config.sample_length:
@@ -238,31 +263,33 @@ class _Run:
         report.print_summary(self.console, summary)
         self.console.print(f"Loss curves, sample and metrics are in {self.folder.path}.", soft_wrap=True)
 
-    def _step(self, m: int) -> float:
-        config, pipe = self.config, self.pipe
-        pipe.lr = config.learning_rate(m)
+    def _step(self, m: int) -> float | None:
         begin = time.perf_counter()
-        loss = float(pipe.step(*self.corpus.batch(config.seed, m, config.batch, config.context)))
-        self.totals.seconds += time.perf_counter() - begin
-        self.totals.optimizer_seconds = self._optimizer_seconds_before + pipe.optimizer_seconds
-        if not math.isfinite(loss):
+        loss = self.driver.step(self.config.learning_rate(m))
+        self.sums.seconds += time.perf_counter() - begin
+        if loss is not None and not math.isfinite(loss):
             self._diverged(loss, m + 1)
         return loss
 
-    def _validate(self, done: int) -> float:
-        losses = [float(self.pipe.evaluate(*batch)) for batch in self.validation]
-        mean = math.fsum(losses) / len(losses)
-        if not math.isfinite(mean):
-            self._diverged(mean, done)
-        return mean
+    def _validate(self, done: int) -> float | None:
+        loss = self.driver.validate(self.validation)
+        if loss is not None and not math.isfinite(loss):
+            self._diverged(loss, done)
+        return loss
+
+    def _sum_up(self) -> None:
+        self.sums.optimizer_seconds = self._optimizer_seconds_before + self.driver.optimizer_seconds()
+        self.sums.peak_memory = max(self.sums.peak_memory, _peak_memory())
+
+    def _memory(self) -> dict[str, int]:
+        parts = self.driver.gather(self.driver.memory())
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def _save(self, done: int) -> None:
-        self.totals.peak_memory = max(self.totals.peak_memory, _peak_memory())
+        self._sum_up()
         # Every line up to here is on the disk before the checkpoint that counts on it.
-        state: dict[str, Any] = {"metrics_bytes": self.log.sync(), "record": self.record, "totals": asdict(self.totals)}
-        if self.diagnostics is not None:
-            state["diagnostics"] = self.diagnostics.state_dict()
-        checkpoint.save(self.folder.path, done, {**state, "pipeline": self.pipe.state_dict()})
+        state = {"metrics_bytes": self.outputs.sync(), "record": self.record, "totals": asdict(self.sums)}
+        self.driver.save(self.folder.path, done, state)
 
     def _diverged(self, loss: float, microbatch: int) -> None:
         saved = checkpoint.checkpoints(self.folder.path)
@@ -272,40 +299,8 @@ class _Run:
 
     def _how_to_go_on(self, done: int, number: int) -> str:
         name = "Ctrl-C" if number == 2 else "SIGTERM"
-        command = f"python -m nesterov_pp train --resume --out {self.folder.path}"
+        command = self.driver.command(self.folder.path)
         return f"stopped by {name} after microbatch {done} of {self.config.microbatches}; go on with: {command}"
-
-
-def _pipeline(config: Config, vocabulary: int) -> VirtualPipeline:
-    """Raises: UserError: the pipeline refuses the settings, or there is not enough memory."""
-    try:
-        stages = build_stages(
-            vocabulary=vocabulary,
-            stages=config.stages,
-            layers=config.layers,
-            width=config.width,
-            heads=config.heads,
-            context=config.context,
-            dropout=config.dropout,
-            seed=config.seed,
-        )
-        return VirtualPipeline(
-            stages,
-            next_token_loss,
-            config.method,
-            config.lr,
-            flush_every=config.flush_every,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed if config.dropout else None,
-            backend=config.backend,
-            **config.overrides(),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        raise UserError("there is not enough memory for this model; use a smaller --width or fewer --layers") from None
 
 
 def _peak_memory() -> int:

@@ -130,6 +130,30 @@ def tensor_parallel(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(whole(p), q.detach(), rtol=1e-5, atol=1e-5)
 
 
+def ring_of_shards(mesh: DeviceMesh) -> None:
+    """A late stage whose weights are sharded: steps work on the shards, and equal the whole stage's."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    split = copy.deepcopy(plain)
+    parallelize_module(split, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    ends = []
+    for net in (plain, split):
+        stash = npp.WeightStash(net, versions=3)
+        optimizer = npp.NAdam(net.parameters(), lr=1e-2, stash=stash)
+        assert optimizer.backend == "cpu"
+        in_flight = []
+        for t in range(10):
+            version = stash.newest
+            with stash.use(version):
+                in_flight.append((version, net(batch(t)).square().mean()))
+            if len(in_flight) > 2:
+                version, loss = in_flight.pop(0)
+                loss.backward()
+                optimizer.step(version=version)
+        ends.append([whole(p) for p in net.parameters()])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
 def nonfinite(mesh: DeviceMesh) -> None:
     """Found in one process's shard, raised in both, and nothing is written in either."""
     p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
@@ -163,6 +187,7 @@ SCENARIOS = {
         fsdp_stochastic,
         clipping,
         tensor_parallel,
+        ring_of_shards,
         nonfinite,
         gradient_placed_otherwise,
     )

@@ -19,6 +19,7 @@ SCENARIOS = [
     "fsdp_stochastic",
     "clipping",
     "tensor_parallel",
+    "ring_of_shards",
     "nonfinite",
     "gradient_placed_otherwise",
 ]

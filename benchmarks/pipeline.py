@@ -1,0 +1,292 @@
+"""The asynchronous pipeline across processes, measured: ``python -m benchmarks.pipeline [--json FILE] [--trace DIR]``.
+
+Two processes, each pinned to a core of its own with one thread, take turns at the asynchronous pipeline and at torch's
+own GPipe and 1F1B on the same two stages; one process alone calls the same stages in turn. Every peer is measured in
+every round, so that what else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nesterov_pp as npp
+from benchmarks import timeline
+from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect
+from nesterov_pp.training.model import Block
+
+STAGES, PER_FLUSH = 2, 4
+WIDTH, HEADS, CONTEXT, BATCH, BLOCKS = 256, 4, 128, 4, 2
+WARM_UP, MEASURED, ROUNDS = 8, 40, 5
+LR = 1e-4
+
+
+def stages(count: int = STAGES) -> list[nn.Module]:
+    """Stages of the same blocks, so that they are balanced."""
+    torch.manual_seed(0)
+    return [nn.Sequential(*(Block(WIDTH, HEADS, 0.0) for _ in range(BLOCKS))) for _ in range(count)]
+
+
+def batch(m: int) -> tuple[Tensor, Tensor]:
+    """Noise in, noise out; the input's gradient is not needed."""
+    return _noise(m % 8)
+
+
+@cache
+def _noise(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return x, x.roll(1, 1)
+
+
+def asynchronous(world: World) -> dict[str, float]:
+    """Milliseconds a microbatch, the share of waiting, and CPU milliseconds of this stage, in steady state."""
+    total = WARM_UP + MEASURED + STAGES
+    pipe = AsyncPipeline(stages(), F.mse_loss, batch, total, world, lr=LR)
+    for _ in range(WARM_UP):
+        pipe.step()
+    begin, cpu, waited = time.perf_counter(), time.thread_time(), pipe.waited
+    for _ in range(MEASURED):
+        pipe.step()
+    seconds = time.perf_counter() - begin
+    found = {
+        "ms": 1e3 * seconds / MEASURED,
+        "wait": (pipe.waited - waited) / seconds,
+        "cpu_ms": 1e3 * (time.thread_time() - cpu) / MEASURED,
+    }
+    while pipe.microbatches < total:
+        pipe.step()
+    return found
+
+
+def synchronous(world: World, name: str) -> dict[str, float]:
+    """Milliseconds a microbatch of one of torch's schedules with an update after every flush."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+    module = stages()[world.rank]
+    optimizer = npp.NAdam(module.parameters(), lr=LR)
+    stage = PipelineStage(module, world.rank, STAGES, torch.device("cpu"))
+    schedule = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[name](stage, PER_FLUSH, loss_fn=F.mse_loss)
+
+    def flush(k: int) -> None:
+        xs, ys = zip(*(batch(m) for m in range(k * PER_FLUSH, (k + 1) * PER_FLUSH)), strict=True)
+        inputs = (torch.cat(xs),) if world.rank == 0 else ()
+        schedule.step(*inputs, target=torch.cat(ys) if world.rank else None, return_outputs=False)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for k in range(WARM_UP // PER_FLUSH):
+        flush(k)
+    begin = time.perf_counter()
+    for k in range(MEASURED // PER_FLUSH):
+        flush(k)
+    return {"ms": 1e3 * (time.perf_counter() - begin) / MEASURED}
+
+
+def in_turn() -> dict[str, float]:
+    """The same stages, one after the other in this process; wall and CPU milliseconds a microbatch."""
+    pipe = VirtualPipeline(stages(), F.mse_loss, lr=LR)
+    for m in range(WARM_UP):
+        pipe.step(*batch(m))
+    begin, cpu = time.perf_counter(), time.thread_time()
+    for m in range(MEASURED):
+        pipe.step(*batch(m))
+    return {"ms": 1e3 * (time.perf_counter() - begin) / MEASURED, "cpu_ms": 1e3 * (time.thread_time() - cpu) / MEASURED}
+
+
+def memory(world: World) -> dict[str, float]:
+    """Bytes that a stage holds at its highest, and what the formula says."""
+    wide, count = 768, world.size
+    small = AsyncPipeline(stages(count), F.mse_loss, batch, count, world, lr=LR)  # what is loaded once, and not counted
+    while small.microbatches < small.total:
+        small.step()
+    del small
+    before = _resident()
+    block = nn.Sequential(Block(wide, 12, 0.0), Block(wide, 12, 0.0))
+
+    def data(m: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(4, 256, wide), torch.zeros(4, 256, wide)
+
+    pipe = AsyncPipeline(block, F.mse_loss, data, 4 * count, world, lr=LR)
+    parameters = sum(p.numel() * p.element_size() for p in block.parameters())
+    kept = _activations(block, data(0)[0])
+    Path("/proc/self/clear_refs").write_text("5")
+    while pipe.microbatches < pipe.total:
+        pipe.step()
+    moments, gradients = 2 * parameters, parameters
+    formula = (pipe.delay + 1) * (parameters + kept) + moments + gradients
+    return {"measured": _highest() - before, "formula": formula, "delay": pipe.delay}
+
+
+def _activations(module: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps of one microbatch, its input included, without the weights."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # an output that is kept as it is would keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = module(x.requires_grad_())
+    return sum(seen.values()) + int(output.numel() * output.element_size())
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _highest() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def traced(world: World) -> list[Any]:
+    """Events of a short run."""
+    pipe = AsyncPipeline(stages(world.size), F.mse_loss, batch, 24, world, lr=LR, timeline=True)
+    while pipe.microbatches < pipe.total:
+        pipe.step()
+    return [event for events in world.gather(pipe.timeline.events) for event in events]
+
+
+def worker(folder: Path, what: str) -> None:
+    """One process: leaves its rounds in a file."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    found: Any
+    with connect() as world:
+        if what == "memory":
+            found = memory(world)
+        elif what == "trace":
+            found = traced(world)
+        else:
+            peers: dict[str, Callable[[], dict[str, float]]] = {
+                "async": lambda: asynchronous(world),
+                "GPipe": lambda: synchronous(world, "GPipe"),
+                "1F1B": lambda: synchronous(world, "1F1B"),
+                "in turn": in_turn,  # in both processes at once: the machine is as busy as with the others
+            }
+            found = {name: [] for name in peers}
+            for _ in range(ROUNDS):
+                for name, peer in peers.items():
+                    world.gather(None)
+                    found[name].append(peer())
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def run(what: str, processes: int) -> list[Any]:
+    """What each process found."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # Freed blocks go back to the system, so that resident memory is memory in use.
+        quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        extra = quiet if what == "memory" else {"OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.pipeline", "--worker", what, "--folder", folder],
+                env={**os.environ, **place, **extra, "RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]
+        if any(process.wait() for process in started):
+            raise SystemExit("a process failed")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+def table(found: list[Any], held: list[Any]) -> tuple[list[str], dict[str, Any]]:
+    """Rows for people, and the numbers in them: medians over rounds."""
+
+    def rounds(name: str, key: str, rank: int = STAGES - 1) -> list[float]:
+        return [one[key] for one in found[rank][name]]
+
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    ms = {name: median(rounds(name, "ms")) for name in ("async", "GPipe", "1F1B")}
+    ms["in turn"] = median(rounds("in turn", "ms", 0))
+    # The slower stage is the one that waits less.
+    waits = [min(one) for one in zip(*(rounds("async", "wait", r) for r in range(STAGES)), strict=True)]
+    cpu = [sum(one) for one in zip(*(rounds("async", "cpu_ms", r) for r in range(STAGES)), strict=True)]
+    alone = [statistics.mean(one) for one in zip(*(rounds("in turn", "cpu_ms", r) for r in range(STAGES)), strict=True)]
+    costs = [mine / both - 1.0 for mine, both in zip(cpu, alone, strict=True)]
+    aim = 0.95 * (PER_FLUSH + STAGES - 1) / PER_FLUSH
+    ratios = {
+        name: median([s / a for s, a in zip(rounds(name, "ms"), rounds("async", "ms"), strict=True)])
+        for name in ("GPipe", "1F1B")
+    }
+    rows = ["| measured | aim | found |", "|---|---|---|"]
+    rows.append(f"| waiting of the slower stage, share of the time | <= 3 % | {_spread(waits, 100)} % |")
+    for name, ratio in ratios.items():
+        rows.append(f"| microbatches a second, async / torch's {name} | >= {aim:.2f} | {ratio:.2f} |")
+    what = "CPU time of both stages, sending included, over that of the same in turn in one process"
+    rows.append(f"| {what} | <= 3 % | {_spread(costs, 100)} % |")
+    rows.append(memory_row(held))
+    numbers = {"ms": ms, "waits": waits, "ratios": ratios, "costs": costs, "memory": held}
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in ms.items())
+    return [*rows, "", f"Median ms a microbatch: {shown}."], numbers
+
+
+def memory_row(held: list[Any]) -> str:
+    """Of the table."""
+    found = ", ".join(f"{h['measured'] / h['formula'] - 1:+.1%} (delay {h['delay']:.0f})" for h in held)
+    return f"| memory of a stage over (tau + 1) (weights + activations) + moments + gradients | within 5 % | {found} |"
+
+
+def _spread(values: list[float], scale: float) -> str:
+    return f"{scale * statistics.median(values):.1f} ({scale * min(values):.1f} to {scale * max(values):.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--memory", action="store_true", help="only the memory of four stages")
+    parser.add_argument(
+        "--trace", type=Path, help="only draw a timeline, of one stage a core but at most four, into this folder"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.folder, arguments.worker)
+        return
+    if arguments.trace:
+        timeline.write(run("trace", min(4, len(os.sched_getaffinity(0))))[0], arguments.trace)
+        return
+    if arguments.memory:
+        print(memory_row(run("memory", 4)))
+        return
+    rows, numbers = table(run("peers", STAGES), run("memory", 4))
+    print(f"2 stages of {BLOCKS} blocks of width {WIDTH}, microbatches of {BATCH} x {CONTEXT}; ", end="")
+    print(f"{ROUNDS} rounds of {MEASURED} microbatches, one core a process, torch {torch.__version__}")
+    print("\n".join(["", *rows]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

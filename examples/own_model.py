@@ -1,0 +1,58 @@
+"""Your own model as an asynchronous pipeline: ``torchrun --nproc-per-node 4 examples/own_model.py``.
+
+Each process trains one stage; a checkpoint of each stage every 100 updates lets ``torchrun --max-restarts 3`` go on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import nesterov_pp as npp
+
+UPDATES, EVERY, FOLDER = 400, 100, Path("runs/own_model")
+
+
+def batch(m: int) -> tuple[Tensor, Tensor]:
+    """Microbatch m, the same whenever it is asked for: points and the sector of the plane that they lie in."""
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(m))
+    return x, ((torch.atan2(x[:, 1], x[:, 0]) / torch.pi + 1.0) * 4.0).long().clamp(max=7)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.05))]
+    return nn.Sequential(nn.Linear(2, 64), nn.ReLU(), *hidden, nn.Linear(64, 8))
+
+
+def newest(world: npp.pipeline.World) -> Path | None:
+    """The newest update that every process has written."""
+    mine = {p.parent.name for p in FOLDER.glob(f"*/{world.rank}.pt")}
+    common = sorted(set.intersection(*world.gather(mine)))
+    return FOLDER / common[-1] / f"{world.rank}.pt" if common else None
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with npp.pipeline.connect(timeout=60) as world:
+        pipe = npp.pipeline.AsyncPipeline(
+            model(), nn.functional.cross_entropy, batch, UPDATES, world, lr=1e-3, partition="parameters"
+        )
+        saved = newest(world)
+        if saved is not None:
+            pipe.load_state_dict(torch.load(saved, weights_only=True))
+        while pipe.updates < UPDATES:
+            loss = pipe.step()
+            if pipe.updates % EVERY == 0:
+                path = FOLDER / f"{pipe.updates:06d}" / f"{world.rank}.pt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(pipe.state_dict(), path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+                if loss is not None:
+                    print(f"update {pipe.updates}: loss {float(loss):.3f}, delays {pipe.delays}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""An asynchronous pipeline across processes: every stage its own process, never flushed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_pp.pipeline.delays import version_for_update
+from nesterov_pp.pipeline.partition import own_stage
+from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.recompute import Recomputed
+from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
+from nesterov_pp.pipeline.schedule import drained_before, forward_limit
+from nesterov_pp.pipeline.snapshots import StageState, Versions
+from nesterov_pp.pipeline.stage import (
+    build_optimizer,
+    build_stash,
+    random_state,
+    run_stage,
+    set_horizon,
+    set_learning_rate,
+)
+from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
+from nesterov_pp.pipeline.timeline import Timeline
+from nesterov_pp.pipeline.transport import Channel, Links
+from nesterov_pp.pipeline.world import PipelineError, World
+
+LossFunction = Callable[[Any, Any], Tensor]
+Batch = Callable[[int], tuple[Any, Tensor]]
+
+
+class AsyncPipeline:
+    """One stage of a never-flushing pipeline over the processes of ``world``; all of them make one each.
+
+    The losses and weights are those of ``VirtualPipeline`` with the same arguments. ``step`` completes one microbatch
+    on this stage; between its forward and its backward the stage works on up to ``P - i`` others.
+
+    Args:
+        stages: this process's stage; or all stages as a list; or an ``nn.Sequential`` with ``partition``.
+        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
+        batch: ``m -> (inputs, targets)`` of microbatch m = 0, 1, ..., the same whenever it is asked; only the first
+            and the last stage ask. Tensors of the same shapes and dtypes for every m. With R replicas each stage
+            sees the microbatches ``m R + r``: replica r asks for those numbers.
+        microbatches: length of the run; nothing is sent for microbatches after it.
+        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, backend, overrides: as for
+            ``VirtualPipeline``.
+        world: from ``connect``.
+        seed: random layers (dropout) depend on (seed, stage, microbatch) alone.
+        replicas: R processes for each stage, whose gradients are averaged; the world has ``P R`` processes, and
+            process ``r P + i`` is stage i (from 0) of replica r.
+        bucket_bytes: gradients that travel together between replicas.
+        receive_ahead: messages to receive in each direction before they are needed.
+        recompute: keep no activations but the stage's input, and run its forward again before its backward.
+        autocast: a dtype, such as ``torch.bfloat16``, to compute forwards in, as ``torch.autocast`` does.
+        check_finite: look for NaN and Inf in every activation before it is sent (on a GPU this waits for it).
+        device: where the stage computes; default: where its parameters are.
+        timeline: record when what happened, for ``pipe.timeline``.
+
+    Attributes:
+        stage, stages, replica: this process's place, from 0.
+        delay: the stage's tau, in updates.
+        microbatches, updates: done on this stage.
+
+    Raises:
+        ValueError: an argument does not fit, or the number of processes.
+    """
+
+    def __init__(
+        self,
+        stages: nn.Module | Sequence[nn.Module],
+        loss_fn: LossFunction,
+        batch: Batch,
+        microbatches: int,
+        world: World,
+        method: str | Recipe = "nesterov",
+        lr: float = 3e-4,
+        *,
+        partition: int | str | Sequence[int] | None = None,
+        microbatches_per_update: int | None = None,
+        flush_every: int | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        replicas: int = 1,
+        bucket_bytes: int = BUCKET_BYTES,
+        receive_ahead: int = 1,
+        recompute: bool = False,
+        autocast: torch.dtype | None = None,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
+        timeline: bool = False,
+        **overrides: Any,
+    ) -> None:
+        from nesterov_pp.pipeline.torch_engine import TorchStage
+
+        recipe = find_recipe(method).override(overrides)
+        if replicas < 1 or world.size % replicas:
+            raise ValueError(f"{world.size} processes cannot be divided into {replicas} replicas of a pipeline")
+        if receive_ahead < 0:
+            raise ValueError(f"receive_ahead must be at least 0, not {receive_ahead}")
+        if flush_every is not None and flush_every < 1:
+            raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
+        if recompute and recipe.backward != "stashed":
+            raise ValueError(f"{recipe.name!r} keeps activations of older weights, which cannot be recomputed")
+        self.recipe, self.loss_fn, self.lr = recipe, loss_fn, lr
+        self.stages, self.stage, self.replica = world.size // replicas, 0, 0
+        self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
+        self.replicas, self.seed, self.flush_every = replicas, seed, flush_every
+        self.module = own_stage(stages, partition, self.stages, self.stage, world.agreed, lambda: batch(0)[0])
+        if device is not None:
+            self.module.to(device)
+        k = recipe.accumulation(self.stages) if microbatches_per_update is None else microbatches_per_update
+        if k < 1:
+            raise ValueError(f"microbatches_per_update must be at least 1, not {k}")
+        model = recipe.delays_of(self.stages, k)
+        self.delays = model.largest
+        # A stage that is further from the end may not be less late, or the two would wait for each other.
+        if not recipe.distributed or model.expected != model.largest or self.delays != sorted(self.delays)[::-1]:
+            raise ValueError(f"method {recipe.name!r} runs in a VirtualPipeline only")
+        if microbatches < 1 or microbatches % k:
+            raise ValueError(f"the length of a run must be a positive multiple of {k} microbatches, not {microbatches}")
+        self.microbatches_per_update, self.total = k, microbatches
+        self.delay, self._ahead = self.delays[self.stage], self.stages - 1 - self.stage
+        self.microbatches = self._forwarded = 0
+        self.optimizer_seconds = 0.0
+        self.timeline = Timeline(self.stage, timeline)
+        self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
+        self._world, self._receive_ahead = world, receive_ahead
+        self._losses: dict[int, Tensor] = {}
+
+        self.stash = build_stash(recipe, self.module, 1 if recipe.backward == "newest" else self.delay + 1)
+        self._place = Placement(self.stage + 1, self.stages, self.delay)
+        self._versions = Versions(self.stash, self.delay)
+        self.optimizer = build_optimizer(
+            recipe,
+            self.module,
+            self.stash,
+            self._place,
+            lr=lr,
+            max_grad_norm=max_grad_norm,
+            backend=backend,
+        )
+        self.device = torch.device(device) if device is not None else device_of(self.module)
+        self._links = Links(world, self.stages, replicas, backlog=self._ahead + 3)
+        self._average = None
+        if self._links.twins is not None and self.optimizer is not None:
+            leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
+            self._average = GradientAverage(leaves, self._links.twins, bucket_bytes)
+        self._engine = TorchStage(
+            Recomputed(self.module, self.stash) if recompute else self.module,
+            self.stage,
+            self.stages,
+            self.device,
+            self._ahead + 1 + receive_ahead,
+            loss_fn,
+            self._links.pipeline,
+        )
+        self._prepared = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def updates(self) -> int:
+        """Updates done on this stage."""
+        return self.microbatches // self.microbatches_per_update
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for neighbours so far."""
+        return sum(channel.waited for channel in self._links.channels())
+
+    def step(self) -> Tensor | None:
+        """Complete the next microbatch on this stage; every K-th ends in an update.
+
+        Returns:
+            On the last stage the microbatch's loss, a detached 0-d tensor (with replicas, their mean); else None.
+
+        Raises:
+            PipelineError: a loss or an activation is not finite, or another stage has stopped or is out of reach.
+            ValueError: the run is over.
+        """
+        m = self.microbatches
+        if m >= self.total:
+            raise ValueError(f"the run of {self.total} microbatches is over")
+        if not self._prepared:
+            self._prepare()
+        limit = forward_limit(
+            m,
+            ahead=self._ahead,
+            delay=self._delay_of(self.updates),
+            microbatches_per_update=self.microbatches_per_update,
+            flush_every=self.flush_every,
+            stop=self.total,
+        )
+        while self._forwarded <= limit:
+            self._forward(self._forwarded)
+            self._forwarded += 1
+        loss = self._backward(m)
+        self.microbatches += 1
+        if self.microbatches % self.microbatches_per_update == 0:
+            self._update(self.updates - 1)
+        if self.microbatches == self.total:
+            for channel in self._links.channels():
+                channel.finish()
+        return loss
+
+    # ------------------------------------------------------------------ evaluation: all stages of the pipeline call it
+
+    def evaluate(self, inputs: Any, targets: Tensor) -> Tensor | None:
+        """The loss with every stage's newest weights, in evaluation mode; on the last stage only.
+
+        All stages of a pipeline call it after the same number of microbatches. Nothing is flushed for it.
+        """
+        with self._evaluating():
+            output = self._through(inputs)
+            return self.loss_fn(output, targets.to(self.device)).detach() if self.is_last else None
+
+    def predict(self, inputs: Any) -> Any:
+        """The last stage's output with every stage's newest weights, in evaluation mode; on all stages."""
+        with self._evaluating():
+            return self._links.side.broadcast(self._through(inputs), self.stages - 1, self.device)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        mode = self.module.training
+        try:
+            with torch.no_grad(), self.timeline.span("evaluate", self.microbatches), self._autocasting():
+                self.module.eval()
+                with self.stash.use_stepped():
+                    yield
+        finally:
+            self.module.train(mode)
+
+    def _through(self, inputs: Any) -> Any:
+        side = self._links.side
+        hidden = to_device(inputs, self.device) if self.is_first else side.receive(self.device)
+        output = run_stage(self.module, hidden)
+        if not self.is_last:
+            side.send_on(output)
+        return output
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this stage holds: ``weights`` (one version), ``stash`` (the further versions), ``moments``."""
+        return StageState(self).memory()
+
+    def keep_for(self, update: int) -> None:
+        """Say that ``state_dict`` will be asked for after so many updates.
+
+        A recipe without a stash has overwritten the weights that microbatches in flight began with; from here on they
+        are copied as they come. With a stash there is nothing to do.
+        """
+        self._versions.keep_from(update - self.delay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this stage needs to go on: every version that microbatches in flight began with, optimizer, position.
+
+        Raises:
+            ValueError: gradients of an unfinished update are waiting, or ``keep_for`` was not called in time.
+        """
+        return StageState(self).save()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, before the first ``step``; microbatches that were in flight run again.
+
+        Raises:
+            ValueError: the state is of another stage, method or other delays, or the run has begun.
+        """
+        if self._prepared:
+            raise ValueError("load_state_dict comes before the first step")
+        StageState(self).load(state)
+        self.microbatches = self._forwarded = int(state["microbatches"])
+
+    # ------------------------------------------------------------------ events
+
+    def _prepare(self) -> None:
+        """Agree with the neighbours on shapes and dtypes, with the next microbatch as an example."""
+        inputs, targets = self._example()
+        with self._autocasting():
+            self._engine.prepare(inputs, targets)
+        for channel in self._links.channels():
+            channel.next_to_post = self.microbatches
+            channel.waited = 0.0
+        self._prepared = True
+
+    def _example(self) -> tuple[tuple[Any, ...], Tensor | None]:
+        if not (self.is_first or self.is_last):
+            return (), None
+        inputs, targets = self._asked(self.microbatches)
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"the targets of a microbatch must be one tensor, not {type(targets).__name__}")
+        return (inputs if isinstance(inputs, tuple) else (inputs,)) if self.is_first else (), targets
+
+    def _asked(self, m: int) -> tuple[Any, Tensor]:
+        inputs, targets = self._batch(m * self.replicas + self.replica)
+        return to_device(inputs, self.device), to_device(targets, self.device)
+
+    def _version(self, m: int) -> int:
+        update = m // self.microbatches_per_update
+        drained_at = drained_before(update, self.flush_every, self.recipe.synchronous_updates or 0)
+        version = version_for_update(update, self.delay, drained_at)
+        return version if self.optimizer is not None else 0
+
+    def _delay_of(self, update: int) -> int:
+        return self.delay if update >= (self.recipe.synchronous_updates or 0) else 0
+
+    def versions_in_flight(self) -> set[int]:
+        """The versions that microbatches run with which are under way after an update, or may start before the next."""
+        k = self.microbatches_per_update
+        updates = range(self.updates, self.updates + self.delay + 1)
+        return {self._version(update * k) for update in updates if update * k < self.total}
+
+    def _receive(self, channel: Channel | None, m: int, post: Callable[[int], Any]) -> None:
+        if channel is None:
+            return
+        while channel.next_to_post < min(m + 1 + self._receive_ahead, self.total):
+            channel.post(channel.next_to_post, post(channel.next_to_post))
+        with self.timeline.span("wait", m):
+            channel.take(m)
+
+    def _forward(self, m: int) -> None:
+        self._receive(self._links.inputs, m, self._engine.receive_inputs)
+        with self.timeline.span("forward", m):
+            inputs, targets = self._asked(m) if self.is_first or self.is_last else ((), torch.empty(0))
+            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+            with ExitStack() as bound:
+                bound.enter_context(self._versions.use(self._version(m), self.recipe.backward))
+                bound.enter_context(self._autocasting())
+                with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
+                    output = self._engine.forward(m, inputs)
+                if self.is_last:
+                    self._losses[m] = self.loss_fn(output, targets)
+            if self._check_finite and not is_finite(self._losses[m] if self.is_last else output):
+                what = f"the loss is {float(self._losses[m])}" if self.is_last else "an activation is not finite"
+                raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
+        if self._links.outputs is not None:
+            self._links.outputs.send(m, self._engine.outputs(m))
+
+    def _backward(self, m: int) -> Tensor | None:
+        self._receive(self._links.gradients_in, m, self._engine.receive_gradients)
+        completes = (m + 1) % self.microbatches_per_update == 0
+        with self.timeline.span("backward", m):
+            if self._average is not None and completes:
+                self._average.expect(self._version(m) % self.stash.versions)
+            loss = self._losses.pop(m, None)
+            gradients = self._engine.backward(m, loss)
+        if self._links.gradients_out is not None:
+            self._links.gradients_out.send(m, gradients)
+        if self._average is not None and completes:
+            with self.timeline.span("average", m):
+                self._average.finish()
+        return None if loss is None else self._mean(loss.detach())
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        if self._links.twins is None:
+            return loss
+        total = loss.clone()
+        torch.distributed.all_reduce(total, group=self._links.twins)
+        return total / self.replicas
+
+    def _update(self, update: int) -> None:
+        begin = time.perf_counter()
+        with self.timeline.span("step", update):
+            if self.optimizer is not None:
+                set_learning_rate(self.optimizer, self.recipe, self._delay_of(update), update, self.lr)
+                set_horizon(self.optimizer, self.recipe, self._place, update)
+                version = self._version(update * self.microbatches_per_update)
+                self._versions.step(self.optimizer, version, self.microbatches_per_update)
+        self.optimizer_seconds += time.perf_counter() - begin
+
+    def _autocasting(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)

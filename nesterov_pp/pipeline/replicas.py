@@ -1,0 +1,90 @@
+"""Averaging gradients over the replicas of a stage, while its backward is still running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that travel together, as in ``DistributedDataParallel``."""
+
+
+class GradientAverage:
+    """All-reduces the gradients of one update in buckets, each as soon as the last of its gradients is there.
+
+    Args:
+        leaves: the parameters of every ring slot, in the same order; gradients of an update are all on one slot.
+        group: the replicas of the stage.
+        bucket_bytes: how much to send at a time.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Sequence[Tensor]], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self._group = group
+        self._replicas = dist.get_world_size(group)
+        self._leaves = leaves
+        self._buckets = _buckets(leaves[0], bucket_bytes)
+        self._slot, self._next = -1, 0
+        self._missing: list[set[int]] = []
+        self._works: list[tuple[Any, Tensor, list[Tensor]]] = []
+        home = {i: b for b, members in enumerate(self._buckets) for i in members}
+        for slot, parameters in enumerate(leaves):
+            for i, p in enumerate(parameters):
+                p.register_post_accumulate_grad_hook(self._hook(slot, i, home[i]))  # type: ignore[no-untyped-call]
+
+    def expect(self, slot: int) -> None:
+        """The backward that comes next completes the gradients of ``slot``."""
+        self._slot, self._next = slot, 0
+        self._missing = [set(members) for members in self._buckets]
+
+    def finish(self) -> None:
+        """Send what no gradient arrived for, as zeros, and put the averages into the ``.grad`` of the slot."""
+        while self._next < len(self._buckets):
+            self._send()
+        self._slot = -1
+        for work, flat, grads in self._works:
+            work.wait()
+            flat /= self._replicas
+            for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        self._works.clear()
+
+    def _hook(self, slot: int, index: int, bucket: int) -> Any:
+        def arrived(_: Tensor) -> None:
+            if slot != self._slot:
+                return
+            self._missing[bucket].discard(index)
+            # In the order of the buckets, so that every replica sends the same ones one after the other.
+            while self._next < len(self._buckets) and not self._missing[self._next]:
+                self._send()
+
+        return arrived
+
+    def _send(self) -> None:
+        parameters = [self._leaves[self._slot][i] for i in self._buckets[self._next]]
+        self._next += 1
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        self._works.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, grads))
+
+
+def _buckets(parameters: Sequence[Tensor], limit: int) -> list[list[int]]:
+    """Indices of parameters of one dtype, last ones first: backward reaches them first."""
+    buckets: list[list[int]] = []
+    room, dtype = 0, None
+    for i in reversed(range(len(parameters))):
+        size = parameters[i].numel() * parameters[i].element_size()
+        if not buckets or size > room or parameters[i].dtype != dtype:
+            buckets.append([])
+            room, dtype = limit, parameters[i].dtype
+        buckets[-1].append(i)
+        room -= size
+    return buckets

@@ -1,0 +1,144 @@
+"""A stage of ``torch.distributed.pipelining`` that a schedule without an end can drive.
+
+The only module that uses names that torch keeps to itself: ``PipelineScheduleSingle._initialize_stage`` (shapes and
+dtypes of what stages exchange, agreed on by running one microbatch), and the entries of ``args_recv_info`` and
+``grad_recv_info``. Tested with torch 2.13.
+
+Microbatch ``m`` is torch's chunk ``m % chunks``: every table by chunk in ``PipelineStage`` is a dict whose entries
+leave it again, so a few chunk numbers serve a run of any length. Each message is received into memory of its own:
+autograd may keep a received gradient, or a view of it, as a parameter's gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+Messages = list[tuple[Tensor, int]]
+"""Tensors to send or to receive into, each with the global rank of the other side."""
+
+
+class _Unending(PipelineScheduleSingle):
+    """Only for what schedules do before their first step."""
+
+    def _step_microbatches(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
+        self._stage.has_backward = True
+        arguments: dict[str, Any] = {"args": inputs, "kwargs": {}, "target": targets}
+        known = inspect.signature(self._initialize_stage).parameters
+        self._initialize_stage(  # type: ignore[no-untyped-call]
+            **{name: value for name, value in arguments.items() if name in known}
+        )
+
+
+class TorchStage:
+    """Forwards and backwards of one stage, and the tensors that go in and out.
+
+    Args:
+        module: the stage.
+        stage: its number from 0.
+        stages: how many there are.
+        device: where it computes.
+        chunks: microbatches that can be here at a time, those received ahead included.
+        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``.
+        group: one process a stage, in order; None for the default group.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: int,
+        stages: int,
+        device: torch.device,
+        chunks: int,
+        loss_fn: Callable[[Any, Any], Tensor],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.chunks = chunks
+        self._module = module
+        self._stage = PipelineStage(module, stage, stages, device, group=group)
+        self._schedule = _Unending(self._stage, n_microbatches=chunks, loss_fn=loss_fn, scale_grads=False)
+        self._metas: dict[str, list[Tensor | None]] = {}
+
+    def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
+        """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged."""
+        buffers = [(b, b.clone()) for b in self._module.buffers()]
+        self._schedule.prepare(inputs, targets)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._stage.clear_runtime_states()
+        for kind, infos in (("inputs", self._stage.args_recv_info), ("gradients", self._stage.grad_recv_info)):
+            self._metas[kind] = [
+                None if info.is_root_arg or info.buffer is None else torch.empty_like(info.buffer, device="meta")
+                for info in infos.get(0, ())
+            ]
+            for chunk in infos:
+                self._drop(infos[chunk])
+
+    def receive_inputs(self, microbatch: int) -> Messages:
+        """New memory for a microbatch's activations, and where they come from."""
+        chunk = microbatch % self.chunks
+        self._allocate("inputs", self._stage.args_recv_info[chunk])
+        return _messages(self._stage.get_fwd_recv_ops(chunk))
+
+    def receive_gradients(self, microbatch: int) -> Messages:
+        """New memory for the gradients of a microbatch's outputs, and where they come from."""
+        chunk = microbatch % self.chunks
+        self._allocate("gradients", self._stage.grad_recv_info.get(chunk, ()))
+        return _messages(self._stage.get_bwd_recv_ops(chunk))
+
+    def forward(self, microbatch: int, inputs: tuple[Any, ...]) -> Any:
+        """The stage's output; ``inputs`` matter to the first stage only.
+
+        Raises:
+            Exception: what the module raised.
+        """
+        try:
+            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, save_forward_output=False)
+        except RuntimeError as error:
+            raise error.__cause__ or error from None
+
+    def outputs(self, microbatch: int) -> Messages:
+        """What to send on after a forward."""
+        return _messages(self._stage.get_fwd_send_ops(microbatch % self.chunks))
+
+    def backward(self, microbatch: int, loss: Tensor | None) -> Messages:
+        """Differentiate a microbatch; returns the gradients to send back.
+
+        Raises:
+            Exception: what autograd raised.
+        """
+        chunk = microbatch % self.chunks
+        try:
+            self._stage.backward_one_chunk(chunk, loss=loss)
+        except RuntimeError as error:
+            raise error.__cause__ or error from None
+        finally:
+            self._drop(self._stage.grad_recv_info.get(chunk, ()))
+            self._drop(self._stage.args_recv_info[chunk])
+        return _messages(self._stage.get_bwd_send_ops(chunk))
+
+    def _allocate(self, kind: str, infos: tuple[Any, ...]) -> None:
+        for info, meta in zip(infos, self._metas[kind], strict=False):
+            if meta is not None:
+                info.buffer = torch.empty_like(meta, device=self._stage.device)
+
+    @staticmethod
+    def _drop(infos: tuple[Any, ...]) -> None:
+        for info in infos:
+            if not info.is_root_arg:
+                info.buffer = None
+
+
+def _messages(operations: list[dist.P2POp]) -> Messages:
+    return [(op.tensor, op.peer) for op in operations]

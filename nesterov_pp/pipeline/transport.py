@@ -1,0 +1,180 @@
+"""Tensors between neighbouring stages: sent without waiting, received ahead.
+
+Every boundary has one process group for each direction: messages of a pair of processes are matched by their order
+alone, so what is received ahead of one direction must not wait behind the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from nesterov_pp.pipeline.tensors import to_device
+from nesterov_pp.pipeline.world import PipelineError, World
+
+Messages = list[tuple[Tensor, int]]
+
+
+class Channel:
+    """One direction of one boundary, as one of its two processes sees it.
+
+    Args:
+        world: for its time-out, and to say why a neighbour is gone.
+        group: the two processes.
+        backlog: messages that may be on their way before a send waits for the oldest.
+        stage, other: this stage and the one at the other end, for error messages.
+        what: what is carried, for error messages.
+    """
+
+    def __init__(self, world: World, group: dist.ProcessGroup, backlog: int, stage: int, other: int, what: str) -> None:
+        self._world, self._group, self._backlog = world, group, backlog
+        self._stage, self._other, self._what = stage, other, what
+        self._sent: deque[tuple[int, list[Any], Messages]] = deque()
+        self._posted: deque[tuple[int, list[Any]]] = deque()
+        self.next_to_post = 0
+        self.waited = 0.0
+
+    def send(self, microbatch: int, messages: Messages) -> None:
+        """Start sending; the tensors must not change until they have arrived."""
+
+        def start() -> list[Any]:
+            return [dist.isend(tensor, peer, group=self._group) for tensor, peer in messages]
+
+        self._sent.append((microbatch, self._guarded(microbatch, "send", start), messages))
+        while len(self._sent) > self._backlog:
+            self._settle()
+
+    def post(self, microbatch: int, messages: Messages) -> None:
+        """Start receiving the next microbatch's tensors."""
+
+        def start() -> list[Any]:
+            return [dist.irecv(tensor, peer, group=self._group) for tensor, peer in messages]
+
+        self._posted.append((microbatch, self._guarded(microbatch, "receive", start)))
+        self.next_to_post = microbatch + 1
+
+    def take(self, microbatch: int) -> None:
+        """Wait until the oldest tensors posted, which are this microbatch's, are there."""
+        posted, works = self._posted.popleft()
+        assert posted == microbatch
+        self._guarded(microbatch, "receive", lambda: [work.wait() for work in works])
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        while self._sent:
+            self._settle()
+
+    def _settle(self) -> None:
+        microbatch, works, _ = self._sent.popleft()
+        self._guarded(microbatch, "send", lambda: [work.wait() for work in works])  # waiting twice never ends
+
+    def _guarded(self, microbatch: int, verb: str, act: Callable[[], list[Any]]) -> list[Any]:
+        begin = time.perf_counter()
+        try:
+            return act()
+        except RuntimeError as error:
+            raise self._explained(microbatch, verb, time.perf_counter() - begin) from error
+        finally:
+            self.waited += time.perf_counter() - begin
+
+    def _explained(self, microbatch: int, verb: str, waited: float) -> PipelineError:
+        preposition = "to" if verb == "send" else "from"
+        what = f"the {self._what} of microbatch {microbatch}"
+        reason = self._world.reason()
+        if reason is not None:
+            return PipelineError(f"stage {self._stage} stopped, because elsewhere {reason}")
+        if waited >= 0.9 * self._world.timeout:
+            return PipelineError(
+                f"stage {self._stage} waited {self._world.timeout:g} s to {verb} {what} {preposition} stage "
+                f"{self._other}, in vain; if a stage needs longer than that, give a longer timeout"
+            )
+        return PipelineError(
+            f"stage {self._stage} lost stage {self._other} when it was to {verb} {what}: that process has ended"
+        )
+
+
+class Side:
+    """Whole messages between neighbours, tensors of any shape, outside training: evaluation and prediction.
+
+    They go through gloo on any device, so they cannot get in the way of training's.
+    """
+
+    def __init__(self, world: World, group: dist.ProcessGroup, ranks: list[int], stage: int) -> None:
+        self._world, self._group, self._ranks, self._stage = world, group, ranks, stage
+
+    def send_on(self, value: Any) -> None:
+        """To the next stage."""
+        with self._world.explained("evaluating"):
+            dist.send_object_list([to_device(value, "cpu")], self._ranks[self._stage + 1], self._group)
+
+    def receive(self, device: torch.device) -> Any:
+        """From the stage before."""
+        box: list[Any] = [None]
+        with self._world.explained("evaluating"):
+            dist.recv_object_list(box, self._ranks[self._stage - 1], self._group)
+        return to_device(box[0], device)
+
+    def broadcast(self, value: Any, stage: int, device: torch.device) -> Any:
+        """``value`` of one stage, on all stages."""
+        box = [to_device(value, "cpu")]
+        with self._world.explained("predicting"):
+            dist.broadcast_object_list(box, self._ranks[stage], self._group)
+        return to_device(box[0], device)
+
+
+class Links:
+    """The groups of one process of a pipeline; every process of the world makes them in the same order.
+
+    Args:
+        world: this process among all.
+        stages: P.
+        replicas: R; stage ``rank % P`` of replica ``rank // P``.
+        backlog: as for ``Channel``.
+    """
+
+    def __init__(self, world: World, stages: int, replicas: int, backlog: int) -> None:
+        self.stage, self.replica = world.rank % stages, world.rank // stages
+        i, timeout = self.stage, timedelta(seconds=world.timeout)
+        self.ranks = [self.replica * stages + k for k in range(stages)]
+        self.inputs: Channel | None = None
+        self.outputs: Channel | None = None
+        self.gradients_in: Channel | None = None
+        self.gradients_out: Channel | None = None
+        self.pipeline: dist.ProcessGroup | None = None
+        self.twins: dist.ProcessGroup | None = None
+
+        def group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+            return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
+
+        def channel(members: dist.ProcessGroup, other: int, what: str) -> Channel:
+            return Channel(world, members, backlog, i, other, what)
+
+        for replica in range(replicas):
+            ranks = [replica * stages + k for k in range(stages)]
+            everyone, aside = group(ranks), group(ranks, "gloo")
+            if replica == self.replica:
+                self.pipeline = everyone
+                self.side = Side(world, aside, ranks, i)
+            for k in range(stages - 1):
+                forward, backward = group(ranks[k : k + 2]), group(ranks[k : k + 2])
+                if world.rank == ranks[k]:
+                    self.outputs = channel(forward, i + 1, "activations")
+                    self.gradients_in = channel(backward, i + 1, "gradients")
+                elif world.rank == ranks[k + 1]:
+                    self.inputs = channel(forward, i - 1, "activations")
+                    self.gradients_out = channel(backward, i - 1, "gradients")
+        for k in range(stages if replicas > 1 else 0):
+            twins = group([replica * stages + k for replica in range(replicas)])
+            if k == self.stage:
+                self.twins = twins
+
+    def channels(self) -> list[Channel]:
+        """Those that this process has."""
+        return [c for c in (self.inputs, self.outputs, self.gradients_in, self.gradients_out) if c is not None]

@@ -1,0 +1,207 @@
+"""One process of a run that ``torchrun`` has started: one stage of the pipeline."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from nesterov_pp.pipeline import AsyncPipeline, PipelineError, World, connect
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.config import Config, RunError, UserError
+from nesterov_pp.training.driver import (
+    Batch,
+    State,
+    fits,
+    mean,
+    pipeline_options,
+    refusals_explained,
+    stage_modules,
+)
+from nesterov_pp.training.model import next_token_loss
+from nesterov_pp.training.signals import StopRequest
+
+T = TypeVar("T")
+
+_ASK_EVERY = 1.0  # seconds between looks whether another process was told to stop
+
+
+@contextmanager
+def stage_driver(timeout: float, replicas: int) -> Iterator[StageDriver]:
+    """Meets the other processes, and parts from them at the end of the block.
+
+    Raises:
+        RunError: they cannot be met, or one of them is lost or stops.
+    """
+    try:
+        with connect(timeout) as world:
+            yield StageDriver(world, replicas)
+    except PipelineError as error:
+        raise RunError(str(error)) from None
+
+
+class StageDriver:
+    """Drives this process's stage; the last stage of the first replica reports, because it has the losses."""
+
+    def __init__(self, world: World, replicas: int) -> None:
+        self.world, self.replicas, self.processes = world, replicas, world.size
+        self.delays: list[int] = []
+        if replicas < 1 or world.size % replicas:
+            raise RunError(
+                f"{world.size} processes cannot be divided into {replicas} replicas of a pipeline; "
+                f"start a multiple of {replicas}, or give another --replicas"
+            )
+        self.stages = world.size // replicas
+        self.reports = world.rank == self.stages - 1
+        self._stop = AgreedStop(world, margin=self.stages + 3)
+
+    def agree(self, act: Callable[[], T]) -> T:
+        result, trouble = None, None
+        try:
+            result = act()
+        except UserError as error:
+            trouble = error
+        found = self.gather(None if trouble is None else (str(trouble), trouble.status))
+        for rank, one in enumerate(found):
+            if one is not None:
+                again = UserError(one[0] if rank == self.world.rank else "")
+                again.status = one[1]
+                raise again
+        return result  # type: ignore[return-value]
+
+    def settled(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if given.get("stages", self.stages) != self.stages:
+            raise UserError(
+                f"--stages {given['stages']} needs {given['stages'] * self.replicas} processes, and torchrun has "
+                f"started {self.processes}; leave --stages out, or start as many"
+            )
+        return {**given, "stages": self.stages}
+
+    def resumes(self, resume: bool) -> bool:
+        """Also after a restart by ``torchrun --max-restarts``, which machines count apart."""
+        return any(self.gather(resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+    def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
+        if config.diagnostics is not None:
+            raise UserError("--diagnostics looks at all stages, so it needs them in one process; leave torchrun out")
+        self._every = config.checkpoint_every
+        self.pipe = refusals_explained(
+            lambda: AsyncPipeline(
+                stage_modules(config, vocabulary),
+                next_token_loss,
+                batch,
+                config.microbatches,
+                self.world,
+                replicas=self.replicas,
+                **pipeline_options(config),
+            )
+        )
+        self.delays = self.pipe.delays
+        self._keep()
+
+    def newest(self, folder: Path) -> State | None:
+        mine = {checkpoint.microbatch_of(path): path for path in checkpoint.checkpoints(folder, self._part())}
+        common = set.intersection(*self.gather(set(mine)))
+        return checkpoint.load(mine[max(common)]) if common else None
+
+    def load(self, state: State) -> None:
+        fits(lambda: self.pipe.load_state_dict(state["pipeline"]))
+        self._keep()
+
+    def save(self, folder: Path, done: int, state: State) -> None:
+        if self.pipe.replica == 0:
+            whole = {**state, "pipeline": self.pipe.state_dict()}
+            # No stage is more than P microbatches behind this one.
+            checkpoint.save(folder, done, whole, part=self._part(), certain=done - self.stages)
+        self._keep()
+
+    def step(self, lr: float) -> float | None:
+        self.pipe.lr = lr
+        loss = self.pipe.step()
+        return None if loss is None or not self.reports else float(loss)
+
+    def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+        if self.pipe.replica:
+            return None
+        losses = [self.pipe.evaluate(*batch) for batch in batches]
+        return mean([float(loss) for loss in losses if loss is not None]) if self.reports else None
+
+    def observe(self) -> list[tuple[int, float]]:
+        return []
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.pipe.predict(tokens)
+        return logits
+
+    def stopping(self, stop: StopRequest, updates: int) -> bool:
+        before = self._stop.at
+        now = self._stop.reached(stop.received is not None, updates)
+        if self._stop.at != before and self._stop.at is not None:
+            self.pipe.keep_for(self._stop.at)
+        return now
+
+    def waiting(self) -> bool:
+        return self.pipe.microbatches % self.pipe.microbatches_per_update > 0
+
+    def updates(self) -> int:
+        return self.pipe.updates
+
+    def memory(self) -> dict[str, int]:
+        return self.pipe.memory()
+
+    def optimizer_seconds(self) -> float:
+        return self.pipe.optimizer_seconds
+
+    def gather(self, value: T) -> list[T]:
+        return self.world.gather(value)
+
+    def command(self, out: Path) -> str:
+        return f"torchrun --nproc-per-node {self.processes} -m nesterov_pp train --resume --out {out}"
+
+    def _part(self) -> str:
+        return checkpoint.stage_part(self.pipe.stage, self.stages)
+
+    def _keep(self) -> None:
+        self.pipe.keep_for((self.pipe.updates // self._every + 1) * self._every)
+
+
+class AgreedStop:
+    """One number of updates at which every process stops, although each is at another one when it hears of it.
+
+    Each process that was told to stop, or finds that another was, writes down how many updates it has done, and goes
+    on. When all have written, the highest number and ``margin`` is one that none has passed: stages depend on each
+    other's microbatches, so none gets further ahead than that.
+    """
+
+    def __init__(self, world: World, margin: int) -> None:
+        self._world, self._margin = world, margin
+        self._written = False
+        self._asked = time.monotonic()
+        self.at: int | None = None
+
+    def reached(self, told: bool, updates: int) -> bool:
+        """Whether this process, after so many updates, is to stop now."""
+        store = self._world.store
+        if store is None:
+            return told
+        if not self._written and (told or self._others_were_told()):
+            store.set(f"stop/{self._world.rank}", str(updates))
+            store.set("stop", "")
+            self._written = True
+        if self._written and self.at is None:
+            keys = [f"stop/{rank}" for rank in range(self._world.size)]
+            if store.check(keys):
+                self.at = max(int(store.get(key)) for key in keys) + self._margin
+        return self.at is not None and updates >= self.at
+
+    def _others_were_told(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked < _ASK_EVERY or self._world.store is None:
+            return False
+        self._asked = now
+        return bool(self._world.store.check(["stop"]))

@@ -1,0 +1,220 @@
+"""How a run computes its microbatches: a virtual pipeline here, one process of a real one in ``distributed``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.config import Config, UserError
+from nesterov_pp.training.diagnostics import Diagnostics
+from nesterov_pp.training.model import build_stages, next_token_loss
+from nesterov_pp.training.signals import StopRequest
+
+T = TypeVar("T")
+Batch = Callable[[int], tuple[Tensor, Tensor]]
+State = dict[str, Any]
+
+
+class Driver(Protocol):
+    """What the trainer asks of a pipeline. In a run of several processes all of them make the same calls.
+
+    Attributes:
+        reports: this process writes the run's files and speaks for it.
+        processes: how many there are.
+        delays: of the stages, in updates.
+    """
+
+    reports: bool
+    processes: int
+    delays: list[int]
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """``act()``; where it raises ``UserError`` on one process, all stop, and one of them says why."""
+
+    def settled(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings, with those that follow from the number of processes."""
+
+    def resumes(self, resume: bool) -> bool:
+        """Whether to go on with the run in the folder."""
+
+    def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
+        """Make the pipeline. Raises: UserError: it refuses the settings, or there is not enough memory."""
+
+    def newest(self, folder: Path) -> State | None:
+        """The newest checkpoint that is whole on every process."""
+
+    def load(self, state: State) -> None:
+        """Go on from what ``newest`` gave. Raises: UserError: it does not fit."""
+
+    def save(self, folder: Path, done: int, state: State) -> None:
+        """Write a checkpoint after ``done`` microbatches."""
+
+    def step(self, lr: float) -> float | None:
+        """Complete a microbatch; its loss on the process that reports."""
+
+    def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+        """Mean loss with the newest weights; on the process that reports."""
+
+    def observe(self) -> list[tuple[int, float]]:
+        """After each update: stage (from 1) and cosine of the measurements of ``--diagnostics`` that ended."""
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Logits with the newest weights."""
+
+    def stopping(self, stop: StopRequest, updates: int) -> bool:
+        """Whether to stop after so many updates, on all processes at the same number."""
+
+    def waiting(self) -> bool:
+        """Whether microbatches of an unfinished update are waiting."""
+
+    def updates(self) -> int:
+        """Updates done."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this process holds, by purpose."""
+
+    def optimizer_seconds(self) -> float:
+        """Spent in optimizer steps by this process."""
+
+    def gather(self, value: T) -> list[T]:
+        """The ``value`` of every process."""
+
+    def command(self, out: Path) -> str:
+        """How to go on with the run in a folder."""
+
+
+class VirtualDriver:
+    """All stages in this process."""
+
+    reports = True
+    processes = 1
+
+    def __init__(self) -> None:
+        self.delays: list[int] = []
+
+    def agree(self, act: Callable[[], T]) -> T:
+        return act()
+
+    def settled(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return given
+
+    def resumes(self, resume: bool) -> bool:
+        return resume
+
+    def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
+        if config.replicas > 1:
+            raise UserError("--replicas needs several processes; start them with torchrun")
+        self._batch = batch
+        self.pipe = refusals_explained(
+            lambda: VirtualPipeline(stage_modules(config, vocabulary), next_token_loss, **pipeline_options(config))
+        )
+        self.delays = self.pipe.delays
+        self._diagnostics = None if config.diagnostics is None else Diagnostics(self.pipe, config.diagnostics)
+
+    def newest(self, folder: Path) -> State | None:
+        saved = checkpoint.checkpoints(folder)
+        return checkpoint.load(saved[-1]) if saved else None
+
+    def load(self, state: State) -> None:
+        fits(lambda: self.pipe.load_state_dict(state["pipeline"]))
+        if self._diagnostics is not None:
+            diagnostics = self._diagnostics
+            fits(lambda: diagnostics.load_state_dict(state.get("diagnostics", {})))
+
+    def save(self, folder: Path, done: int, state: State) -> None:
+        if self._diagnostics is not None:
+            state = {**state, "diagnostics": self._diagnostics.state_dict()}
+        checkpoint.save(folder, done, {**state, "pipeline": self.pipe.state_dict()})
+
+    def step(self, lr: float) -> float:
+        self.pipe.lr = lr
+        return float(self.pipe.step(*self._batch(self.pipe.microbatches)))
+
+    def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+        return mean([float(self.pipe.evaluate(*batch)) for batch in batches])
+
+    def observe(self) -> list[tuple[int, float]]:
+        return [] if self._diagnostics is None else self._diagnostics.observe()
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.pipe.predict(tokens)
+        return logits
+
+    def stopping(self, stop: StopRequest, updates: int) -> bool:
+        return stop.received is not None
+
+    def waiting(self) -> bool:
+        return self.pipe.waiting > 0
+
+    def updates(self) -> int:
+        return self.pipe.updates
+
+    def memory(self) -> dict[str, int]:
+        return self.pipe.memory()
+
+    def optimizer_seconds(self) -> float:
+        return self.pipe.optimizer_seconds
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def command(self, out: Path) -> str:
+        return f"python -m nesterov_pp train --resume --out {out}"
+
+
+def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
+    """The model of a run, cut into stages."""
+    return build_stages(
+        vocabulary=vocabulary,
+        stages=config.stages,
+        layers=config.layers,
+        width=config.width,
+        heads=config.heads,
+        context=config.context,
+        dropout=config.dropout,
+        seed=config.seed,
+    )
+
+
+def pipeline_options(config: Config) -> dict[str, Any]:
+    """Keywords of any pipeline of a run."""
+    return {
+        "method": config.method,
+        "lr": config.lr,
+        "flush_every": config.flush_every,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "backend": config.backend,
+        **config.overrides(),
+    }
+
+
+def refusals_explained(build: Callable[[], T]) -> T:
+    """Raises: UserError: the pipeline refuses the settings, or there is not enough memory."""
+    try:
+        return build()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise UserError("there is not enough memory for this model; use a smaller --width or fewer --layers") from None
+
+
+def fits(load: Callable[[], None]) -> None:
+    """Raises: UserError: the checkpoint does not fit."""
+    try:
+        load()
+    except ValueError as error:
+        raise UserError(f"the checkpoint does not fit: {error}") from None
+
+
+def mean(losses: Sequence[float]) -> float:
+    """Of what may not be finite."""
+    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan

@@ -1,0 +1,70 @@
+"""What a run leaves behind as it goes: lines, scalars, progress."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from nesterov_pp.training.config import Config
+from nesterov_pp.training.folder import RunFolder
+from nesterov_pp.training.metrics import MetricsLog, tensorboard_writer
+from nesterov_pp.training.report import RunProgress
+
+_SCALARS_EVERY = 10
+
+
+class Outputs:
+    """Of the process that reports.
+
+    Args:
+        keep: bytes of the metrics file to keep.
+        start: microbatches done before.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, console: Console, keep: int, start: int) -> None:
+        self._log = MetricsLog(folder.metrics, keep=keep)
+        self._scalars = tensorboard_writer(folder.tensorboard, start)
+        self._progress = RunProgress(console, start, config.microbatches)
+
+    def trained(self, done: int, loss: float, lr: float, rate: float) -> None:
+        """A microbatch's loss and learning rate, and the tokens a second so far."""
+        self._progress.step(done, loss, rate)
+        self._log.write(microbatch=done, loss=loss, lr=lr)
+        if done % _SCALARS_EVERY == 0:
+            self._scalars.add_scalar("loss/train", loss, done)
+            self._scalars.add_scalar("lr", lr, done)
+            self._scalars.add_scalar("tokens_per_second", rate, done)
+
+    def validated(self, done: int, loss: float) -> None:
+        """A validation loss."""
+        self._progress.validated(loss)
+        self._log.write(microbatch=done, validation_loss=loss)
+        self._scalars.add_scalar("loss/validation", loss, done)
+
+    def measured(self, done: int, stage: int, cosine: float) -> None:
+        """A measurement of ``--diagnostics`` of a stage (from 1)."""
+        self._log.write(microbatch=done, stage=stage, cosine=cosine)
+        self._scalars.add_scalar(f"cosine/stage_{stage}", cosine, done)
+
+    def sync(self) -> int:
+        """Put every line on the disk; returns the bytes up to here."""
+        return self._log.sync()
+
+    def close(self) -> None:
+        self._progress.close()
+        self._log.close()
+        self._scalars.close()
+
+
+class Silence:
+    """Of the others."""
+
+    def trained(self, done: int, loss: float, lr: float, rate: float) -> None: ...
+
+    def validated(self, done: int, loss: float) -> None: ...
+
+    def measured(self, done: int, stage: int, cosine: float) -> None: ...
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None: ...

@@ -1,0 +1,162 @@
+"""The newest checkpoint of a run, regrouped for another number of stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.config import Config, UserError, settle
+from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
+from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder
+from nesterov_pp.training.model import next_token_loss
+from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer
+
+Name = tuple[int, str]
+"""A parameter whatever the number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and name in it."""
+
+
+def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) -> str:
+    """Write into ``out`` what ``source``'s newest checkpoint is with ``stages`` stages; returns what to tell people.
+
+    Weights, optimizer state and position are the same. The ring starts again: every version of it is the newest one,
+    so the first updates of the new stages are late by less than their delay, as after a drain.
+
+    Args:
+        source: the folder of a run, of one process or several.
+        out: an empty or new folder.
+        one_process: for a run of one process; default: of as many as there are stages.
+
+    Raises:
+        UserError: there is no whole checkpoint, ``out`` is not empty, or the layers do not fill that many stages.
+    """
+    folder = RunFolder(source)
+    record = folder.recorded(resume=True)
+    if record is None:
+        raise UserError(f"{source} holds no run; give the folder of one")
+    if not is_fresh(out):
+        raise UserError(f"{out} is not empty; give an empty or new folder with --out")
+    config = settle({}, record["config"])
+    state = _newest(source, config)
+    processes = 1 if one_process else stages
+    new = replace(config, stages=stages, replicas=1)
+    new.check()
+    pipe = _refilled(new, config, folder, state)
+    make_folder(out)
+    with RunFolder(out).claimed():
+        record = {**record, "config": asdict(new), "processes": processes}
+        lines = folder.metrics.read_bytes()[: int(state["metrics_bytes"])]
+        checkpoint.write_atomic(RunFolder(out).metrics, lambda file: file.write(lines))
+        if folder.tokenizer.exists():
+            shutil.copyfile(folder.tokenizer, RunFolder(out).tokenizer)
+        rest = {"metrics_bytes": len(lines), "record": record, "totals": state["totals"]}
+        done = int(state["microbatch"])
+        for part, pipeline in _parts(pipe, new, processes):
+            checkpoint.save(out, done, {**rest, "pipeline": pipeline}, part=part)
+        checkpoint.write_text(RunFolder(out).config, json.dumps(record, indent=2) + "\n")
+    how = f"torchrun --nproc-per-node {processes} -m" if processes > 1 else "python -m"
+    return (
+        f"{out} has the run of {source} after microbatch {done}, in {stages} stages instead of {config.stages}. "
+        "The ring starts again from the newest weights: the first updates are late by less than their delay. "
+        f"Go on with: {how} nesterov_pp train --resume --out {out}"
+    )
+
+
+def _newest(source: Path, config: Config) -> dict[str, Any]:
+    """The newest whole checkpoint, as one process writes it."""
+    whole = {checkpoint.microbatch_of(p): [p] for p in checkpoint.checkpoints(source)}
+    names = [checkpoint.stage_part(k, config.stages) for k in range(config.stages)]
+    parts = [{checkpoint.microbatch_of(p): p for p in checkpoint.checkpoints(source, name)} for name in names]
+    for done in set.intersection(*(set(part) for part in parts)):
+        whole[done] = [part[done] for part in parts]
+    if not whole:
+        raise UserError(f"{source} holds no checkpoint that all its stages have")
+    states = [checkpoint.load(path) for path in whole[max(whole)]]
+    if len(states) == 1 and "stashes" in states[0]["pipeline"]:
+        return states[0]
+    pipelines = [state["pipeline"] for state in states]
+    together = {
+        "microbatches": pipelines[0]["microbatches"],
+        "stashes": [p["stash"] for p in pipelines],
+        "optimizers": [p["optimizer"] for p in pipelines],
+    }
+    return {**states[-1], "pipeline": together}  # the last stage's process has written the metrics
+
+
+def _layers_of(config: Config) -> list[list[int]]:
+    """The layers of each stage, as ``build_stages`` cuts them."""
+    cut = [k * config.layers // config.stages for k in range(config.stages + 1)]
+    layers = [list(range(first + 1, last + 1)) for first, last in pairwise(cut)]
+    layers[0].insert(0, 0)
+    layers[-1].append(config.layers + 1)
+    return layers
+
+
+def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
+    parts = (name.split(".", 1) for name in names)
+    return [(layers[int(place)], rest) for place, rest in parts]
+
+
+def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, Any]) -> VirtualPipeline:
+    weights: dict[Name, Tensor] = {}
+    moments: dict[Name, dict[str, Any]] = {}
+    saved = state["pipeline"]
+    for layers, stash, optimizer in zip(_layers_of(old), saved["stashes"], saved["optimizers"], strict=True):
+        newest = stash["weights"][-1]
+        names = _names(newest, layers)
+        if "beside" in stash or set(optimizer.get("state", ())) != set(range(len(names))):
+            raise UserError(f"{old.method} keeps more than weights and moments; its runs cannot be regrouped")
+        weights.update(zip(names, newest.values(), strict=True))
+        moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
+    size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
+    pipe = refusals_explained(
+        lambda: VirtualPipeline(stage_modules(new, size), next_token_loss, **pipeline_options(new))
+    )
+    version = saved["stashes"][0]["newest"]
+    for layers, stash, optimizer in zip(_layers_of(new), pipe.stashes, pipe.optimizers, strict=True):
+        assert optimizer is not None
+        names = _names(stash.names, layers)
+        ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
+        stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions)})
+        own = optimizer.state_dict()
+        optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(names)}})
+    pipe.microbatches, pipe.updates = int(saved["microbatches"]), version
+    return pipe
+
+
+def _parts(pipe: VirtualPipeline, config: Config, processes: int) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The checkpoint's files: a mark in their names and the pipeline in them."""
+    if processes == 1:
+        yield "", pipe.state_dict()
+        return
+    for k, stash in enumerate(pipe.stashes):
+        optimizer = pipe.optimizers[k]
+        assert optimizer is not None
+        ring = stash.state_dict()
+        stashed = pipe.recipe.backward == "stashed"
+        kept = {} if stashed else dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
+        yield (
+            checkpoint.stage_part(k, config.stages),
+            {
+                "method": pipe.recipe.name,
+                "stage": k,
+                "delays": pipe.delays,
+                "replicas": 1,
+                "microbatches_per_update": pipe.microbatches_per_update,
+                "flush_every": pipe.flush_every,
+                "seed": config.seed,
+                "microbatches": pipe.microbatches,
+                "stash": ring if stashed else {**ring, "weights": ring["weights"][-1:]},
+                "kept": kept,
+                "optimizer": optimizer.state_dict(),
+                "buffers": {},
+            },
+        )

@@ -1,0 +1,151 @@
+"""The pipeline across processes against the virtual one: losses and weights bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import finish, start
+from pipeline_worker import (
+    SCENARIOS,
+    SHAPES,
+    TWO_REPLICAS,
+    UPDATES,
+    expected,
+    expected_of_method,
+    expected_of_replicas,
+    expected_of_shaped,
+    expected_on_gpu,
+    k_of,
+    methods,
+    shaped,
+)
+from tolerances import MANY_STEPS
+
+PLAYED = {
+    2: list(SCENARIOS),
+    3: ["nesterov", "no-stash", "three-per-update"],
+    4: ["nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"],
+}
+"""Scenarios by the number of processes."""
+
+WORKER = Path(__file__).parents[1] / "pipeline_worker.py"
+
+
+def run(processes: int, folder: Path, names: Iterable[str]) -> None:
+    """The scenarios, one after the other, in the same processes."""
+    results = finish(start([str(WORKER), str(folder), ",".join(names)], processes), timeout=300)
+    assert [status for status, _ in results] == [0] * processes, "\n".join(output for _, output in results)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder where so many processes left what came of their scenarios."""
+
+    @cache
+    def of(processes: int) -> Path:
+        folder = tmp_path_factory.mktemp("outcomes")
+        run(processes, folder, PLAYED[processes])
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def of_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    run(3, folder, SHAPES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replicas")
+    run(4, folder, TWO_REPLICAS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of the clipping norm depend on the number of threads, and the processes have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("stages", "name"), [(n, name) for n, names in PLAYED.items() for name in names])
+def test_equals_the_virtual_pipeline(outcomes: Callable[[int], Path], stages: int, name: str) -> None:
+    """A hundred updates with dropout, clipping, a changing learning rate and validations in between."""
+    folder = outcomes(stages)
+    found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
+    wanted = expected(stages, name)
+    assert [len(f["losses"]) for f in found] == [0] * (stages - 1) + [UPDATES * k_of(SCENARIOS[name])]
+    assert found[-1]["losses"] == wanted["losses"]
+    assert found[-1]["validations"] == wanted["validations"]
+    for rank in range(stages):
+        theirs = wanted["weights"][rank]
+        assert all(torch.equal(value, theirs[key]) for key, value in found[rank]["weights"].items())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
+    """Several tensors between stages, a stage without trainable parameters, bfloat16, an ``nn.Sequential`` cut here."""
+    stages, folder = 3, of_shapes
+    found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
+    if name == "by-time":  # where it was cut depends on the machine
+        assert all(torch.equal(f["outputs"], found[0]["outputs"]) for f in found)
+        assert found[-1]["losses"][-1] < found[-1]["losses"][0]
+        assert sum(len(f["weights"]) for f in found) == len(list(shaped(name, stages)[0].parameters()))
+        return
+    wanted = expected_of_shaped(name, stages)
+    if name == "tuples":  # two gradients of one tensor arrive apart, and are added in another order
+        assert found[-1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float32]["rtol"])
+        return
+    assert found[-1]["losses"] == wanted["losses"]
+    if name not in ("frozen", "bfloat16"):
+        assert all(torch.equal(f["outputs"], wanted["outputs"]) for f in found)
+    for ours, theirs in zip(found, wanted["weights"], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours["weights"], theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", TWO_REPLICAS)
+def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
+    """As one pipeline with microbatches twice as large, and both replicas bit for bit the same."""
+    found = [torch.load(of_replicas / f"{name}-{rank}.pt") for rank in range(4)]
+    wanted = expected_of_replicas(name)
+    assert found[1]["losses"] == found[3]["losses"]
+    assert found[1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float64]["rtol"])
+    for rank in range(4):
+        for key, value in found[rank]["weights"].items():
+            assert torch.equal(value, found[(rank + 2) % 4]["weights"][key])
+            torch.testing.assert_close(value, wanted["weights"][rank % 2][key], **MANY_STEPS[torch.float64])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_for_each_stage(tmp_path: Path) -> None:
+    run(2, tmp_path, ["gpus"])
+    found, wanted = [torch.load(tmp_path / f"gpus-{rank}.pt") for rank in range(2)], expected_on_gpu(2)
+    assert found[1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float32]["rtol"])
+    for ours, theirs in zip(found, wanted["weights"], strict=True):
+        for name, value in ours["weights"].items():
+            torch.testing.assert_close(value, theirs[name], **MANY_STEPS[torch.float32])
+
+
+@pytest.fixture(scope="module")
+def of_methods(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("methods")
+    run(3, folder, ["methods"])
+    return [torch.load(folder / f"methods-{rank}.pt") for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_that_says_so(of_methods: list[Any], name: str) -> None:
+    wanted = expected_of_method(name, 3)
+    assert of_methods[-1][name]["losses"] == wanted["losses"]
+    for found, theirs in zip(of_methods, wanted["weights"], strict=True):
+        assert all(torch.equal(value, theirs[key]) for key, value in found[name]["weights"].items())

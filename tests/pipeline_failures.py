@@ -1,0 +1,92 @@
+"""One of three processes of a pipeline in which something goes wrong: ``pipeline_failures.py WHAT TIMEOUT``.
+
+Prints what the process raised, and ends with status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+from toy import microbatch, model
+
+from nesterov_pp.pipeline import AsyncPipeline, World, connect
+
+AT = 20
+
+
+def go_wrong(what: str, pipe: AsyncPipeline) -> None:
+    if what == "weights":
+        with torch.no_grad():
+            for p in pipe.module.parameters():
+                p.fill_(float("inf"))
+    elif what == "death":
+        os._exit(9)
+    elif what == "hanging":
+        time.sleep(600)
+    elif what == "exception":
+        raise KeyError("no such thing")
+
+
+def bad_arguments(world: World) -> None:
+    modules = model(world.size, dtype=torch.float32)
+    for stages, options in (
+        (modules[:-1], {}),
+        (modules, {"replicas": 2}),
+        (modules, {"receive_ahead": -1}),
+        (modules, {"microbatches_per_update": 7}),
+        (modules, {"method": "nesterov-no-stash", "recompute": True}),
+        (torch.nn.Sequential(*modules), {"partition": "luck"}),
+        (torch.nn.Sequential(modules[0]), {"partition": "parameters"}),
+        ([*modules[:-1], modules[0]], {}),
+    ):
+        try:
+            AsyncPipeline(stages, F.cross_entropy, microbatch, 100, world, **options)
+        except ValueError as error:
+            print(f"refused: {error}", flush=True)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 3, world, method="gpipe-1")
+    saved = pipe.state_dict()
+    for foreign in (
+        {**saved, "method": "other"},
+        {**saved, "stage": 9},
+        {**saved, "delays": [9]},
+        {"state": {}, "param_groups": []},
+    ):
+        try:
+            pipe.load_state_dict(foreign)
+        except ValueError as error:
+            print(f"refused: {error}", flush=True)
+    while pipe.microbatches < 3:
+        pipe.step()
+    for act in (pipe.step, lambda: pipe.load_state_dict(saved)):
+        try:
+            act()
+        except ValueError as error:
+            print(f"refused: {error}", flush=True)
+
+
+def main() -> None:
+    what, timeout = sys.argv[1], float(sys.argv[2])
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    try:
+        with connect(timeout) as world:
+            if what == "arguments":
+                bad_arguments(world)
+                return
+            pipe = AsyncPipeline(model(world.size, dtype=torch.float32), F.cross_entropy, microbatch, 100, world)
+            for m in range(100):
+                if m == AT and world.rank == 1:
+                    go_wrong(what, pipe)
+                begin = time.monotonic()
+                pipe.step()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error} [{time.monotonic() - begin:.1f} s]", flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

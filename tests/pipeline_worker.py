@@ -1,0 +1,253 @@
+"""One process of an asynchronous pipeline: runs scenarios one after the other and leaves what came of each in a file.
+
+Usage: pipeline_worker.py FOLDER SCENARIO,... with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from toy import microbatch, model
+
+from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
+
+UPDATES = 100
+BASE: dict[str, Any] = {"lr": 3e-3, "seed": 7, "max_grad_norm": 0.5}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "nesterov": {"method": "nesterov"},
+    "no-stash": {"method": "nesterov-no-stash", "correction_updates": 40},
+    "pipedream-lr": {"method": "pipedream-lr", "correction_updates": 40},
+    "two-per-update": {"microbatches_per_update": 2},
+    "three-per-update": {"microbatches_per_update": 3},
+    "drained": {"flush_every": 11},
+    "drained-two-per-update": {"flush_every": 7, "microbatches_per_update": 2},
+    "synchronous": {"method": "gpipe"},
+    "synchronous-1": {"method": "gpipe-1"},
+    "recomputed": {"recompute": True},
+    "far-ahead": {"receive_ahead": 3},
+    "not-ahead": {"receive_ahead": 0},
+    "jitter": {},
+    "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
+}
+ONLY_ASYNC = ("recompute", "receive_ahead")
+
+
+TWO_REPLICAS: dict[str, dict[str, Any]] = {
+    "replicas": {},
+    "replicas-in-small-buckets": {"bucket_bytes": 300},
+    "replicas-two-per-update": {"microbatches_per_update": 2, "bucket_bytes": 300},
+    "replicas-no-stash": {"method": "nesterov-no-stash", "correction_updates": 40},
+}
+SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time")
+
+
+def k_of(options: dict[str, Any]) -> int:
+    return int(options.get("microbatches_per_update", 4 if options.get("method") == "gpipe" else 1))
+
+
+def expected(stages: int, name: str) -> dict[str, Any]:
+    """Losses and final weights of the virtual pipeline."""
+    options = {k: v for k, v in SCENARIOS[name].items() if k not in ONLY_ASYNC}
+    modules = model(stages, dropout=0.1, dtype=torch.float32)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    losses, validations = [], []
+    for m in range(UPDATES * k_of(options)):
+        pipe.lr = rate(m)
+        losses.append(float(pipe.step(*microbatch(m))))
+        if m % 50 == 49:
+            validations.append(float(pipe.evaluate(*microbatch(-1))))
+    return {"losses": losses, "validations": validations, "weights": [m.state_dict() for m in modules]}
+
+
+def rate(m: int) -> float:
+    return float(BASE["lr"]) / (1 + m / 40)
+
+
+def run(world: World, name: str) -> dict[str, Any]:
+    options = SCENARIOS[name]
+    total = UPDATES * k_of(options)
+    modules = model(world.size, dropout=0.1, dtype=torch.float32)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **BASE, **options)
+    if name == "jitter":
+        slow_down(pipe.module, random.Random(world.rank))
+    losses, validations = [], []
+    for m in range(total):
+        pipe.lr = rate(m)
+        loss = pipe.step()
+        losses += [] if loss is None else [float(loss)]
+        if m % 50 == 49:
+            validation = pipe.evaluate(*microbatch(-1))
+            validations += [] if validation is None else [float(validation)]
+    return {"losses": losses, "validations": validations, "weights": pipe.module.state_dict(), "waited": pipe.waited}
+
+
+def run_replicas(world: World, name: str) -> dict[str, Any]:
+    """Two replicas of two stages, on alternate microbatches."""
+    options = TWO_REPLICAS[name]
+    total = UPDATES * k_of(options)
+    modules = model(2, dtype=torch.float64)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
+    losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
+    return {"losses": losses, "weights": pipe.module.state_dict()}
+
+
+def expected_of_replicas(name: str) -> dict[str, Any]:
+    """One pipeline with microbatches twice as large."""
+    options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
+    modules = model(2, dtype=torch.float64)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    losses = []
+    for m in range(UPDATES * k_of(options)):
+        pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
+        losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
+    return {"losses": losses, "weights": [m.state_dict() for m in modules]}
+
+
+def methods() -> list[str]:
+    """Those that are for several processes too."""
+    return [name for name, recipe in recipes().items() if recipe.distributed]
+
+
+def run_methods(world: World, _: str) -> dict[str, Any]:
+    """What came of a short run with every method, or why it was refused."""
+    found: dict[str, Any] = {}
+    for name in methods():
+        total = 24 * recipes()[name].accumulation(world.size)
+        modules = model(world.size, dropout=0.1, dtype=torch.float32)
+        pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, name, **BASE)
+        losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
+        found[name] = {"losses": losses, "weights": pipe.stash.weights()}
+    return found
+
+
+def expected_of_method(name: str, stages: int) -> dict[str, Any]:
+    modules = model(stages, dropout=0.1, dtype=torch.float32)
+    pipe = VirtualPipeline(modules, F.cross_entropy, name, **BASE)
+    losses = [float(pipe.step(*microbatch(m))) for m in range(24 * pipe.microbatches_per_update)]
+    return {"losses": losses, "weights": [stash.weights() for stash in pipe.stashes]}
+
+
+def run_on_gpus(world: World, _: str) -> dict[str, Any]:
+    """A GPU for each stage."""
+    torch.cuda.set_device(world.rank)
+    modules = model(world.size, dropout=0.1, dtype=torch.float32)
+    device = f"cuda:{world.rank}"
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, UPDATES, world, device=device, **BASE)
+    losses = [float(loss) for _ in range(UPDATES) if (loss := pipe.step()) is not None]
+    return {"losses": losses, "weights": {n: w.cpu() for n, w in pipe.module.state_dict().items()}}
+
+
+def expected_on_gpu(stages: int) -> dict[str, Any]:
+    modules = [m.cuda() for m in model(stages, dropout=0.1, dtype=torch.float32)]
+    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE)
+    losses = [float(pipe.step(*(t.cuda() for t in microbatch(m)))) for m in range(UPDATES)]
+    return {"losses": losses, "weights": [m.cpu().state_dict() for m in modules]}
+
+
+class WithSkip(nn.Module):
+    """Passes on what it was given, a count that needs no gradient, and its output."""
+
+    def __init__(self, stage: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.stage, self.last = stage, last
+
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor | None = None, count: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        y = self.stage(x if skip is None else x + 0.5 * skip.tanh())
+        if self.last:
+            return y
+        count = torch.ones(3, dtype=torch.int64) if count is None else count + 1
+        return y, (y if skip is None else skip + y * count[0]), count
+
+
+class Autocast(nn.Module):
+    """Computes in bfloat16."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: torch.Tensor = self.stage(x)
+            return output
+
+
+def bfloat16_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.cross_entropy(output, targets)
+
+
+def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
+    """A model, and what its pipeline is to be told."""
+    modules = model(stages, dropout=0.1, dtype=torch.float32)
+    if name == "tuples":
+        return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
+    if name == "frozen":
+        modules[1].requires_grad_(False)
+        return modules, {}
+    if name == "bfloat16":
+        return modules, {"autocast": torch.bfloat16}
+    layers = nn.Sequential(*(layer for m in modules for layer in (m if isinstance(m, nn.Sequential) else [m])))
+    return layers, {"partition": name.removeprefix("by-").replace("time", "parameters")}
+
+
+def run_shaped(world: World, name: str) -> dict[str, Any]:
+    modules, options = shaped(name, world.size)
+    if name == "by-time":
+        options = {"partition": "time"}
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 60, world, **BASE, **options)
+    losses = [float(loss) for _ in range(60) if (loss := pipe.step()) is not None]
+    outputs = pipe.predict(microbatch(-1)[0]) if name != "frozen" else torch.zeros(0)
+    return {"losses": losses, "outputs": outputs, "weights": list(pipe.module.parameters())}
+
+
+def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
+    modules, options = shaped(name, stages)
+    loss_fn = F.cross_entropy
+    if name == "bfloat16":
+        modules, loss_fn = [Autocast(m) for m in modules], bfloat16_loss
+    partition = stages if "partition" in options else None
+    pipe = VirtualPipeline(modules, loss_fn, partition=partition, **BASE)
+    losses = [float(pipe.step(*microbatch(m))) for m in range(60)]
+    weights = [list(stage.parameters()) for stage in pipe.stages]
+    return {"losses": losses, "outputs": pipe.predict(microbatch(-1)[0]), "weights": weights}
+
+
+def slow_down(module: nn.Module, draw: random.Random) -> None:
+    """Timing must not change results."""
+
+    def pause(*_: Any) -> None:
+        time.sleep(draw.uniform(0.0, 0.004))
+
+    module.register_forward_pre_hook(pause)
+    for p in module.parameters():
+        if p.dim() > 1:
+            p.register_post_accumulate_grad_hook(pause)
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
+    torch.set_num_threads(1)
+    with connect(timeout=60) as world:
+        for name in names:
+            others = {
+                **dict.fromkeys(TWO_REPLICAS, run_replicas),
+                **dict.fromkeys(SHAPES, run_shaped),
+                "gpus": run_on_gpus,
+                "methods": run_methods,
+            }
+            act = others.get(name, run)
+            torch.save(act(world, name), folder / f"{name}-{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Another number of stages: the same weights and moments, and where nothing is late the same run bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import finish, start
+
+from nesterov_pp.cli import main
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.metrics import read_curves
+from nesterov_pp.training.trainer import train
+
+
+def given(text_file: Path, stages: int, method: str, **more: Any) -> dict[str, Any]:
+    model = {"stages": stages, "layers": 5, "width": 16, "heads": 2, "context": 16, "batch": 4}
+    run = {"microbatches": 60, "warmup": 5, "eval_every": 20, "eval_batches": 2, "sample_length": 8}
+    return {"data": str(text_file), "method": method, **model, **run, **more}
+
+
+def half_way(text_file: Path, out: Path, stages: int, method: str, **more: Any) -> None:
+    """A run of which only the checkpoint after 30 microbatches is left."""
+    train(given(text_file, stages, method, checkpoint_every=30, **more), out)
+    checkpoint.checkpoints(out)[-1].unlink()
+    (out / "summary.json").unlink()
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 5), (5, 2), (2, 3)])
+def test_without_delay_the_losses_do_not_change(text_file: Path, tmp_path: Path, old: int, new: int) -> None:
+    train(given(text_file, old, "gpipe-1"), tmp_path / "whole")
+    half_way(text_file, tmp_path / "old", old, "gpipe-1")
+    arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", str(new), "--out", str(tmp_path / "new")]
+    assert main([*arguments, "--one-process"]) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "new")]) == 0
+    for name in ("metrics.jsonl", "sample.txt"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["nesterov", "nesterov-no-stash"])
+def test_into_the_stages_of_several_processes(
+    text_file: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half_way(text_file, tmp_path / "old", 4, method, tokenizer="bpe", vocab_size=270)
+    arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "new")]) == 0
+    assert "The ring starts again from the newest weights" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(tmp_path / "alone"), "--one-process"]) == 0
+    command = ["-m", "nesterov_pp", "train", "--resume", "--out", str(tmp_path / "new")]
+    outputs = finish(start(command, 2), timeout=60)
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    torch.set_num_threads(1)
+    train({}, tmp_path / "alone", resume=True)
+    assert (tmp_path / "new" / "metrics.jsonl").read_bytes() == (tmp_path / "alone" / "metrics.jsonl").read_bytes()
+    assert len(read_curves(tmp_path / "new" / "metrics.jsonl").train) == 60
+
+
+def test_bad_requests_change_nothing(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half_way(text_file, tmp_path / "old", 2, "nesterov")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+
+    def refused(run: str, stages: int, out: str) -> str:
+        arguments = ["--run", str(tmp_path / run), "--stages", str(stages), "--out", str(tmp_path / out)]
+        assert main(["reshard", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "full is not empty; give an empty or new folder" in refused("old", 3, "full")
+    assert "5 layers cannot fill 6 stages" in refused("old", 6, "new")
+    assert "empty holds no run" in refused("empty", 2, "new")
+    for saved in checkpoint.checkpoints(tmp_path / "old"):
+        saved.unlink()
+    assert "holds no checkpoint" in refused("old", 3, "new")
+    assert not (tmp_path / "new").exists()
