@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from nesterov_pp.pipeline import VirtualPipeline, find_recipe
 
 METHODS = ("nesterov-sgd", "nesterov", "pipedream", "gpipe", "gpipe-1")
-RATES = {True: (1e-3, 3e-3, 1e-2), False: (0.1, 0.3, 1.0)}
+RATES = {True: (3e-4, 1e-3, 3e-3), False: (0.03, 0.1, 0.3)}
 """By whether the rule has a second moment."""
 
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=1, help="how many")
-    parser.add_argument("--microbatches", type=int, default=600)
+    parser.add_argument("--microbatches", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(argv)
