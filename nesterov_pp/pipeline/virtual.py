@@ -146,7 +146,10 @@ class VirtualPipeline:
         return loss.detach()
 
     def predict(self, inputs: Any) -> Any:
-        """The last stage's output with every stage's newest weights, in evaluation mode, without gradients."""
+        """The last stage's output with every stage's newest weights, in evaluation mode, without gradients.
+
+        Where forwards run at predicted weights, these are the weights that they are predicted from.
+        """
         modes = [module.training for module in self.stages]
         try:
             with torch.no_grad():

@@ -214,3 +214,11 @@ def test_a_correction_goes_on_after_a_checkpoint():
     bare = npp.WeightStash(nn.Linear(3, 3), 2)
     with pytest.raises(ValueError, match="outside the ring"):
         bare.load_state_dict(first[0].state_dict())
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backends_without_corrections_say_so(backend):
+    module = nn.Linear(2, 2)
+    stash = npp.WeightStash(module, 2)
+    with pytest.raises(ValueError, match="it does not have corrections and predictions of late gradients"):
+        npp.AdamW(module.parameters(), stash=stash, correction=GapAware(), backend=backend)

@@ -132,6 +132,26 @@ def test_a_horizon_in_the_step_is_a_prediction_beside_it(horizon):
     assert_agree(*run_both(recipe, Literal, {"lr": 0.3}))
 
 
+@pytest.mark.parametrize("name", ["xpipe", "lwp", "dana-dc"])
+def test_a_model_is_judged_by_its_weights_and_not_by_predictions(name):
+    oracle, options = CASES[name]
+    _, _, pipe, stages = run_both(name, oracle, options)
+    x, _ = oracles.microbatch(999)
+
+    def output(weights: list[oracles.Array]) -> oracles.Array:
+        hidden = x
+        for i, w in enumerate(weights):
+            hidden = hidden @ w[: -oracles.WIDTH].reshape(oracles.WIDTH, oracles.WIDTH).T + w[-oracles.WIDTH :]
+            hidden = np.tanh(hidden) if i < STAGES - 1 else hidden
+        return hidden
+
+    predicted = pipe.predict(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(predicted, output([stage.w for stage in stages]), rtol=1e-7)
+    assert np.abs(predicted - output([stage.forward[-1] for stage in stages])).max() > 1e-4
+    again = nn.Sequential(*pipe.stages)(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(again, output([stage.forward[-1] for stage in stages]), rtol=1e-7)
+
+
 RATES = {"nesterov-sgd": 1.0, "spectrain": 0.3, "dana-zero": 0.3, "dana-slim": 0.3, "dana-dc": 0.3}
 
 

@@ -130,22 +130,21 @@ def test_methods_take_the_delays_they_are_given(name, oracle, options, model):
 @pytest.mark.parametrize("name", DELAYED)
 def test_no_delay_is_ordinary_training(name):
     """With all delays 0 every method is its rule on the whole model: the pipeline of one stage."""
-    late = {"correction_updates": 1} if recipes()[name].correction_updates else {}
-    k = recipes()[name].accumulation(4)
-    several = VirtualPipeline(
-        modules(4), nn.functional.mse_loss, method=name, lr=1e-2, delays=[0] * 4, microbatches_per_update=k, **late
-    )
-    whole = nn.Sequential(*modules(4))
-    one = VirtualPipeline([whole], nn.functional.mse_loss, method=name, lr=1e-2, microbatches_per_update=k, **late)
-    # The momentum of nesterov-no-stash depends on the number of stages.
-    if name == "nesterov-no-stash":
-        one = VirtualPipeline([whole], nn.functional.mse_loss, method=name, lr=1e-2, betas=(0.9, 0.999), **late)
-        several = VirtualPipeline(
-            modules(4), nn.functional.mse_loss, method=name, lr=1e-2, delays=[0] * 4, betas=(0.9, 0.999), **late
-        )
+    options = {"method": name, "lr": 1e-2}
+    if recipes()[name].correction_updates:
+        options["correction_updates"] = 1
+    if name in ("nesterov-no-stash", "swarm"):
+        options["betas"] = (0.9, 0.999)  # else they depend on the number of stages
+    k = options["microbatches_per_update"] = recipes()[name].accumulation(4)
+    several = VirtualPipeline(modules(4), nn.functional.mse_loss, delays=[0] * 4, **options)
+    one = VirtualPipeline([nn.Sequential(*modules(4))], nn.functional.mse_loss, delays=[0], **options)
     for m in range(20 * k):
         assert float(several.step(*batch(m))) == pytest.approx(float(one.step(*batch(m))), rel=1e-9)
-    assert one.delays == [0]
+
+
+@pytest.mark.parametrize("name", [name for name in DELAYED if name != "swarm"])
+def test_one_stage_has_no_delay(name):
+    assert VirtualPipeline(modules(1), nn.functional.mse_loss, method=name).delays == [0]
 
 
 def test_drop_outs_cost_updates_and_nothing_else():
@@ -207,6 +206,9 @@ def test_the_nominal_delays_are_the_formula():
         pipe = VirtualPipeline(modules(4), nn.functional.mse_loss, method=name)
         if not recipe.delayed:
             assert pipe.delays == [0] * 4
+        elif name == "swarm":
+            assert pipe.delays == sorted(pipe.delays, reverse=True)
+            assert pipe.delays[0] > 3
         elif recipe.microbatches_per_update is None:
             assert pipe.delays == [1] * 4
         else:

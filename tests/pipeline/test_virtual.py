@@ -230,7 +230,8 @@ def test_state_dict_goes_on_bit_for_bit(method, tmp_path):
                 p.zero_()
     pipe = VirtualPipeline(second, F.cross_entropy, **options)
     pipe.load_state_dict(torch.load(tmp_path / "pipe.pt", weights_only=True))
-    assert pipe.updates == 10
+    lost = sum(pipe.delay_model.draw(m) is None for m in range(10 * k))
+    assert pipe.updates == 10 - lost
     losses += [pipe.step(*microbatch(m)) for m in range(10 * k, 20 * k)]
     assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
 
