@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | analyze | reshard | methods | info``."""
+"""The command line: ``python -m nesterov_pp train | compare | plan | analyze | reshard | methods | info``."""
 
 from __future__ import annotations
 
@@ -76,6 +76,8 @@ def _complain(sentence: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.analysis.command import add_arguments as analysis_arguments
+    from nesterov_pp.planning.command import MODEL
+    from nesterov_pp.planning.command import add_arguments as plan_arguments
     from nesterov_pp.training.config import Config
 
     parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
@@ -120,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(sub, "method", "seed", "lr", "stages")
     sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
     analysis_arguments(sub, _typed)
+    sub = command("plan", _plan, "what a pipeline of this model would do on other machines: time, memory, delays")
+    plan_arguments(sub, _typed)
+    for name in MODEL:
+        setting = shown[name]
+        what = f"{setting.metadata['help']} (default: {setting.default})"
+        flag = "--" + name.replace("_", "-")
+        sub.add_argument(flag, type=_typed(setting.metadata["parse"]), metavar="X", help=what)
     sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
     sub.add_argument("--stages", type=_typed(_count), required=True, metavar="N", help="stages of the new run")
@@ -251,6 +260,19 @@ def _reshard(arguments: dict[str, Any]) -> None:
 
     one_process = arguments.pop("one_process", False)
     print(reshard(arguments["run"], arguments["stages"], arguments["out"], one_process=one_process))
+
+
+def _plan(arguments: dict[str, Any]) -> None:
+    _require("rich")
+    from nesterov_pp.planning.command import MODEL, plan
+    from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.report import make_console
+
+    model = {name: arguments.pop(name) for name in MODEL if name in arguments}
+    try:
+        plan(make_console(), model, **arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _methods(_: dict[str, Any]) -> None:

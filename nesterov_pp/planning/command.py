@@ -1,0 +1,158 @@
+"""``python -m nesterov_pp plan``: its arguments, and the table it prints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nesterov_pp.pipeline.delays import stage_delays
+from nesterov_pp.planning.costs import LayerCost, measure_layers, stage_costs
+from nesterov_pp.planning.memory import memory_per_stage
+from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
+MODEL = ("layers", "width", "heads", "context", "batch", "vocab_size", "threads")
+"""Settings of ``train`` that ``plan`` takes too."""
+
+_GIB = float(1 << 30)
+
+
+def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
+    """``typed`` makes an argument type of a function that raises ``ValueError``."""
+
+    def add(name: str, parse: Callable[[str], Any], metavar: str, help_text: str) -> None:
+        parser.add_argument(name, type=typed(parse), metavar=metavar, help=help_text)
+
+    add("--devices", _counts, "P[,...]", "numbers of stages to compare, one device each (default: 2,4,8)")
+    add("--per-update", _count, "N", "microbatches of one update of gpipe and 1f1b (default: 4)")
+    add("--latency", _at_least_0, "MS", "of a message between neighbours, in milliseconds (default: 0)")
+    add("--bandwidth", _above_0, "GBIT", "of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: without limit)")
+    add("--speed", _above_0, "X", "how many times faster than this machine a device computes (default: 1)")
+    add("--memory", _above_0, "GIB", "of a device; what does not fit is marked (default: without limit)")
+
+
+def plan(
+    console: Console,
+    model: dict[str, Any],
+    *,
+    devices: Sequence[int] = (2, 4, 8),
+    per_update: int = 4,
+    latency: float = 0.0,
+    bandwidth: float = math.inf,
+    speed: float = 1.0,
+    memory: float = math.inf,
+) -> None:
+    """Measure the layers of the model of ``train`` here, and print what pipelines of them would do.
+
+    Raises:
+        ValueError: there are more devices than layers.
+    """
+    from nesterov_pp.training.config import Config
+
+    settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
+    if max(devices) > settings["layers"]:
+        raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
+    layers = _measured(settings)
+    network = Network(latency / 1e3, bandwidth * 1e9 / 8)
+    tokens = settings["batch"] * settings["context"]
+    rows = []
+    for count in devices:
+        costs = stage_costs(layers, count, speed)
+        run = max(4 * count, 32) * per_update
+        for schedule in SCHEDULES:
+            k = 1 if schedule == "async" else per_update
+            found = simulate(schedule, costs, network, run, k)
+            held = max(memory_per_stage(schedule, costs, k))
+            rows.append((count, schedule, found, held, stage_delays(count, k) if schedule == "async" else [0]))
+    console.print(_table(rows, tokens, memory * _GIB, per_update))
+    fitting = [row for row in rows if row[3] <= memory * _GIB]
+    if not fitting:
+        console.print(
+            "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).",
+            soft_wrap=True,
+        )
+        return
+    count, schedule, found, held, delays = min(fitting, key=lambda row: row[2].seconds_per_microbatch)
+    late = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
+    console.print(
+        f"Fastest that fits: {schedule} with {count} stages, {tokens / found.seconds_per_microbatch:,.0f} tokens/s"
+        f"{late}.",
+        soft_wrap=True,
+    )
+
+
+def _measured(settings: dict[str, Any]) -> list[LayerCost]:
+    from nesterov_pp.training.model import build_stages, next_token_loss
+
+    torch.set_num_threads(settings["threads"])
+    sizes = {name: settings[name] for name in ("layers", "width", "heads", "context")}
+    vocabulary = settings["vocab_size"]
+    model = build_stages(vocabulary=vocabulary, stages=1, dropout=0.0, seed=0, **sizes)[0]
+    tokens = torch.randint(vocabulary, (settings["batch"], settings["context"]))
+    return measure_layers(list(model.children()), tokens, lambda logits: next_token_loss(logits, tokens))
+
+
+def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Pipelines, simulated; gpipe and 1f1b update every {per_update} microbatches")
+    for heading in ("Stages", "Schedule", "Busy", "ms/microbatch", "us/token", "Tokens/s", "Largest stage", "Late by"):
+        table.add_column(heading, justify="left" if heading == "Schedule" else "right")
+    for count, schedule, found, held, delays in rows:
+        seconds = found.seconds_per_microbatch
+        table.add_row(
+            str(count),
+            schedule,
+            f"{found.utilisation:.1%}",
+            f"{1e3 * seconds:.3g}",
+            f"{1e6 * seconds / tokens:.3g}",
+            f"{tokens / seconds:,.0f}",
+            _size(held) + ("" if held <= limit else " (too large)"),
+            str(delays[0]),
+            end_section=schedule == SCHEDULES[-1],
+        )
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.3g} GiB" if count >= _GIB else f"{count / 2**20:.3g} MiB"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"needs a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part.strip()) for part in text.split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"needs a number, not {text!r}")
+    return value
+
+
+def _at_least_0(text: str) -> float:
+    if _number(text) < 0:
+        raise ValueError(f"needs a number of at least 0, not {text!r}")
+    return _number(text)
+
+
+def _above_0(text: str) -> float:
+    if _number(text) <= 0:
+        raise ValueError(f"needs a number above 0, not {text!r}")
+    return _number(text)

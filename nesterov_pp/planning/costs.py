@@ -1,0 +1,127 @@
+"""What the layers of a model cost: time and memory, measured on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_pp.optim import NAdam
+from nesterov_pp.pipeline.partition import balanced_sizes
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Of one microbatch (the step: of one update), in seconds and bytes.
+
+    ``message_bytes``: what goes on to the next stage; a gradient of that size comes back. ``activation_bytes``: what a
+    microbatch keeps from its forward to its backward.
+    """
+
+    forward: float
+    backward: float
+    step: float = 0.0
+    message_bytes: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+
+
+LayerCost = StageCost
+"""The same of one layer."""
+
+
+def stage_costs(layers: Sequence[LayerCost], stages: int, speed: float = 1.0) -> list[StageCost]:
+    """The costs of ``stages`` stages of neighbouring layers, the slowest as fast as can be.
+
+    ``speed``: how many times faster than measured the stages compute.
+
+    Raises:
+        ValueError: there are more stages than layers.
+    """
+    if not 1 <= stages <= len(layers):
+        raise ValueError(f"{len(layers)} layers cannot be cut into {stages} stages")
+    nanoseconds = [max(1, round(1e9 * (c.forward + c.backward + c.step))) for c in layers]
+    result, first = [], 0
+    for size in balanced_sizes(nanoseconds, stages):
+        part = layers[first : first + size]
+        first += size
+        result.append(
+            StageCost(
+                forward=sum(c.forward for c in part) / speed,
+                backward=sum(c.backward for c in part) / speed,
+                step=sum(c.step for c in part) / speed,
+                message_bytes=part[-1].message_bytes,
+                weight_bytes=sum(c.weight_bytes for c in part),
+                activation_bytes=sum(c.activation_bytes for c in part),
+            )
+        )
+    return result
+
+
+def measure_layers(
+    layers: Sequence[nn.Module], inputs: Tensor, loss_fn: Callable[[Tensor], Tensor], repeats: int = 5
+) -> list[LayerCost]:
+    """Each layer's costs on ``inputs``, times the fastest of ``repeats``; ``loss_fn`` goes with the last layer.
+
+    The layers' weights are stepped, so give ones that nobody needs.
+    """
+    costs, hidden = [], inputs
+    for k, layer in enumerate(layers):
+        last = k == len(layers) - 1
+        cost, hidden = _measure(layer, hidden, loss_fn if last else None, repeats)
+        costs.append(cost)
+    return costs
+
+
+def _measure(
+    layer: nn.Module, inputs: Tensor, loss_fn: Callable[[Tensor], Tensor] | None, repeats: int
+) -> tuple[LayerCost, Tensor]:
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    optimizer = NAdam(layer.parameters()) if any(p.requires_grad for p in layer.parameters()) else None
+    best: list[float] = []
+    for _ in range(repeats + 1):  # the first one warms up
+        leaf = inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
+        kept.clear()
+        times = [_now(leaf)]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            output: Tensor = layer(leaf)
+            result = output if loss_fn is None else loss_fn(output)
+        times.append(_now(leaf))
+        if result.requires_grad:
+            result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
+        times.append(_now(leaf))
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        times.append(_now(leaf))
+        spent = [after - before for before, after in pairwise(times)]
+        best = spent if not best else [min(a, b) for a, b in zip(best, spent, strict=True)]
+    forward, backward, step = best
+    cost = LayerCost(
+        forward=forward,
+        backward=backward,
+        step=step,
+        message_bytes=0 if loss_fn is not None else output.numel() * output.element_size(),
+        weight_bytes=sum(p.numel() * p.element_size() for p in layer.parameters()),
+        activation_bytes=sum(kept.values()),
+    )
+    return cost, output.detach()
+
+
+def _now(t: Any) -> float:
+    if t.device.type == "cuda":
+        torch.cuda.synchronize(t.device)
+    return time.perf_counter()

@@ -1,0 +1,30 @@
+"""The memory of each stage of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nesterov_pp.pipeline.delays import stage_delays
+from nesterov_pp.planning.costs import StageCost
+
+
+def memory_per_stage(
+    schedule: str, costs: Sequence[StageCost], per_update: int = 1, *, stash: bool = True, moments: int = 2
+) -> list[int]:
+    """Bytes of each stage: versions of the weights, gradients, moments, and activations of microbatches in flight.
+
+    With delays tau: "async" keeps ``tau + 1`` versions (one without a stash) and the activations of up to ``P - i + 1``
+    microbatches; "gpipe" those of all ``per_update``; "1f1b" those of ``min(per_update, P - i + 1)``. Buffers that
+    libraries allocate are not counted.
+    """
+    stages = len(costs)
+    delays = stage_delays(stages, per_update) if schedule == "async" else [0] * stages
+    in_flight = [stages - i for i in range(stages)]
+    if schedule == "1f1b":
+        in_flight = [min(per_update, n) for n in in_flight]
+    if schedule == "gpipe":
+        in_flight = [per_update] * stages
+    return [
+        c.weight_bytes * ((tau + 1 if stash else 1) + 1 + moments) + n * c.activation_bytes
+        for c, tau, n in zip(costs, delays, in_flight, strict=True)
+    ]

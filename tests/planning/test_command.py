@@ -1,0 +1,54 @@
+"""``python -m nesterov_pp plan``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nesterov_pp.cli import main
+from nesterov_pp.planning import measure_layers
+
+SMALL = ["--layers", "4", "--width", "32", "--heads", "2", "--context", "16", "--batch", "2"]
+
+
+def test_the_table_and_what_fits(capsys):
+    assert main(["plan", *SMALL, "--devices", "2,4", "--latency", "20", "--bandwidth", "1", "--memory", "1"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if any(f" {s} " in line for s in ("async", "gpipe", "1f1b"))]
+    assert len([line for line in rows if line.startswith("│")]) == 6
+    assert "Fastest that fits: " in printed
+    assert main(["plan", *SMALL, "--devices", "2", "--memory", "0.000001"]) == 0
+    printed = capsys.readouterr().out
+    assert "(too large)" in printed
+    assert "Nothing fits: use more stages" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--devices", "5"], "4 layers cannot be cut into 5 stages; give more --layers"),
+        (["--devices", "2,x"], "needs a whole number of at least 1, not 'x'"),
+        (["--latency", "-1"], "needs a number of at least 0, not '-1'"),
+        (["--bandwidth", "0"], "needs a number above 0, not '0'"),
+        (["--speed", "nan"], "needs a number, not 'nan'"),
+    ],
+)
+def test_bad_input_is_one_sentence(given, message, capsys):
+    try:
+        status = main(["plan", *SMALL, *given])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_measured_bytes_are_those_of_the_layers():
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)]
+    inputs = torch.randn(5, 8)
+    costs = measure_layers(layers, inputs, lambda output: output.square().mean(), repeats=1)
+    assert [c.weight_bytes for c in costs] == [4 * (8 * 16 + 16), 0, 4 * (16 * 4 + 4)]
+    assert [c.message_bytes for c in costs] == [4 * 5 * 16, 4 * 5 * 16, 0]
+    assert costs[0].activation_bytes == inputs.numel() * 4
+    assert all(c.forward > 0 and c.backward > 0 for c in costs)
+    assert costs[1].step < costs[0].step
