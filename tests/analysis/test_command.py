@@ -52,6 +52,7 @@ def test_it_prints_what_the_functions_give_and_writes_a_plot(place: Path, capsys
         assert plot.size == (1560, 1170)
 
 
+@pytest.mark.slow
 def test_a_real_process_has_defaults_for_the_rest(place: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "nesterov_pp", "analyze", "--delay", "2"],

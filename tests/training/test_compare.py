@@ -112,6 +112,7 @@ def test_a_killed_comparison_takes_its_runs_with_it(tiny: list[str], tmp_path: P
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_rates_and_depths(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A grid of learning rates and of stages: a folder each, the best rate in the table, a table by depth."""
     out = tmp_path / "out"

@@ -157,7 +157,8 @@ def test_two_launchers_as_on_two_machines(run: list[str], tmp_path: Path, launch
     assert_same(out, undisturbed(run, tmp_path / "alone", *more))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_launcher_leaves_a_checkpoint_to_go_on_from(
     run: list[str], tmp_path: Path, launch: Launch, number: int
 ) -> None:
@@ -191,7 +192,7 @@ def alone(rank: int, size: int, port: int, *arguments: str, timeout: float = 60.
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begin
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_missing_process_is_named_in_time(run: list[str], tmp_path: Path, rank: int) -> None:
     arguments = [*run, "--timeout", "3", "--out", str(tmp_path / "run")]
     status, output, seconds = alone(rank, 2, free_port(), *arguments)

@@ -39,7 +39,7 @@ def test_without_delay_the_losses_do_not_change(text_file: Path, tmp_path: Path,
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["nesterov", "nesterov-no-stash"])
+@pytest.mark.parametrize("method", ["nesterov", pytest.param("nesterov-no-stash", marks=pytest.mark.slow)])
 def test_into_the_stages_of_several_processes(
     text_file: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
