@@ -93,14 +93,18 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_settings(sub: argparse.ArgumentParser, *left_out: str) -> None:
         for name, setting in shown.items():
-            if name not in left_out:
-                default = "" if setting.default is None else f" (default: {setting.default})"
-                sub.add_argument(
-                    "--" + name.replace("_", "-"),
-                    type=_typed(setting.metadata["parse"]),
-                    help=setting.metadata["help"] + default,
-                    metavar="X",
-                )
+            if name in left_out:
+                continue
+            switch = isinstance(setting.default, bool)
+            default = "" if setting.default is None or switch else f" (default: {setting.default})"
+            more: dict[str, Any] = {"nargs": "?", "const": True} if switch else {}
+            sub.add_argument(
+                "--" + name.replace("_", "-"),
+                type=_typed(setting.metadata["parse"]),
+                help=setting.metadata["help"] + default,
+                metavar="yes|no" if switch else "X",
+                **more,
+            )
         sub.add_argument(
             "--out", type=Path, metavar="DIR", help="folder of results; default: runs/METHOD or runs/compare"
         )

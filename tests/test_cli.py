@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ BAD = [
     ("train --checkpoint-every -1", "argument --checkpoint-every"),
     ("train --seed -1", "argument --seed"),
     ("train --batch 0", "argument --batch"),
+    ("train --autocast float8", "argument --autocast: needs one of bfloat16, not 'float8'"),
+    ("train --recompute maybe", "argument --recompute: needs yes or no, not 'maybe'"),
+    ("train --method nesterov-no-stash --recompute", "activations of older weights, which cannot be recomputed"),
     ("train --backend gpu", "argument --backend: needs one of auto, "),
     ("train --backend cuda --data text.txt", "backend 'cuda' cannot be used: "),
     ("train --stag 4", "unrecognized arguments: --stag"),
@@ -142,6 +146,19 @@ def test_a_real_process_trains(place: Path) -> None:
     assert {"config.json", "metrics.jsonl", "loss.png", "summary.json", "sample.txt"} <= {
         path.name for path in (place / "runs" / "pipedream").iterdir()
     }
+
+
+def test_recomputation_changes_no_loss(place: Path) -> None:
+    for name, extra in (("plain", ""), ("again", "--recompute"), ("low", "--autocast bfloat16")):
+        assert main(f"train {SMALL} --dropout 0.1 --eval-every 1 --out {name} {extra}".split()) == 0
+    plain, again, low = ((place / name / "metrics.jsonl").read_text() for name in ("plain", "again", "low"))
+    assert losses_in(again) == losses_in(plain) != losses_in(low)
+    assert losses_in(low) == pytest.approx(losses_in(plain), rel=0.02)
+
+
+def losses_in(metrics: str) -> list[float]:
+    found = (json.loads(line) for line in metrics.splitlines())
+    return [one["validation_loss"] for one in found if "validation_loss" in one]
 
 
 def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:

@@ -125,9 +125,10 @@ class FusedOptimizer(Optimizer):
             self.last_grad_norm = norm
         if prepared.device_counts is not None:
             stepped, found_inf = prepared.stepped(grads_of), getattr(self, "found_inf", None)
-            rows_on_device = prepared.device_counts.advance(stepped, partial(self._row_of, scale=scale), found_inf)
+            on_device, count = prepared.device_counts.next_step(stepped, partial(self._row_of, scale=scale), found_inf)
             prepared.masters.follow(source)
-            prepared.plan.apply_rows(rows_on_device)
+            prepared.plan.apply_rows(on_device)
+            count()
         else:
             rows, products = [], []
             for step_class in classes:

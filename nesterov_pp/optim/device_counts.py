@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class DeviceCounts:
         self._members: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def advance(self, stepped: list[bool], coefficients: CoefficientsOf, found_inf: Tensor | None) -> Tensor:
-        """Count a step of the parameters ``stepped``, unless ``found_inf`` is above 0.
+    def next_step(
+        self, stepped: list[bool], coefficients: CoefficientsOf, found_inf: Tensor | None
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The next step of the parameters ``stepped``, which is none if ``found_inf`` is above 0.
 
         Returns:
-            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step.
-            Nothing waits for the device.
+            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step;
+            and what counts the step, to be called once it is launched. Nothing waits for the device.
         """
         if stepped != self._stepped:
             self._members = self._by_group(stepped)
@@ -54,13 +57,16 @@ class DeviceCounts:
             product = 1.0 if self._mu_products is None else self._mu_products[members].double()
             row, product = coefficients(group, number, product)
             rows[members] = torch.stack([*(_filled(c, number) for c in row), number * taken], dim=1)
-            products.append(product)
-        for members, product in zip(self._members.values(), products, strict=True):
+            products.append((members, product))
+        return rows, partial(self._count, taken, products)
+
+    @torch.no_grad()
+    def _count(self, taken: Tensor, products: list[tuple[Tensor, Any]]) -> None:
+        for members, product in products:
             self._steps[members] += taken.to(self._steps.dtype)
             if self._mu_products is not None:
                 then = self._mu_products[members]
                 self._mu_products[members] = torch.where(taken > 0, product.to(then.dtype), then)
-        return rows
 
     def _by_group(self, stepped: list[bool]) -> dict[int, Tensor]:
         numbers: dict[int, list[int]] = {}

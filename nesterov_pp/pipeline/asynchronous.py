@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
 from nesterov_pp.pipeline.stage import (
+    autocasting,
     build_optimizer,
     build_stash,
     random_state,
@@ -105,8 +106,7 @@ class AsyncPipeline:
             raise ValueError(f"receive_ahead must be at least 0, not {receive_ahead}")
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
-        if recompute and recipe.backward != "stashed":
-            raise ValueError(f"{recipe.name!r} keeps activations of older weights, which cannot be recomputed")
+        recipe.check_forward(recompute=recompute, autocast=autocast is not None)
         self.recipe, self.loss_fn, self.lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
@@ -381,4 +381,4 @@ class AsyncPipeline:
         self.optimizer_seconds += time.perf_counter() - begin
 
     def _autocasting(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
+        return autocasting(self.module, self._autocast)

@@ -100,6 +100,18 @@ class Recipe:
         """The delays of the method's own pipeline."""
         return self.delays(stages, microbatches_per_update) if self.delayed else Fixed([0] * stages)
 
+    def check_forward(self, *, recompute: bool, autocast: bool) -> None:
+        """Raises: ValueError: the recipe's backward takes other weights than the forward's, and cannot get at them."""
+        if self.backward == "stashed":
+            return
+        if recompute:
+            raise ValueError(f"{self.name!r} keeps activations of older weights, which cannot be recomputed")
+        if autocast:
+            raise ValueError(
+                f"{self.name!r} changes the weights between forward and backward, which the copies that autocast "
+                "makes of them would not follow; use a method with a stash, or no autocast"
+            )
+
     @property
     def beside(self) -> Beside | None:
         """What a stage's ``WeightStash`` keeps outside the ring."""

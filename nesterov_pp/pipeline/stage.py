@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.recipe import Placement, Recipe
+from nesterov_pp.pipeline.tensors import device_of
 from nesterov_pp.stash import WeightStash
 
 
@@ -56,6 +57,11 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
 def run_stage(module: nn.Module, hidden: Any) -> Any:
     """The output of a stage; what the stage before gave as a tuple comes as several arguments."""
     return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
+
+
+def autocasting(module: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Compute in ``dtype`` where ``torch.autocast`` does on the stage's device; with None, as ever."""
+    return nullcontext() if dtype is None else torch.autocast(device_of(module).type, dtype)
 
 
 def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:

@@ -14,8 +14,10 @@ from nesterov_pp.optim import StageOptimizer
 from nesterov_pp.pipeline.delays import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
+    autocasting,
     build_optimizer,
     build_stash,
     random_state,
@@ -51,6 +53,8 @@ class VirtualPipeline:
         max_grad_norm: clip each stage's gradient norm; default: no clipping.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone. Default: the global generator.
         backend: as for the optimizers.
+        recompute: keep no activations inside a stage, and run its forward again before its backward.
+        autocast: a dtype, such as ``torch.bfloat16``, to compute forwards and loss in, as ``torch.autocast`` does.
         overrides: hyper-parameters of the recipe.
 
     The emulation keeps as many versions of each stage's weights as its largest delay and one, also for recipes that
@@ -58,8 +62,9 @@ class VirtualPipeline:
     evaluation) they are in.
 
     Raises:
-        ValueError: unknown method or hyper-parameter, a bad partition, parameters tied across stages, or delays that
-            are not one a stage or that the method cannot have.
+        ValueError: unknown method or hyper-parameter, a bad partition, parameters tied across stages, delays that
+            are not one a stage or that the method cannot have, or a recipe that needs the activations or weights that
+            ``recompute`` or ``autocast`` would replace.
     """
 
     def __init__(
@@ -76,9 +81,12 @@ class VirtualPipeline:
         max_grad_norm: float | None = None,
         seed: int | None = None,
         backend: str = "auto",
+        recompute: bool = False,
+        autocast: torch.dtype | None = None,
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
+        recipe.check_forward(recompute=recompute, autocast=autocast is not None)
         self.stages = stage_list(stages, partition)
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
@@ -99,6 +107,9 @@ class VirtualPipeline:
         self.stashes = [
             build_stash(recipe, m, n + 1) for m, n in zip(self.stages, self.delay_model.largest, strict=True)
         ]
+        pairs = zip(self.stages, self.stashes, strict=True)
+        self._forwards = [Recomputed(module, stash) if recompute else module for module, stash in pairs]
+        self._autocast = autocast
         self.places = [Placement(i, len(self.stages), tau) for i, tau in enumerate(self.delays, start=1)]
         self.optimizers: list[StageOptimizer | None] = [
             build_optimizer(recipe, module, stash, place, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
@@ -129,11 +140,12 @@ class VirtualPipeline:
             if delays is None:
                 bound.enter_context(torch.no_grad())
             hidden = inputs
-            for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
-                bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
-                with random_state(module, self.seed, i, self.microbatches):
-                    hidden = run_stage(module, hidden)
-            loss = self.loss_fn(hidden, targets)
+            with autocasting(self.stages[0], self._autocast):
+                for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
+                    bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
+                    with random_state(module, self.seed, i, self.microbatches):
+                        hidden = run_stage(self._forwards[i], hidden)
+                loss = self.loss_fn(hidden, targets)
             if delays is not None:
                 self._backward(loss, versions, delays)
         self.microbatches += 1
@@ -152,7 +164,7 @@ class VirtualPipeline:
         """
         modes = [module.training for module in self.stages]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocasting(self.stages[0], self._autocast):
                 hidden = inputs
                 for module, stash in zip(self.stages, self.stashes, strict=True):
                     with stash.use_stepped():
@@ -165,7 +177,7 @@ class VirtualPipeline:
     def evaluate(self, inputs: Any, targets: Any) -> Tensor:
         """The loss with every stage's newest weights, in evaluation mode, without gradients; a 0-d tensor."""
         output = self.predict(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), autocasting(self.stages[0], self._autocast):
             return self.loss_fn(output, targets)
 
     def memory(self) -> dict[str, int]:

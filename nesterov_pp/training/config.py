@@ -75,6 +75,12 @@ def _choice(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(f"needs yes or no, not {text!r}")
+    return text == "yes"
+
+
 def _option(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help_text})
 
@@ -111,6 +117,8 @@ class Config:
     threads: int = _option(1, _whole(1), "threads; more than one pays for wide models only")
     replicas: int = _option(1, _whole(1), "processes that share each stage's work, each with microbatches of its own")
     timeout: float = _option(60.0, _positive, "seconds that processes wait for each other before they give up")
+    recompute: bool = _option(False, _yes_or_no, "run a stage's forward again before its backward, to save memory")
+    autocast: str | None = _option(None, _choice("bfloat16"), "compute in this dtype, with float32 weights")
     backend: str = _option("auto", _choice(*BACKENDS), "backend of the optimizer step")
 
     @property
@@ -132,6 +140,10 @@ class Config:
     def check(self) -> None:
         """Raises: UserError: two settings contradict each other, or the method is unknown."""
         k = self.microbatches_per_update
+        try:
+            self.recipe.check_forward(recompute=self.recompute, autocast=self.autocast is not None)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if self.layers < self.stages:
             raise UserError(
                 f"{self.layers} layers cannot fill {self.stages} stages; use --layers of at least {self.stages}, "
@@ -160,12 +172,17 @@ class Config:
 
     def flags(self) -> list[str]:
         """The command-line flags that give this configuration."""
-        return [part for name, value in asdict(self).items() if value is not None for part in (flag(name), str(value))]
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return [part for name, value in values.items() for part in (flag(name), _as_text(value))]
 
 
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def _as_text(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def settle(given: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Config:

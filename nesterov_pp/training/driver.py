@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline import VirtualPipeline
@@ -191,6 +192,8 @@ def pipeline_options(config: Config) -> dict[str, Any]:
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "backend": config.backend,
+        "recompute": config.recompute,
+        "autocast": None if config.autocast is None else getattr(torch, config.autocast),
         **config.overrides(),
     }
 

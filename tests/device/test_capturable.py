@@ -180,6 +180,28 @@ def test_what_cannot_be_captured_is_refused_and_nothing_is_written(backend):
     assert {float(s["step"]) for s in optimizer.state.values()} == {0.0}
 
 
+def test_a_launch_that_fails_is_not_counted(backend, monkeypatch):
+    ps, optimizer = made(npp.NAdam, backend, capturable=True)
+    give_gradients(ps, 0)
+    optimizer.step()
+    before, state = [p.detach().clone() for p in ps], copy.deepcopy(optimizer.state_dict()["state"])
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plan, name)
+
+        def apply_rows(self, rows: torch.Tensor) -> None:
+            raise RuntimeError("no launch")
+
+    plan = optimizer._prepared.plan
+    monkeypatch.setattr(optimizer._prepared, "plan", Failing())
+    with pytest.raises(RuntimeError, match="no launch"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+    for i, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[i][name]) for name, value in entry.items())
+
+
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 @pytest.mark.parametrize("versions", [1, 3])
 def test_replays_of_captured_steps_are_steps(versions, backend):

@@ -262,6 +262,57 @@ def test_predict_and_evaluate_use_the_newest_weights_and_leave_no_trace():
     assert pipe.microbatches == 10
 
 
+@pytest.mark.parametrize("method", ["nesterov", "gpipe", "xpipe"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_recomputation_changes_nothing_and_keeps_no_activations(method, seed):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        stages = model(4, dropout=0.2, dtype=torch.float32)
+        pipe = VirtualPipeline(stages, F.cross_entropy, method, lr=1e-2, seed=seed, recompute=recompute)
+        torch.manual_seed(2)
+        losses = [float(pipe.step(*microbatch(m))) for m in range(24)]
+        results.append((losses, [p.detach() for stage in stages for p in stage.parameters()]))
+    (losses, weights), (again, others) = results
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast_is_that_of_every_stage_and_of_the_loss(recompute):
+    class Low(nn.Module):
+        def __init__(self, stage: nn.Module) -> None:
+            super().__init__()
+            self.stage = stage
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: torch.Tensor = self.stage(x)
+                return output
+
+    def low_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(output, targets)
+
+    ours = VirtualPipeline(
+        model(3, 0.1, torch.float32), F.cross_entropy, seed=5, autocast=torch.bfloat16, recompute=recompute
+    )
+    judge = VirtualPipeline([Low(m) for m in model(3, 0.1, torch.float32)], low_loss, seed=5)
+    full = VirtualPipeline(model(3, 0.1, torch.float32), F.cross_entropy, seed=5)
+    batches = [microbatch(m) for m in range(12)]
+    found, wanted, other = ([float(pipe.step(*b)) for b in batches] for pipe in (ours, judge, full))
+    assert found == wanted != other
+    assert float(ours.evaluate(*batches[0])) == float(judge.evaluate(*batches[0]))
+    assert ours.predict(batches[0][0]).dtype == torch.bfloat16
+
+
+def test_what_a_stashless_backward_cannot_have_is_refused():
+    with pytest.raises(ValueError, match="'nesterov-no-stash' changes the weights between forward and backward"):
+        VirtualPipeline(model(2), F.cross_entropy, "nesterov-no-stash", autocast=torch.bfloat16)
+    with pytest.raises(ValueError, match="keeps activations of older weights"):
+        VirtualPipeline(model(2), F.cross_entropy, "nesterov-no-stash", recompute=True)
+
+
 def test_sequential_partition_and_a_stage_without_parameters():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
