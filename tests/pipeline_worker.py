@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch_schedules
 from torch import nn
 from torch.nn import functional as F
 from toy import microbatch, model
@@ -244,6 +245,7 @@ def main() -> None:
                 **dict.fromkeys(SHAPES, run_shaped),
                 "gpus": run_on_gpus,
                 "methods": run_methods,
+                **torch_schedules.PLAYS,
             }
             act = others.get(name, run)
             torch.save(act(world, name), folder / f"{name}-{world.rank}.pt")

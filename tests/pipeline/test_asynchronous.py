@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_schedules
 from launch import finish, start
 from pipeline_worker import (
     SCENARIOS,
@@ -124,6 +125,26 @@ def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
         for key, value in found[rank]["weights"].items():
             assert torch.equal(value, found[(rank + 2) % 4]["weights"][key])
             torch.testing.assert_close(value, wanted["weights"][rank % 2][key], **MANY_STEPS[torch.float64])
+
+
+@pytest.fixture(scope="module")
+def of_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torch")
+    run(3, folder, torch_schedules.PLAYS)
+    return folder
+
+
+@pytest.mark.parametrize("name", torch_schedules.PLAYS)
+def test_schedules_of_torch_give_the_same(of_torch: Path, name: str) -> None:
+    found = [torch.load(of_torch / f"{name}-{rank}.pt") for rank in range(3)]
+    wanted = torch_schedules.EXPECTED[name](3)
+    close = MANY_STEPS[torch.float32]
+    if name == "torch-1f1b-never-flushed":
+        close = {"rtol": 0.0, "atol": 0.0}
+    assert found[-1]["losses"] == pytest.approx(wanted["losses"], rel=close["rtol"], abs=0.0)
+    for ours, theirs in zip(found, wanted["weights"], strict=True):
+        for key, value in ours["weights"].items():
+            torch.testing.assert_close(value, theirs[key], **close)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
