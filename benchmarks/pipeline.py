@@ -1,4 +1,4 @@
-"""The asynchronous pipeline across processes, measured: ``python -m benchmarks.pipeline [--json FILE] [--trace DIR]``.
+"""The pipeline across processes, measured: ``python -m benchmarks.pipeline [--json FILE] [--plan] [--trace DIR]``.
 
 Two processes, each pinned to a core of its own with one thread, take turns at the asynchronous pipeline and at torch's
 own GPipe and 1F1B on the same two stages; one process alone calls the same stages in turn. Every peer is measured in
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nesterov_pp as npp
+from benchmarks import planned as plan
 from benchmarks import timeline
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect
 from nesterov_pp.training.model import Block
@@ -53,10 +54,10 @@ def _noise(seed: int) -> tuple[Tensor, Tensor]:
     return x, x.roll(1, 1)
 
 
-def asynchronous(world: World) -> dict[str, float]:
+def asynchronous(world: World, modules: list[nn.Module]) -> dict[str, float]:
     """Milliseconds a microbatch, the share of waiting, and CPU milliseconds of this stage, in steady state."""
-    total = WARM_UP + MEASURED + STAGES
-    pipe = AsyncPipeline(stages(), F.mse_loss, batch, total, world, lr=LR)
+    total = WARM_UP + MEASURED + world.size
+    pipe = AsyncPipeline(modules, F.mse_loss, batch, total, world, lr=LR)
     for _ in range(WARM_UP):
         pipe.step()
     begin, cpu, waited = time.perf_counter(), time.thread_time(), pipe.waited
@@ -73,19 +74,19 @@ def asynchronous(world: World) -> dict[str, float]:
     return found
 
 
-def synchronous(world: World, name: str) -> dict[str, float]:
+def synchronous(world: World, name: str, modules: list[nn.Module]) -> dict[str, float]:
     """Milliseconds a microbatch of one of torch's schedules with an update after every flush."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    module = stages()[world.rank]
+    module, last = modules[world.rank], world.size - 1
     optimizer = npp.NAdam(module.parameters(), lr=LR)
-    stage = PipelineStage(module, world.rank, STAGES, torch.device("cpu"))
+    stage = PipelineStage(module, world.rank, world.size, torch.device("cpu"))
     schedule = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[name](stage, PER_FLUSH, loss_fn=F.mse_loss)
 
     def flush(k: int) -> None:
         xs, ys = zip(*(batch(m) for m in range(k * PER_FLUSH, (k + 1) * PER_FLUSH)), strict=True)
         inputs = (torch.cat(xs),) if world.rank == 0 else ()
-        schedule.step(*inputs, target=torch.cat(ys) if world.rank else None, return_outputs=False)
+        schedule.step(*inputs, target=torch.cat(ys) if world.rank == last else None, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -161,6 +162,18 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def planned(world: World, what: str) -> list[dict[str, Any]]:
+    """What the planner says and what processes take, for stages that compute or sleep."""
+    modules = stages(world.size) if what == "compute" else plan.sleeping(world.size)
+
+    def run(world: World, schedule: str, modules: list[nn.Module]) -> float:
+        if schedule == "async":
+            return asynchronous(world, modules)["ms"]
+        return synchronous(world, {"gpipe": "GPipe", "1f1b": "1F1B"}[schedule], modules)["ms"]
+
+    return plan.compare(world, modules, batch(0)[0], run, PER_FLUSH, 3)
+
+
 def traced(world: World) -> list[Any]:
     """Events of a short run."""
     pipe = AsyncPipeline(stages(world.size), F.mse_loss, batch, 24, world, lr=LR, timeline=True)
@@ -181,11 +194,13 @@ def worker(folder: Path, what: str) -> None:
             found = memory(world)
         elif what == "trace":
             found = traced(world)
+        elif what in ("compute", "sleep"):
+            found = planned(world, what)
         else:
             peers: dict[str, Callable[[], dict[str, float]]] = {
-                "async": lambda: asynchronous(world),
-                "GPipe": lambda: synchronous(world, "GPipe"),
-                "1F1B": lambda: synchronous(world, "1F1B"),
+                "async": lambda: asynchronous(world, stages()),
+                "GPipe": lambda: synchronous(world, "GPipe", stages()),
+                "1F1B": lambda: synchronous(world, "1F1B", stages()),
                 "in turn": in_turn,  # in both processes at once: the machine is as busy as with the others
             }
             found = {name: [] for name in peers}
@@ -264,6 +279,7 @@ def _spread(values: list[float], scale: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--plan", action="store_true", help="only what `plan` predicts, beside what processes take")
     parser.add_argument("--memory", action="store_true", help="only the memory of four stages")
     parser.add_argument(
         "--trace", type=Path, help="only draw a timeline, of one stage a core but at most four, into this folder"
@@ -276,6 +292,12 @@ def main() -> None:
         return
     if arguments.trace:
         timeline.write(run("trace", min(4, len(os.sched_getaffinity(0))))[0], arguments.trace)
+        return
+    if arguments.plan:
+        both = {f"{n}, {what}": run(what, n)[-1] for what, n in (("compute", 2), ("sleep", 2), ("sleep", 4))}
+        print("\n".join(plan.rows(both)))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(both, indent=1) + "\n")
         return
     if arguments.memory:
         print(memory_row(run("memory", 4)))

@@ -10,6 +10,7 @@ bumped, so autograd raises where it would have used the wrong weights.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class WeightStash:
     Raises:
         ValueError: ``versions`` is below 1, ``beside`` is something else, or a parameter cannot be kept in a ring: it
             shares memory with another one, overlaps itself, or carries hooks (register them afterwards, on each of
-            ``parameters(version)``).
+            ``parameters(version)``); or ``versions`` is above 1 and ``fully_shard`` keeps the module's weights.
     """
 
     def __init__(self, module: nn.Module, versions: int, *, beside: Beside | None = None) -> None:
@@ -58,6 +59,12 @@ class WeightStash:
             raise ValueError(f"beside must be 'stepped', 'backward' or None, not {beside!r}")
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         _check_stashable(named)
+        self._gathered = gathers_itself(module)
+        if self._gathered and versions > 1:
+            raise ValueError(
+                f"fully_shard keeps one version of a module's weights, so a ring of {versions} cannot hold it; use a "
+                "method without a stash, such as nesterov-no-stash, or a delay of 0"
+            )
         self.versions = versions
         self.beside = beside
         self.newest = 0
@@ -379,13 +386,17 @@ class WeightStash:
     def _linearise_elsewhere(self, slot: int, backward: Backward) -> AbstractContextManager[Any]:
         """Hooks that swap the weights autograd saves, and views of them, for other ones when backward runs."""
         leaves = self._slots[slot]
+        if not self._gathered and any(hasattr(leaf, "to_local") for leaf in leaves):
+            raise ValueError(f'backward="{backward}" cannot follow DTensor weights; use backward="stashed"')
         device_types = {leaf.device.type for leaf in leaves}
         if any(torch.is_autocast_enabled(kind) for kind in device_types):
             raise ValueError(
                 f'backward="{backward}" cannot see through the weight copies that autocast makes; '
                 'leave autocast out of this stage or use backward="stashed"'
             )
-        owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in enumerate(leaves) if leaf.numel()}
+        # What fully_shard keeps it gathers again for the backward: the newest weights.
+        plain = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.numel() and not hasattr(leaf, "to_local")]
+        owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in plain}
 
         def pack(saved: Tensor) -> Any:
             i = owner.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
@@ -408,6 +419,12 @@ class WeightStash:
             return torch.as_strided(current, shape, stride, offset)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def gathers_itself(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) keeps weights of the module, and binds gathered ones when it runs."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is there if it has been used
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
 def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch_schedules
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from toy import microbatch, model
 
@@ -45,6 +48,9 @@ TWO_REPLICAS: dict[str, dict[str, Any]] = {
     "replicas-in-small-buckets": {"bucket_bytes": 300},
     "replicas-two-per-update": {"microbatches_per_update": 2, "bucket_bytes": 300},
     "replicas-no-stash": {"method": "nesterov-no-stash", "correction_updates": 40},
+    "sharded": {"method": "nesterov-no-stash", "correction_updates": 40},
+    "sharded-two-per-update": {"method": "nesterov-no-stash", "correction_updates": 40, "microbatches_per_update": 2},
+    "sharded-in-part": {"method": "nesterov-no-stash", "correction_updates": 40, "bucket_bytes": 300},
 }
 SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time")
 
@@ -93,10 +99,20 @@ def run_replicas(world: World, name: str) -> dict[str, Any]:
     """Two replicas of two stages, on alternate microbatches."""
     options = TWO_REPLICAS[name]
     total = UPDATES * k_of(options)
-    modules = model(2, dtype=torch.float64)
-    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
+    stage: nn.Module = model(2, dtype=torch.float64)[world.rank % 2]
+    if name.startswith("sharded"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))["replica"]
+        for layer in stage.modules():
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        stage = stage if name == "sharded-in-part" else fully_shard(stage, mesh=mesh)
+    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
     losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
-    return {"losses": losses, "weights": pipe.module.state_dict()}
+    weights = pipe.module.state_dict()
+    return {
+        "losses": losses,
+        "weights": {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights.items()},
+    }
 
 
 def expected_of_replicas(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nesterov_pp.pipeline.delays import version_for_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
-from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage
+from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage, check_shards
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.snapshots import StageState, Versions
 from nesterov_pp.pipeline.stage import (
@@ -53,7 +53,8 @@ class AsyncPipeline:
         world: from ``connect``.
         seed: random layers (dropout) depend on (seed, stage, microbatch) alone.
         replicas: R processes for each stage, whose gradients are averaged; the world has ``P R`` processes, and
-            process ``r P + i`` is stage i (from 0) of replica r.
+            process ``r P + i`` is stage i (from 0) of replica r. A stage that ``fully_shard`` has spread over its
+            replicas needs a method without a stash, and all replicas in ``evaluate`` and ``predict``.
         bucket_bytes: gradients that travel together between replicas.
         receive_ahead: messages to receive in each direction before they are needed.
         recompute: keep no activations but the stage's input, and run its forward again before its backward.
@@ -133,6 +134,7 @@ class AsyncPipeline:
         self._world, self._receive_ahead = world, receive_ahead
         self._losses: dict[int, Tensor] = {}
 
+        check_shards(self.module)
         self.stash = build_stash(recipe, self.module, 1 if recipe.backward == "newest" else self.delay + 1)
         self._place = Placement(self.stage + 1, self.stages, self.delay)
         self._versions = Versions(self.stash, self.delay)

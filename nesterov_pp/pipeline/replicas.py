@@ -6,18 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from nesterov_pp.stash import gathers_itself
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients that travel together, as in ``DistributedDataParallel``."""
+
+
+def check_shards(module: nn.Module) -> None:
+    """Raises: ValueError: the stage has DTensor parameters that are not those of ``fully_shard``."""
+    if not gathers_itself(module) and any(isinstance(p, DTensor) for p in module.parameters()):
+        raise ValueError(
+            "a stage with DTensor parameters that are not from fully_shard cannot be in an AsyncPipeline, where the "
+            "replicas of a stage work on different microbatches; use fully_shard or plain parameters"
+        )
 
 
 class GradientAverage:
     """All-reduces the gradients of one update in buckets, each as soon as the last of its gradients is there.
 
     Args:
-        leaves: the parameters of every ring slot, in the same order; gradients of an update are all on one slot.
+        leaves: the parameters of every ring slot, in the same order; gradients of an update are all on one slot. What
+            ``fully_shard`` keeps is left to it.
         group: the replicas of the stage.
         bucket_bytes: how much to send at a time.
     """
@@ -27,13 +40,13 @@ class GradientAverage:
     ) -> None:
         self._group = group
         self._replicas = dist.get_world_size(group)
-        self._leaves = leaves
-        self._buckets = _buckets(leaves[0], bucket_bytes)
+        self._leaves = [[p for p in slot if not isinstance(p, DTensor)] for slot in leaves]
+        self._buckets = _buckets(self._leaves[0], bucket_bytes)
         self._slot, self._next = -1, 0
         self._missing: list[set[int]] = []
         self._works: list[tuple[Any, Tensor, list[Tensor]]] = []
         home = {i: b for b, members in enumerate(self._buckets) for i in members}
-        for slot, parameters in enumerate(leaves):
+        for slot, parameters in enumerate(self._leaves):
             for i, p in enumerate(parameters):
                 p.register_post_accumulate_grad_hook(self._hook(slot, i, home[i]))  # type: ignore[no-untyped-call]
 

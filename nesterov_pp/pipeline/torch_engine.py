@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
@@ -38,6 +39,17 @@ class _Unending(PipelineScheduleSingle):
         self._initialize_stage(  # type: ignore[no-untyped-call]
             **{name: value for name, value in arguments.items() if name in known}
         )
+
+
+class _Whole(nn.Module):
+    """Hides from ``PipelineStage`` that a stage is sharded: it would leave reducing the gradients to its schedule."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
 
 
 class TorchStage:
@@ -65,7 +77,9 @@ class TorchStage:
     ) -> None:
         self.chunks = chunks
         self._module = module
-        self._stage = PipelineStage(module, stage, stages, device, group=group)
+        self._stage = PipelineStage(
+            _Whole(module) if isinstance(module, FSDPModule) else module, stage, stages, device, group=group
+        )
         self._schedule = _Unending(self._stage, n_microbatches=chunks, loss_fn=loss_fn, scale_grads=False)
         self._metas: dict[str, list[Tensor | None]] = {}
 

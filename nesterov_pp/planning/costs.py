@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def stage_costs(layers: Sequence[LayerCost], stages: int, speed: float = 1.0) ->
 def measure_layers(
     layers: Sequence[nn.Module], inputs: Tensor, loss_fn: Callable[[Tensor], Tensor], repeats: int = 5
 ) -> list[LayerCost]:
-    """Each layer's costs on ``inputs``, times the fastest of ``repeats``; ``loss_fn`` goes with the last layer.
+    """Each layer's costs on ``inputs``, times the medians of ``repeats``; ``loss_fn`` goes with the last layer.
 
     The layers' weights are stepped, so give ones that nobody needs.
     """
@@ -91,8 +92,8 @@ def _measure(
         return saved
 
     optimizer = NAdam(layer.parameters()) if any(p.requires_grad for p in layer.parameters()) else None
-    best: list[float] = []
-    for _ in range(repeats + 1):  # the first one warms up
+    rounds: list[list[float]] = []
+    for _ in range(repeats + 1):
         leaf = inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
         kept.clear()
         times = [_now(leaf)]
@@ -107,9 +108,8 @@ def _measure(
             optimizer.step()
             optimizer.zero_grad()
         times.append(_now(leaf))
-        spent = [after - before for before, after in pairwise(times)]
-        best = spent if not best else [min(a, b) for a, b in zip(best, spent, strict=True)]
-    forward, backward, step = best
+        rounds.append([after - before for before, after in pairwise(times)])
+    forward, backward, step = map(median, zip(*rounds[1:], strict=True))  # the first one warms up
     cost = LayerCost(
         forward=forward,
         backward=backward,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import nesterov_pp as npp
+from nesterov_pp.pipeline.replicas import check_shards
 
 STEPS = 5
 
@@ -154,6 +155,23 @@ def ring_of_shards(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
 
 
+def refused_in_pipelines(mesh: DeviceMesh) -> None:
+    """What fully_shard binds itself has one version; what tensor parallelism splits has one microbatch."""
+    with pytest.raises(ValueError, match="fully_shard keeps one version of a module's weights, so a ring of 3"):
+        npp.WeightStash(shard(model(), mesh), versions=3)
+    npp.WeightStash(shard(model(), mesh), versions=1)
+    split = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    parallelize_module(split, mesh, {"0": ColwiseParallel()})
+    with pytest.raises(ValueError, match="DTensor parameters that are not from fully_shard"):
+        check_shards(split)
+    stash = npp.WeightStash(split, versions=1)
+    with (
+        pytest.raises(ValueError, match='backward="newest" cannot follow DTensor weights'),
+        stash.use(0, backward="newest"),
+    ):
+        pass
+
+
 def nonfinite(mesh: DeviceMesh) -> None:
     """Found in one process's shard, raised in both, and nothing is written in either."""
     p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
@@ -188,6 +206,7 @@ SCENARIOS = {
         clipping,
         tensor_parallel,
         ring_of_shards,
+        refused_in_pipelines,
         nonfinite,
         gradient_placed_otherwise,
     )

@@ -20,6 +20,7 @@ SCENARIOS = [
     "clipping",
     "tensor_parallel",
     "ring_of_shards",
+    "refused_in_pipelines",
     "nonfinite",
     "gradient_placed_otherwise",
 ]
