@@ -41,7 +41,7 @@ demo-distributed: setup ## the pipeline in four processes on this machine, about
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 4 --max-restarts 3 -m nesterov_pp train \
 		--microbatches 6000 --context 32 --lr 2e-3 --checkpoint-every 250 --out runs/demo-distributed --resume
 
-compare-small: setup ## 24 methods, 3 seeds, 2 learning rates, 8 stages on the standard library's source; up to an hour on 2 cores
+compare-small: setup ## 24 methods, 3 seeds, the better of 2 learning rates, 8 stages; up to an hour on 2 cores
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
 
 test: check ## make check and the tests

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--jobs", type=_typed(_count), metavar="N", help="runs at a time (default: the number of cores)")
     sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
     for name, parse, many in (
-        ("lr", _rates, "several: each method's best"),
+        ("lr", _rates, "several: the first seed tries all, the others each method's best"),
         ("stages", _depths, "several: a table each"),
     ):
         setting = shown[name]

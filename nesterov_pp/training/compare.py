@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,41 +14,9 @@ from nesterov_pp.training import checkpoint, comparison, plots, report
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, differs, flag, settle
 from nesterov_pp.training.data import read_text, tokenize
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder, read_object
-from nesterov_pp.training.metrics import Curves, microbatches_done, read_curves
-from nesterov_pp.training.signals import InterruptionError, StopRequest
+from nesterov_pp.training.jobs import Job, run_all
+from nesterov_pp.training.metrics import Curves, read_curves
 from nesterov_pp.training.tokenizer import ByteTokenizer, check_text
-
-_POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
-
-    config: Config
-    folder: RunFolder
-
-    several_rates: bool = False
-    several_depths: bool = False
-
-    @property
-    def name(self) -> str:
-        rate = f" lr {self.config.lr:g}" if self.several_rates else ""
-        depth = f" {self.config.stages} stages" if self.several_depths else ""
-        return f"{self.config.method} seed {self.config.seed}{rate}{depth}"
-
-    @property
-    def log(self) -> Path:
-        """What the run's process prints."""
-        return self.folder.path.with_suffix(".log")
-
-    @property
-    def finished(self) -> bool:
-        return self.folder.summary.exists()
-
-    def command(self) -> list[str]:
-        where = ["--out", str(self.folder.path), "--resume"]
-        return [sys.executable, "-m", "nesterov_pp", "train", *self.config.flags(), *where]
 
 
 def compare(
@@ -72,8 +33,8 @@ def compare(
 ) -> None:
     """Train every method with every seed, ``jobs`` at a time, each on one thread unless ``given`` has ``threads``.
 
-    ``rates`` and ``depths``: every one of these learning rates and numbers of stages too, instead of ``given``'s. Each
-    method is judged by its best rate.
+    ``rates`` and ``depths``: every one of these learning rates and numbers of stages too, instead of ``given``'s. The
+    first seed tries all rates; the others run each method's best one, with which it is judged.
 
     Runs lie in ``out/METHOD/seed-N``; with several rates or depths in ``out/stages-P/lr-X/METHOD/seed-N``. With
     ``resume``, finished runs are taken as they are and unfinished ones go on.
@@ -88,18 +49,22 @@ def compare(
         given = {**given, "data": str(Path(given["data"]).resolve())}
     if not is_fresh(out) and not resume:
         raise UserError(f"{out} already holds something; add --resume to go on with it, or give another --out")
-    plan = _plan(given, methods, seeds, rates, depths, out)
-    for job in plan:
+    every = _plan(given, methods, seeds, rates, depths, out)
+    for job in every:
         job.config.check()
-    _check_data(plan[0].config)
+    _check_data(every[0].config)
     make_folder(out)
-    waiting = [job for job in plan if not job.finished]
+    tried = [job for job in every if job.config.seed == seeds[0]]
+    others = [job for job in every if job.config.seed != seeds[0]]
+    count = len(tried) + len(others) // max(1, len(rates))
+    finished = sum(job.finished for job in every)
     console.print(
-        f"{len(methods)} methods, {len(seeds)} seeds: {len(plan)} runs of {plan[0].config.microbatches} microbatches, "
-        f"{jobs} at a time" + (f"; {len(plan) - len(waiting)} are finished." if len(waiting) < len(plan) else "."),
+        f"{len(methods)} methods, {len(seeds)} seeds: {count} runs of {every[0].config.microbatches} microbatches, "
+        f"{jobs} at a time" + (f"; {finished} are finished." if finished else "."),
         soft_wrap=True,
     )
-    failed = _run_all(waiting, jobs, out, console)
+    failed = run_all(tried, lambda: _with_best_rates(tried, others), count, jobs, out, console)
+    plan = [*tried, *_with_best_rates(tried, others)]
     _report([job for job in plan if job.finished], out, console, [f"{j.name}: {r}" for j, r in failed])
     if failed:
         raise RunError("; ".join(f"{job.name} failed ({reason})" for job, reason in failed))
@@ -152,75 +117,13 @@ def _job(given: Mapping[str, Any], out: Path, several_rates: bool, several_depth
     return Job(config, folder, several_rates, several_depths)
 
 
-def _run_all(waiting: Sequence[Job], jobs: int, out: Path, console: Console) -> list[tuple[Job, str]]:
-    """Run them in order; returns those that failed, and why."""
-    queue, running, failed = list(waiting), dict[subprocess.Popen[bytes], Job](), list[tuple[Job, str]]()
-    progress = _Progress(console, waiting)
-    try:
-        with StopRequest() as stop:
-            while queue or running:
-                if stop.received is not None:
-                    raise InterruptionError(
-                        stop.received, f"stopped; the runs in {out} are kept: the same command with --resume goes on"
-                    )
-                while queue and len(running) < jobs:
-                    job = queue.pop(0)
-                    running[_start(job)] = job
-                time.sleep(_POLL_SECONDS)
-                progress.show(running.values())
-                for process in [p for p in running if p.poll() is not None]:
-                    job = running.pop(process)
-                    reason = _reason(process.returncode, job)
-                    progress.ended(job, reason)
-                    if reason is not None:
-                        failed.append((job, reason))
-    finally:
-        progress.close()
-        _stop(list(running))
-    return failed
-
-
-def _start(job: Job) -> subprocess.Popen[bytes]:
-    make_folder(job.folder.path.parent)
-    threads = str(job.config.threads)
-    # A session of its own: Ctrl-C reaches the run once, through this process.
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            job.command(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-            start_new_session=True,
-            preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
-        )
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Has the kernel send SIGTERM to a run whose comparison is killed."""
-    import ctypes
-
-    prctl = ctypes.CDLL(None).prctl
-    set_parent_death_signal = 1
-    return lambda: prctl(set_parent_death_signal, int(signal.SIGTERM))
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have runs write their checkpoints, and wait for them."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait()
-
-
-def _reason(status: int, job: Job) -> str | None:
-    """Why a run's process ended without finishing; None if it did finish."""
-    if status == 0 and job.finished:
-        return None
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-    return lines[-1].removeprefix("nesterov_pp: error: ")
+def _with_best_rates(tried: Sequence[Job], others: Sequence[Job]) -> list[Job]:
+    """Those of ``others`` that have the rate with which their method did best in ``tried``."""
+    best = {}
+    for depth in {job.config.stages for job in tried}:
+        rows, _ = _judged([job for job in tried if job.finished and job.config.stages == depth])
+        best.update({(row["method"], depth): row["lr"] for row in rows})
+    return [job for job in others if best.get((job.config.method, job.config.stages)) == job.config.lr]
 
 
 def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str]) -> None:
@@ -270,39 +173,3 @@ def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[C
         row["method"]: [read_curves(job.folder.metrics) for job in runs[row["method"], row["lr"]]] for row in best
     }
     return comparison.relate(best, {m: comparison.mean_curve(c) for m, c in curves.items()}), curves
-
-
-class _Progress:
-    """One bar for all runs on a terminal; elsewhere a line for each run that ends."""
-
-    def __init__(self, console: Console, waiting: Sequence[Job]) -> None:
-        self._console = console
-        self._done = {job: microbatches_done(job.folder.metrics) for job in waiting}
-        self._total = sum(job.config.microbatches for job in waiting)
-        self._first = sum(self._done.values())
-        self._began = time.monotonic()
-        self._bar = report.make_bar(console, self._total, self._first) if console.is_terminal else None
-
-    def show(self, running: Any) -> None:
-        for job in running:
-            self._done[job] = microbatches_done(job.folder.metrics)
-        if self._bar is not None:
-            names = ", ".join(job.name for job in running)
-            self._bar.update(self._bar.task_ids[0], completed=sum(self._done.values()), description=names)
-
-    def ended(self, job: Job, reason: str | None) -> None:
-        self._done[job] = job.config.microbatches
-        if reason is not None:
-            outcome = f"failed: {reason}"
-        else:
-            outcome = f"validation loss {read_object(job.folder.summary)['validation_loss']:.4f}"
-        left = ""
-        done = sum(self._done.values())
-        if done > self._first:
-            seconds = (time.monotonic() - self._began) / (done - self._first) * (self._total - done)
-            left = f"  ({math.ceil(seconds / 6.0) / 10.0:.1f} min left)" if seconds > 0 else ""
-        self._console.print(f"{job.name}: {outcome}{left}", soft_wrap=True, markup=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

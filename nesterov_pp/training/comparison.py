@@ -54,14 +54,18 @@ def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the rows of a method with several learning rates, the one with the lowest mean loss; ``by_lr`` has all."""
+    """Of the rows of a method with several learning rates, the one whose first seed has the lowest loss.
+
+    ``by_lr`` has the losses of that seed: the other seeds are run with the best rate only, and do not choose.
+    """
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
         kept = best.get(row["method"])
-        if kept is None or row["validation_loss"] < kept["validation_loss"]:
+        if kept is None or row["validation_losses"][0] < kept["validation_losses"][0]:
             best[row["method"]] = row
     tried = {
-        method: {str(row["lr"]): row["validation_loss"] for row in rows if row["method"] == method} for method in best
+        method: {str(row["lr"]): row["validation_losses"][0] for row in rows if row["method"] == method}
+        for method in best
     }
     return [{**row, "by_lr": tried[method]} for method, row in best.items()]
 
