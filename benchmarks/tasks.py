@@ -1,0 +1,177 @@
+"""Delayed pipelines on other kinds of tasks: ``python -m benchmarks.tasks images|continuation|language``.
+
+``images``: a small residual network on pictures. ``continuation``: an encoder-decoder that continues a text.
+``language``: the decoder-only model of ``train``. Each is cut into eight stages, and with ``--precision
+float32,bfloat16`` also trained in bfloat16 autocast. Every method has the same three learning rates for its kind of
+rule, and is judged by the best. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nesterov_pp.pipeline import VirtualPipeline, find_recipe
+
+RATES = {True: (3e-4, 1e-3, 3e-3), False: (0.03, 0.1, 0.3)}
+"""By whether the rule has a second moment."""
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how it is judged.
+
+    Attributes:
+        what: for people.
+        methods: compared by default.
+        stages: the modules, from the global random state.
+        microbatch: of a random generator: inputs and targets.
+        judge: what the trained pipeline does on data it has not seen, by name; the first number is a loss.
+    """
+
+    what: str
+    methods: tuple[str, ...]
+    stages: Callable[[], list[nn.Module]]
+    loss_fn: Callable[[Any, Any], Tensor]
+    microbatch: Callable[[torch.Generator], tuple[Any, Tensor]]
+    judge: Callable[[VirtualPipeline], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at its best learning rate, means over seeds; ``by_lr`` has the first number at each rate."""
+
+    method: str
+    precision: str
+    lr: float
+    found: dict[str, float]
+    spread: float
+    by_lr: dict[str, float]
+    seconds: float
+
+
+def train(task: Task, method: str, lr: float, seed: int, microbatches: int, precision: str) -> VirtualPipeline:
+    """The trained pipeline; linear warm-up over a tenth, then a cosine to a tenth."""
+    torch.manual_seed(seed)
+    late: dict[str, Any] = {}
+    if find_recipe(method).correction_updates is not None:
+        late["correction_updates"] = max(1, microbatches // 7)
+    pipe = VirtualPipeline(
+        task.stages(), task.loss_fn, method, lr, max_grad_norm=10.0, autocast=PRECISIONS[precision], **late
+    )
+    order = torch.Generator().manual_seed(seed)
+    for m in range(microbatches):
+        warm = min(1.0, (m + 1) / (0.1 * microbatches))
+        pipe.lr = lr * warm * (0.1 + 0.45 * (1.0 + math.cos(math.pi * m / microbatches)))
+        pipe.step(*task.microbatch(order))
+    return pipe
+
+
+def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int) -> Row:
+    """One method, every rate and seed."""
+    adaptive = bool(getattr(find_recipe(method).rule, "_adaptive", True))
+    begin, runs = time.perf_counter(), {}
+    for lr in RATES[adaptive]:
+        pipes = (train(task, method, lr, seed, microbatches, precision) for seed in range(seeds))
+        runs[lr] = [task.judge(pipe) for pipe in pipes]
+    first = next(iter(runs[RATES[adaptive][0]][0]))
+    losses = {lr: fmean(one[first] for one in found) for lr, found in runs.items()}
+    best = min(losses, key=lambda lr: losses[lr] if math.isfinite(losses[lr]) else math.inf)
+    each = [one[first] for one in runs[best]]
+    return Row(
+        method=method,
+        precision=precision,
+        lr=best,
+        found={name: fmean(one[name] for one in runs[best]) for name in runs[best][0]},
+        spread=max(each) - min(each),
+        by_lr={f"{lr:g}": loss for lr, loss in losses.items()},
+        seconds=(time.perf_counter() - begin) / len(runs) / seeds,
+    )
+
+
+def heading(found: Sequence[str]) -> str:
+    """Of the table."""
+    names = ["method", "precision", "lr", *found, "spread", "loss at each rate", "seconds a run"]
+    return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "--:|---|--:|"
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    each = ", ".join(f"{loss:.3f} ({lr})" for lr, loss in row.by_lr.items())
+    found = [f"{value:.3f}" if name != "accuracy" else f"{100 * value:.1f} %" for name, value in row.found.items()]
+    cells = [row.method, row.precision, f"{row.lr:g}", *found, f"{row.spread:.3f}", each, f"{row.seconds:.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("images", "continuation", "language"))
+    parser.add_argument("--data", type=Path, help="images: a folder with train.zip and test.zip; texts: as for `train`")
+    parser.add_argument("--methods", help="default: those of the task")
+    parser.add_argument("--precision", default="float32", help="one or both of float32 and bfloat16")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--microbatches", type=int, default=2000)
+    parser.add_argument("--batch", type=int, help="examples in a microbatch (default: 32 pictures, 8 texts)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    return parser
+
+
+def _task(given: argparse.Namespace) -> Task:
+    """Raises: ValueError: the data cannot be used."""
+    if given.task == "images":
+        from benchmarks import images
+
+        return images.task(given.data, given.batch or 32)
+    from benchmarks import texts
+
+    build = {"continuation": texts.continuation, "language": texts.language}[given.task]
+    return build(None if given.data is None else str(given.data), given.batch or 8)
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = _parser().parse_args(argv)
+    torch.set_num_threads(given.threads)
+    precisions = given.precision.split(",")
+    try:
+        if not set(precisions) <= set(PRECISIONS):
+            raise ValueError(f"--precision takes {' and '.join(PRECISIONS)}, not {given.precision}")
+        task = _task(given)
+        methods = given.methods.split(",") if given.methods else task.methods
+        for method in methods:
+            for precision in precisions:
+                find_recipe(method).check_forward(recompute=False, autocast=PRECISIONS[precision] is not None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    count = sum(p.numel() for m in task.stages() for p in m.parameters())
+    what = f"{task.what}; 8 stages, {count:,} parameters, {given.microbatches} microbatches, {given.seeds} seed(s)"
+    print(f"{what}, torch {torch.__version__}\n", flush=True)
+    rows: list[Row] = []
+    for method in methods:
+        for precision in precisions:
+            rows.append(compare(task, method, precision, given.seeds, given.microbatches))
+            if len(rows) == 1:
+                print(heading(list(rows[0].found)))
+            print(line(rows[-1]), flush=True)
+    if given.json:
+        result = {"what": what, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

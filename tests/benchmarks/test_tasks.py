@@ -1,0 +1,96 @@
+"""The comparisons on other tasks: their networks, their data, their table."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import images, tasks, texts
+
+
+def test_it_reads_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two classes that differ in brightness, in folders of a zip."""
+    draw = np.random.default_rng(0)
+    for part in ("train", "test"):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as file:
+            for k in range(20):
+                level = 60 if k % 2 else 190
+                picture = Image.fromarray((level + draw.integers(-50, 50, (32, 32, 3))).astype(np.uint8))
+                held = io.BytesIO()
+                picture.save(held, "PNG")
+                file.writestr(f"{part}/{'dark' if k % 2 else 'light'}/{k}.png", held.getvalue())
+    x, y = images.read(tmp_path / "train.zip")
+    assert x.shape == (20, 3, 32, 32)
+    assert float(x[y == 0].mean()) < float(x[y == 1].mean()), "dark comes before light"
+    flags = ["--data", str(tmp_path), "--methods", "nesterov-sgd,pipedream", "--microbatches", "30", "--batch", "8"]
+    assert tasks.main(["images", *flags]) == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| nesterov-sgd", "| pipedream"]
+    assert all("100.0 %" in row for row in rows)
+
+
+def test_text_through_an_encoder_decoder_and_in_two_precisions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "RATES", {True: (3e-3,), False: (0.1,)})
+    text, table = tmp_path / "text.txt", tmp_path / "table.json"
+    text.write_text("some words to learn from, again and again\n" * 400)
+    flags = ["--data", str(text), "--methods", "nesterov", "--microbatches", "40", "--batch", "4"]
+    for task in ("continuation", "language"):
+        assert tasks.main([task, *flags, "--precision", "float32,bfloat16", "--json", str(table)]) == 0
+        rows = json.loads(table.read_text())["rows"]
+        assert [(row["method"], row["precision"]) for row in rows] == [("nesterov", p) for p in tasks.PRECISIONS]
+        assert all(row["found"]["loss"] < 5.0 < math.log(256) for row in rows)
+        assert len({row["found"]["loss"] for row in rows}) == 2
+        for row in rows:
+            assert row["found"]["loss"] == min(row["by_lr"].values())
+        assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("images --data nowhere", "nowhere has no train.zip and test.zip"),
+        ("language --data nowhere.txt", "nowhere.txt does not exist"),
+        ("language --precision float64", "--precision takes float32 and bfloat16, not float64"),
+        ("language --methods nesterov-no-stash --precision bfloat16", "use a method with a stash, or no autocast"),
+        ("language --methods adam", "unknown method 'adam'"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(flags: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tasks.main(flags.split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_stages_fit_together() -> None:
+    hidden = torch.zeros(2, 3, 32, 32)
+    for stage in images.stages(10):
+        hidden = stage(hidden)
+    assert hidden.shape == (2, 10)
+    assert len(images.stages(10)) == 8
+
+
+def test_the_stages_of_the_encoder_decoder_fit_together() -> None:
+    """And none of its outputs knows a byte that comes later."""
+    stages = [stage.eval() for stage in texts.encoder_decoder()]
+    assert len(stages) == 8
+    source, target = torch.zeros(2, 64, dtype=torch.int64), torch.arange(64).view(2, 32)
+    changed = target.clone()
+    changed[:, 20] += 1
+    outputs = []
+    for given in (target, changed):
+        hidden = (source, given)
+        for stage in stages:
+            hidden = stage(*hidden)
+        outputs.append(hidden)
+    assert outputs[0].shape == (2, 32, 256)
+    torch.testing.assert_close(outputs[0][:, :20], outputs[1][:, :20])
+    assert not torch.equal(outputs[0][:, 20:], outputs[1][:, 20:])
