@@ -44,14 +44,17 @@ demo-distributed: setup ## the pipeline in four processes on this machine, about
 compare-small: setup ## 24 methods, 3 seeds, the better of 2 learning rates, 8 stages; up to an hour on 2 cores
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
 
+# What Triton's interpreter runs where there is no GPU.
+INTERPRETED := $(addprefix tests/device/test_,backends.py capturable.py corrections.py)
+
 test: check ## make check and the tests
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py tests/device/test_capturable.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 
 test-all: check ## make check and all tests, the slow ones and those of other frameworks too
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device/test_backends.py tests/device/test_capturable.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
 check: setup ## format, lint and types

@@ -26,6 +26,7 @@ SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
+KINDS = ("predicted", "compensated", "compensated adaptively", "gap", "discrepancy")
 
 
 class MissingToolError(RuntimeError):
@@ -132,6 +133,12 @@ def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTUR
 def readable(mangled: str) -> str:
     """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"."""
     name = _run(["c++filt", mangled]).replace("nesterov_pp::", "").strip()
+    corrected = re.search(r"CorrectedPass<(\w+), (\w+), (true|false), \(Kind\)(\d)>", name)
+    if corrected is not None:
+        weight, moment = (DTYPES[t] for t in corrected.groups()[:2])
+        shown = weight if weight == moment else f"{weight}, {moment} moments"
+        rule = "" if corrected.group(3) == "true" else ", no second moment"
+        return f"corrected, {KINDS[int(corrected.group(4))]}: {shown}{rule}"
     step = re.search(r"Pass<(\w+), (\w+), (\w+), (true|false), (true|false)>", name)
     if step is None:
         reduction = re.search(r"(\w+)_kernel(?:<(\w+)>)?", name)

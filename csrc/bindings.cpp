@@ -73,7 +73,7 @@ struct Launch {
 // Leaves the launches to a function: that of the kernels which Triton compiles.
 class CallingPlan : public nesterov_pp::device::DevicePlan {
  public:
-  using Function = std::function<void(at::Tensor rows, size_t source, size_t target)>;
+  using Function = std::function<void(at::Tensor rows, size_t source, size_t target, size_t late)>;
 
   CallingPlan(Tensors tensors, std::optional<uint64_t> seed, Function launch)
       : DevicePlan(std::move(tensors), seed), launch_(std::move(launch)) {}
@@ -89,7 +89,7 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
   }
 
  protected:
-  void launch(const at::Tensor& rows) override { launch_(rows, from(), to()); }
+  void launch(const at::Tensor& rows) override { launch_(rows, from(), to(), late()); }
 
  private:
   Function launch_;
@@ -156,7 +156,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("tensors", &Launch::tensors)
       .def_readonly("dtypes", &Launch::dtypes, "of the weights computed with, the gradients and the moments");
 
-  py::class_<CallingPlan, Plan>(m, "DevicePlan", "A plan whose pass is `launch(rows, source, target)`.")
+  py::class_<CallingPlan, Plan>(m, "DevicePlan", "A plan whose pass is `launch(rows, source, target, late)`.")
       .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function>(), py::arg("tensors"), py::arg("seed"),
            py::arg("launch"))
       .def("apply_rows", &CallingPlan::apply_rows, py::arg("rows"))

@@ -21,7 +21,9 @@ _NUMBER = tl.constexpr(4)
 _MASTER = tl.constexpr(5)
 _EXP_AVG = tl.constexpr(6)
 _EXP_AVG_SQ = tl.constexpr(7)
-_SLOTS = tl.constexpr(8)
+_MEAN = tl.constexpr(8)
+_BESIDE = tl.constexpr(9)
+_SLOTS = tl.constexpr(10)
 _ROW_WORDS = tl.constexpr(10)
 _CHUNK = tl.constexpr(CHUNK)
 
@@ -45,6 +47,17 @@ def _store(pointer, lanes, value, mask, FULL: tl.constexpr):
         tl.store(tl.multiple_of(pointer + lanes, 16), value)
     else:
         tl.store(pointer + lanes, value, mask=mask)
+
+
+@triton.jit
+def _carry(old, new, count, BLOCK: tl.constexpr):
+    """Copies a chunk of a weight that received no gradient into the next slot."""
+    lanes = tl.arange(0, BLOCK)
+    start = 0
+    while start < count:
+        mask = start + lanes < count
+        tl.store(new + start + lanes, tl.load(old + start + lanes, mask=mask), mask=mask)
+        start += BLOCK
 
 
 @triton.jit
@@ -144,14 +157,7 @@ def step_kernel(
     new = _word(table, tensors, _SLOTS + target, tensor)
     if row < 0:
         if source != target:
-            lanes = tl.arange(0, BLOCK)
-            from_ = old.to(tl.pointer_type(G)) + begin
-            to = new.to(tl.pointer_type(G)) + begin
-            start = 0
-            while start < count:
-                mask = start + lanes < count
-                tl.store(to + start + lanes, tl.load(from_ + start + lanes, mask=mask), mask=mask)
-                start += BLOCK
+            _carry(old.to(tl.pointer_type(G)) + begin, new.to(tl.pointer_type(G)) + begin, count, BLOCK)
         return
     r = rows + row * _ROW_WORDS
     step = tl.load(r + 9).to(tl.uint32)

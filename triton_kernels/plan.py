@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.coefficients import Coefficients
+from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.plan import StepClass, Tensors
 
-from . import kernels
+from . import corrected, kernels
 
 _DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
 _SUMS = 1024  # elements that the last reduction adds up at a time
@@ -33,23 +34,52 @@ class Shape:
 
 # Eight elements a thread: a vector of 16 bytes of bfloat16, two of float32.
 STEP, SQUARES = Shape(block=1024, warps=4), Shape(block=2048, warps=8)
+CORRECTED_DOUBLE = Shape(block=512, warps=4)  # seven streams of float64 would take too many registers
 
 
 class Launches:
     """What the kernels of one plan are launched with."""
 
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
+    def __init__(self, seed: int | None, kind: Kind | None) -> None:
+        """``kind``: of the correction in the pass, None for a plain pass."""
+        self.seed, self.kind = seed, kind
         self.groups: list[Any] = []
         self.adaptive = False
         self.scaling: Tensor | None = None  # norm and factor, for the next step only
 
-    def step(self, rows: Tensor, source: int, target: int) -> None:
+    def step(self, rows: Tensor, source: int, target: int, late: int) -> None:
         """One launch for each group of tensors that agree in dtypes."""
         with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call] # Triton launches on the current device
             for group in self.groups:
-                self._step(group, rows, source, target)
+                if self.kind is None:
+                    self._step(group, rows, source, target)
+                else:
+                    self._corrected_step(group, rows, source, target, late, self.kind)
         self.scaling = None
+
+    def _corrected_step(self, group: Any, rows: Tensor, source: int, target: int, late: int, kind: Kind) -> None:
+        weight, _, moment = (_DTYPES[name] for name in group.dtypes)
+        scaling = self.scaling
+        shape = CORRECTED_DOUBLE if weight == tl.float64 else STEP
+        corrected.corrected_kernel[(group.chunks.numel(),)](
+            group.table,
+            group.chunks,
+            rows,
+            rows if scaling is None else scaling[1:],
+            group.tensors,
+            source,
+            target,
+            late,
+            W=weight,
+            M=moment,
+            T=tl.float64 if weight == tl.float64 else tl.float32,
+            KIND=int(kind),
+            ADAPTIVE=self.adaptive,
+            SCALED=scaling is not None,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
+            enable_fp_fusion=False,
+        )
 
     def _step(self, group: Any, rows: Tensor, source: int, target: int) -> None:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
@@ -130,7 +160,7 @@ class TritonPlan:
         if module is None:
             raise ValueError(f"backend 'triton' cannot be used: {reason}")
         # The plan keeps the launches and not the other way round: C++ holds no reference back to Python's plan.
-        self._launches = Launches(seed)
+        self._launches = Launches(seed, tensors.kind if tensors.corrects else None)
         self._plan = module.DevicePlan(
             tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step
         )
@@ -155,8 +185,10 @@ class TritonPlan:
         self._launches.scaling = scaling
         return None if limit is None else scaling[0]
 
-    def apply(self, rows: Sequence[Coefficients], mu_products: Sequence[float]) -> None:
-        self._plan.apply(rows, mu_products)
+    def apply(
+        self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
+    ) -> None:
+        self._plan.apply(rows, mu_products, corrections)
 
     def apply_rows(self, rows: Tensor) -> None:
         self._plan.apply_rows(rows)

@@ -1,3 +1,4 @@
+#include "grid.h"
 #include "kernels.h"
 
 namespace nesterov_pp::cuda {
@@ -7,12 +8,6 @@ using device::Launch;
 using device::Pass;
 using device::Table;
 
-// [note: the size of a grid]
-// An H200 moves about 4.3 TB/s and answers after some 0.7 us, so about 3 MB have to be under way: 23 KB on each of 132
-// multiprocessors. A thread of the float32 step has four vectors of 16 bytes under way; four blocks of 256 threads make
-// 64 KB. 64 registers a thread allow that; passes that need more run two blocks, 32 to 64 KB. The grid has as many
-// blocks as fit on the device at once and each takes every so many-th chunk: no last wave that is nearly empty.
-constexpr int kThreads = 256;
 constexpr int kSums = 1024;
 constexpr int kMultiprocessorThreads = 2048;
 
@@ -58,16 +53,6 @@ __global__ void __launch_bounds__(kSums) scaling_kernel(const double* partials, 
   const double loss_scale = grad_scale == nullptr ? 1.0 : static_cast<double>(*grad_scale);
   const double norm = sqrt(sum) * (scale / loss_scale);
   *result = {norm, device::factor_of(norm, limit, loss_scale)};
-}
-
-// As many blocks as the current device holds at once.
-cudaError_t resident_blocks(int per_multiprocessor, int64_t wanted, unsigned int* blocks) {
-  int current = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current);
-  const int64_t most = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
-  *blocks = static_cast<unsigned int>(wanted < most ? wanted : most);
-  return error;
 }
 
 struct StepKernel {

@@ -20,6 +20,9 @@ bool has_step(Dtypes, bool adaptive, bool stochastic);
 // One launch for all chunks. Nothing is launched for none.
 cudaError_t step(const device::Launch&, Dtypes, bool adaptive, bool stochastic, cudaStream_t);
 
+// As `step`, with rows of kCorrectedRowWords; the same dtypes are there as on the CPU.
+cudaError_t corrected_step(const device::Launch&, Dtypes, bool adaptive, Kind, cudaStream_t);
+
 // Writes the sum of squares of each chunk's gradients to partials[0 ... chunk_count).
 cudaError_t squares(device::Table, const int64_t* chunks, int64_t chunk_count, Dtype grad, double* partials,
                     cudaStream_t);

@@ -78,8 +78,11 @@ void CudaPlan::launch(const at::Tensor& rows) {
                                 factor,
                                 static_cast<int32_t>(from()),
                                 static_cast<int32_t>(to()),
+                                static_cast<int32_t>(late()),
                                 seed_.value_or(0)};
-    check(step(launch, group.dtypes, adaptive(), seed_.has_value(), stream), "step", device_);
+    check(corrects() ? corrected_step(launch, group.dtypes, adaptive(), kind(), stream)
+                     : step(launch, group.dtypes, adaptive(), seed_.has_value(), stream),
+          "step", device_);
   }
   scaling_.reset();
 }

@@ -11,16 +11,19 @@ namespace nesterov_pp::device {
 
 // A row of coefficients as the device has it: they, and the number of the step, counted from 1; 0 for no step.
 constexpr int kRowWords = kCoefficients + 1;
+// Of a corrected pass: the scalars of the correction after these.
+constexpr int kCorrectedRowWords = kRowWords + kCorrections;
 
 // Everything that a launch is given, in the memory of the device but for the struct itself.
 struct Launch {
   Table table;
   const int64_t* chunks;
   int64_t chunk_count;
-  const double* rows;    // kRowWords each
+  const double* rows;    // kRowWords each, or kCorrectedRowWords
   const double* factor;  // null, or what the gradients are multiplied by beside the rows' grad_scale
   int32_t source;        // ring slots
   int32_t target;
+  int32_t late;  // that of the gradients
   uint64_t seed;
 };
 

@@ -74,19 +74,24 @@ void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
   const cpu::Run& run = task.run;
   HostTable& host = group.host;
   const int64_t weight = address(run.weight), out = address(run.weight_out), grad = address(run.grad),
-                m = address(run.exp_avg), v = address(run.exp_avg_sq), copy = address(run.copy);
+                m = address(run.exp_avg), v = address(run.exp_avg_sq), copy = address(run.copy),
+                late = address(run.late), mean = address(run.mean), ahead = address(run.ahead);
+  const bool stepped = task.row != cpu::kCarried;
   host.set(kRow, k, task.row);
   host.set(kGrad, k, grad);
-  host.set(kAligned, k, (weight | out | grad | m | v | copy) % kVectorBytes == 0);
+  host.set(kAligned, k, (weight | out | grad | m | v | copy | late | mean | ahead) % kVectorBytes == 0);
   if (run.count == 0) return;
-  if (task.row != cpu::kCarried) {
+  if (stepped) {
     host.set(kExpAvg, k, m);
     host.set(kExpAvgSq, k, v);
+    host.set(kMean, k, mean);
   }
-  if (copy != 0) {
+  if (late != 0) host.set(kSlots + static_cast<int>(grads_of_), k, late);
+  if (stepped && t_.masters[group.members[static_cast<size_t>(k)]].defined()) {
     host.set(kMaster, k, weight);
-    host.set(kSlots + static_cast<int>(to_), k, copy);
+    host.set(kSlots + static_cast<int>(to_), k, t_.corrects ? ahead : copy);
   } else {
+    if (stepped) host.set(kBeside, k, ahead);
     host.set(kSlots + static_cast<int>(from_), k, weight);
     host.set(kSlots + static_cast<int>(to_), k, out);
   }
@@ -97,13 +102,17 @@ void DevicePlan::pass(const std::vector<Row>& rows) {
   for (size_t k = 0; k < rows.size(); ++k) {
     values.insert(values.end(), rows[k].begin(), rows[k].end());
     values.push_back(number_of_step(classes_[k]));
+    if (!t_.corrects) continue;
+    const Correction<double>& x = corrections_[k];
+    values.insert(values.end(),
+                  {x.strength, x.mean_complement, x.inv_bias, x.eps, x.ahead_last, x.ahead_momentum, x.ahead_mean});
   }
   launch(send(values.data(), static_cast<int64_t>(values.size()), at::kDouble));
 }
 
 void DevicePlan::apply_rows(const at::Tensor& rows) {
   const auto n = static_cast<int64_t>(t_.names.size());
-  if (!collected_ || !t_.steps.empty())
+  if (!collected_ || !t_.steps.empty() || t_.corrects)
     fail("apply_rows() runs the step that collect() of a plan without counts has prepared");
   if (rows.device() != device_ || rows.scalar_type() != at::kDouble || !rows.is_contiguous() || rows.dim() != 2 ||
       rows.size(0) != n || rows.size(1) != kRowWords)

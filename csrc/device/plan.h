@@ -37,11 +37,14 @@ class DevicePlan : public Plan {
   bool adaptive() const { return !t_.exp_avg_sqs.empty(); }
   size_t from() const { return from_; }
   size_t to() const { return to_; }
+  size_t late() const { return grads_of_; }
+  bool corrects() const { return t_.corrects; }
+  Kind kind() const { return t_.kind; }
 
  protected:
   void pass(const std::vector<Row>& rows) override;
 
-  // Starts the pass with rows on the device, each the coefficients and the number of the step.
+  // Starts the pass with rows on the device, each the coefficients, the number of the step, and what corrects it.
   virtual void launch(const at::Tensor& rows) = 0;
 
   // Values on the device, copied there without waiting.

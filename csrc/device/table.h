@@ -22,6 +22,8 @@ enum Column : int {
   kMaster,  // address, 0 without
   kExpAvg,
   kExpAvgSq,  // address, 0 without
+  kMean,      // address of a correction's running mean, 0 without
+  kBeside,    // address of what takes a prediction instead of the ring, 0 without
   kSlots,     // addresses in ring slot 0; those in slot s are s columns further on
 };
 

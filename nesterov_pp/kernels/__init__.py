@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-_CORRECTING = ("cpu", "reference")
 _CORRECTIONS = "corrections and predictions of late gradients"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -131,8 +130,7 @@ def choose_backend(
         candidates = ["cpu"] if all(t.device.type == "cpu" for t in tensors) else ["cuda", "triton"]
     refusals = {}
     for name in candidates:
-        missing = only_reference or (_CORRECTIONS if corrects and name not in _CORRECTING else None)
-        refusal = f"it does not have {missing}" if missing else _refusal(name, tensors)
+        refusal = f"it does not have {only_reference}" if only_reference else _refusal(name, tensors)
         if refusal is None and corrects and any(t.dtype == torch.float16 for t in tensors):
             refusal = f"it does not have {_CORRECTIONS} in float16"
         if refusal is None and _overlap(tensors):

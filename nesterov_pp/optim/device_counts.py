@@ -91,6 +91,8 @@ def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend
         what = "on_nonfinite='raise'" if options.on_nonfinite == "raise" else "a DTensor parameter"
         if options.on_nonfinite == "raise" or any(map(is_dtensor, parameters)):
             raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
+        if options.corrects:
+            raise ValueError("a correction or a prediction cannot go with capturable=True: its scalars are the host's")
         return
     from torch.optim.optimizer import _get_capturable_supported_devices
 

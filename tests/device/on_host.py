@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq")
-ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ = range(8)
+COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "beside")
+ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, BESIDE = range(10)
 SLOTS = len(COLUMNS)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 I64, F64 = ctypes.c_int64, ctypes.c_double
@@ -124,6 +124,39 @@ class Table:
             *(DTYPES[d] for d in dtypes),
             int(adaptive),
             int(seed is not None),
+            I64(blocks),
+            I64(threads),
+        )
+
+    def corrected_step(
+        self,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        rows: Tensor,
+        kind: int,
+        *,
+        source: int,
+        target: int,
+        late: int,
+        adaptive: bool = True,
+        blocks: int = 3,
+        threads: int = 5,
+    ) -> None:
+        """One corrected pass; ``rows`` is float64 of shape [rows, 17]: as for ``step``, and the correction."""
+        chunks = self.chunks()
+        assert rows.dtype == torch.float64
+        assert rows.shape[1] == self.lib.corrected_row_words()
+        self.lib.corrected_on_host(
+            self.data,
+            I64(len(self.sizes)),
+            chunks,
+            I64(len(chunks)),
+            ctypes.c_void_p(rows.data_ptr()),
+            source,
+            target,
+            late,
+            *(DTYPES[d] for d in dtypes),
+            int(adaptive),
+            kind,
             I64(blocks),
             I64(threads),
         )

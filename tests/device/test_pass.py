@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from on_host import ALIGNED, EXP_AVG, EXP_AVG_SQ, GRAD, MASTER, NUMEL, ROW, SLOTS, Table, library
+from on_host import ALIGNED, EXP_AVG, EXP_AVG_SQ, GRAD, MASTER, NUMEL, ROW, SLOTS, Table
 from on_host import DTYPES as CODES
 
 from nesterov_pp.kernels import Coefficients, Tensors, extension, make_plan
@@ -30,11 +30,6 @@ DTYPES = [
     (F32, F16, F32),
 ]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 1000, 16384, 16385, 40_003]
-
-
-@pytest.fixture(scope="module")
-def lib(tmp_path_factory):
-    return library(str(tmp_path_factory.mktemp("host")))
 
 
 def rows(*coefficients: Coefficients, step: int = 1) -> torch.Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from backends import BACKENDS
+from corrected import CASES, RULES, SIZES, VERSIONS, run
 from tolerances import MANY_STEPS, ULPS, ulps_apart
 from torch import nn
 
@@ -16,49 +15,6 @@ from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, Ga
 
 C, REASON = extension.load()
 needs_extension = pytest.mark.skipif(C is None, reason=str(REASON))
-SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, 4097, 70_001]
-VERSIONS = 3
-CASES: dict[str, dict[str, Any]] = {
-    "delay compensation": {"correction": DelayCompensation(0.5)},
-    "adaptive delay compensation": {"correction": DelayCompensation(2.0, adaptive=True)},
-    "gap": {"correction": GapAware()},
-    "displacement": {"prediction": Prediction("displacement")},
-    "momentum, damped": {"prediction": Prediction("momentum", damping=0.9)},
-    "discrepancy": {"prediction": Discrepancy()},
-    "gap and momentum": {"correction": GapAware(decay=0.9), "prediction": Prediction("momentum")},
-    "compensation and displacement": {
-        "correction": DelayCompensation(2.0, adaptive=True),
-        "prediction": Prediction("displacement"),
-    },
-}
-RULES: dict[str, Any] = {
-    "NAdam": lambda p, **options: npp.NAdam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True, **options),
-    "AdamW": lambda p, **options: npp.AdamW(p, lr=1e-2, **options),
-    "NAG": lambda p, **options: npp.NAG(p, lr=1e-1, momentum=0.9, weight_decay=0.1, **options),
-}
-
-
-def run(
-    rule: str, options: dict[str, Any], backend: str, dtype: torch.dtype, steps: int = 6, sizes: list[int] = SIZES
-) -> tuple[list[torch.Tensor], FusedOptimizer]:
-    """A ring whose gradients are as late as it allows; all that the last step has left."""
-    generator = torch.Generator().manual_seed(0)
-    module = nn.ParameterList([torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes])
-    prediction = options.get("prediction")
-    stash = npp.WeightStash(module, VERSIONS, beside=None if prediction is None else prediction.beside)
-    optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
-    for group in optimizer.param_groups:
-        if prediction is not None:
-            group["horizon"] = 2.0
-    for _ in range(steps):
-        late = max(0, stash.newest - VERSIONS + 1)
-        for p in stash.parameters(late).values():
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
-        optimizer.step(version=late)
-    left = [p.detach() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]
-    left += stash.state_dict().get("beside", {}).values()
-    left += [t for s in optimizer.state.values() for n, t in s.items() if n.startswith("exp_avg")]
-    return left, optimizer
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -214,11 +170,3 @@ def test_a_correction_goes_on_after_a_checkpoint():
     bare = npp.WeightStash(nn.Linear(3, 3), 2)
     with pytest.raises(ValueError, match="outside the ring"):
         bare.load_state_dict(first[0].state_dict())
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_backends_without_corrections_say_so(backend):
-    module = nn.Linear(2, 2)
-    stash = npp.WeightStash(module, 2)
-    with pytest.raises(ValueError, match="it does not have corrections and predictions of late gradients"):
-        npp.AdamW(module.parameters(), stash=stash, correction=GapAware(), backend=backend)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
-from nesterov_pp.triton_kernels import kernels
-from nesterov_pp.triton_kernels.plan import SQUARES, STEP
+from nesterov_pp.triton_kernels import corrected, kernels
+from nesterov_pp.triton_kernels.plan import CORRECTED_DOUBLE, SQUARES, STEP
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,6 +32,12 @@ STEPS = [
     ("bfloat16, float32 moments", BF16, BF16, F32, False),
     ("float16", F16, F16, F16, False),
     ("float32 masters of bfloat16", F32, BF16, F32, False),
+]
+CORRECTED = [
+    ("corrected: predicted alone", 0, F32, F32),
+    ("corrected: gap", 3, F32, F32),
+    ("corrected: gap, float64", 3, F64, F64),
+    ("corrected: gap, bfloat16, float32 moments", 3, BF16, F32),
 ]
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
@@ -87,6 +93,14 @@ def main(capability: int) -> list[dict[str, object]]:
         signature |= {"rows": "*fp64", "factor": "*fp64"}
         signature |= dict.fromkeys(("tensors", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
         found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, STEP.warps)))
+    for name, kind, weight, moment in CORRECTED:
+        constants = {"W": weight, "M": moment, "T": F64 if weight == F64 else F32, "KIND": kind}
+        shape = CORRECTED_DOUBLE if weight == F64 else STEP
+        constants |= {"ADAPTIVE": True, "SCALED": True, "BLOCK": shape.block}
+        signature = dict.fromkeys(("table", "chunks"), "*i64") | {"rows": "*fp64", "factor": "*fp64"}
+        signature |= dict.fromkeys(("tensors", "source", "target", "origin"), "i32")
+        kernel = compiled(corrected.corrected_kernel, signature, constants, capability, shape.warps)
+        found.append(described(name, kernel))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
     found.append(
