@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
 from nesterov_pp.optim import checkpoint, counts
-from nesterov_pp.optim.device_counts import check_capturable
+from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, check_capturable, needs_host
 from nesterov_pp.optim.fresh import follow_layouts, fresh_state
 from nesterov_pp.optim.local import local
 from nesterov_pp.optim.options import Options
@@ -32,6 +32,7 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _adaptive: ClassVar[bool] = True
     _has_mu_product: ClassVar[bool] = False
+    _counted_by_host = False  # a rule whose scalars are functions of a count on the host
     _ready = False  # the constructor has seen all its groups
     _warned = False
     _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
@@ -158,20 +159,20 @@ class FusedOptimizer(Optimizer):
         return self._collect(slots)
 
     def _prepare(self) -> Prepared:
-        only, capturable = self._only_reference(), self._capturable()
-        if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, capturable):
+        only, on_device = self._only_reference(), self._counts_on_device()
+        if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, on_device):
             new = [p for p in self._parameters() if p.grad is not None and not self.state.get(p)]
             for p in new:
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(self._no_sparse)
                 self.options.check_parameter(p)
             self._init_state(new)
-            if capturable:
+            if on_device:
                 counts.to_devices(self.state)
             elif self._prepared is not None and self._prepared.device_counts is not None:
                 counts.to_host(self.state)
             names = self._state_names()
-            self._prepared = Prepared(self.param_groups, self.state, self.options, names, only, capturable)
+            self._prepared = Prepared(self.param_groups, self.state, self.options, names, only, on_device)
             self.backend = self._prepared.backend
         return self._prepared
 
@@ -309,6 +310,13 @@ class FusedOptimizer(Optimizer):
 
     def _capturable(self) -> bool:
         return any(group.get("capturable") for group in self.param_groups)
+
+    def _counts_on_device(self) -> bool:
+        """Whether steps are counted where the parameters are: as asked for, or not to wait for a ``GradScaler``."""
+        if self._capturable():
+            return True
+        scaled = hasattr(self, "found_inf") and self.backend in DEVICE_BACKENDS
+        return scaled and not self._counted_by_host and needs_host(self.options, self._parameters()) is None
 
     def _only_reference(self) -> str | None:
         """An option in use that only the reference backend has."""

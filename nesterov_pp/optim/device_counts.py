@@ -13,6 +13,8 @@ from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import Options
 
+DEVICE_BACKENDS = ("cuda", "triton")
+
 CoefficientsOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
 """(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
 
@@ -76,6 +78,15 @@ class DeviceCounts:
         return {group: torch.tensor(members, device=self._steps.device) for group, members in numbers.items()}
 
 
+def needs_host(options: Options, parameters: Sequence[Tensor]) -> str | None:
+    """What makes a step count on the host, or None."""
+    if options.on_nonfinite == "raise":
+        return "on_nonfinite='raise'"
+    if options.corrects:
+        return "a correction or a prediction"
+    return "a DTensor parameter" if any(map(is_dtensor, parameters)) else None
+
+
 def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend: str, *, has_mu_product: bool) -> None:
     """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot.
 
@@ -87,12 +98,10 @@ def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend
     if not all(group.get("capturable") for group in groups):
         raise ValueError("capturable must be the same in all parameter groups, which are stepped together")
     parameters = [p for group in groups for p in group["params"]]
-    if backend in ("cuda", "triton"):
-        what = "on_nonfinite='raise'" if options.on_nonfinite == "raise" else "a DTensor parameter"
-        if options.on_nonfinite == "raise" or any(map(is_dtensor, parameters)):
+    if backend in DEVICE_BACKENDS:
+        what = needs_host(options, parameters)
+        if what is not None:
             raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
-        if options.corrects:
-            raise ValueError("a correction or a prediction cannot go with capturable=True: its scalars are the host's")
         return
     from torch.optim.optimizer import _get_capturable_supported_devices
 

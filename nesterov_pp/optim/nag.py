@@ -106,6 +106,10 @@ class NAG(FusedOptimizer):
         }
         super().__init__(params, defaults, options)
 
+    @property
+    def _counted_by_host(self) -> bool:  # type: ignore[override]
+        return self._schedule is not None
+
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:

@@ -23,7 +23,7 @@ class Prepared:
 
     ``entries`` are the names of what every parameter's state holds; ``only_reference`` an option that other backends do
     not have. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the parameters of ring
-    slot ``s`` (one slot where there is no ring). With ``capturable``, ``device_counts`` has the counts.
+    slot ``s`` (one slot where there is no ring). With ``count_on_device``, ``device_counts`` has the counts.
 
     Raises:
         ValueError: state is missing, or the backend asked for cannot step these parameters.
@@ -37,7 +37,7 @@ class Prepared:
         options: Options,
         entries: list[str],
         only_reference: str | None,
-        capturable: bool = False,
+        count_on_device: bool = False,
     ) -> None:
         names, numbers, group_of, parameters = [], [], [], []
         number = 0
@@ -58,7 +58,7 @@ class Prepared:
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
         self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
         self.sharded = any(map(is_dtensor, parameters))
-        self._options = (only_reference, capturable)
+        self._options = (only_reference, count_on_device)
         tensors_to_step = list(chain.from_iterable(self._plain))
         self.backend = choose_backend(options.backend, tensors_to_step, only_reference, corrects=options.corrects)
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
@@ -67,7 +67,7 @@ class Prepared:
         beside = [local(p) for p in stash.leaves_beside(parameters)] if stash is not None and stash.beside else []
         stepped = stash is not None and stash.beside == "stepped"
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
-        self.device_counts = _counts_on_device(group_of, states, entries) if capturable and states else None
+        self.device_counts = _counts_on_device(group_of, states, entries) if count_on_device and states else None
         on_host = self.device_counts is None
         tensors = Tensors(
             names=names,
@@ -93,12 +93,16 @@ class Prepared:
         self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
 
     def holds(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], only_reference: str | None, capturable: bool = False
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        only_reference: str | None,
+        count_on_device: bool = False,
     ) -> bool:
         """Whether nothing was replaced, and no parameter without state has got a gradient."""
         return (
             self._snapshot.holds(groups, state)
-            and (only_reference, capturable) == self._options
+            and (only_reference, count_on_device) == self._options
             and all(p.grad is None for p in self._stateless)
         )
 

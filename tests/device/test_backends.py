@@ -151,9 +151,49 @@ class Scaler:
         self.found_inf = torch.full((), float(found), device=DEVICE)
 
 
+def refuse_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would ask the device whether gradients have overflowed."""
+
+    def asked(optimizer: npp.optim.FusedOptimizer) -> bool:
+        assert not hasattr(optimizer, "found_inf"), "the host waits for the device"
+        return False
+
+    monkeypatch.setattr(npp.optim.FusedOptimizer, "_overflowed", asked)
+
+
+def test_a_scheduled_momentum_and_raising_still_ask_the_host(backend):
+    for options in ({"momentum": npp.optim.nag.convex_schedule}, {"momentum": 0.9, "on_nonfinite": "raise"}):
+        p = nn.Parameter(torch.ones(5, device=DEVICE))
+        optimizer = npp.NAG([p], lr=0.1, backend=backend, **options)
+        p.grad = torch.full_like(p, float("inf"))
+        optimizer.grad_scale, optimizer.found_inf = vars(Scaler(2.0, True)).values()
+        optimizer.step()
+        assert torch.equal(p, torch.ones_like(p))
+        assert optimizer.state[p]["step"].device.type == "cpu"
+
+
+def test_counts_come_back_when_nothing_is_scaled_any_more(backend):
+    ps, plain = ([nn.Parameter(w.to(DEVICE)) for w in values(F32)] for _ in range(2))
+    optimizer, judge = (npp.NAdam(leaves, backend=backend) for leaves in (ps, plain))
+    for step in range(4):
+        for leaves in (ps, plain):
+            for p, g in zip(leaves, values(F32, seed=step), strict=True):
+                p.grad = g.to(DEVICE)
+        if step in (1, 2):
+            optimizer.grad_scale, optimizer.found_inf = vars(Scaler(1.0, False)).values()
+        optimizer.step()
+        judge.step()
+        assert {s["step"].device.type for s in optimizer.state.values()} == {DEVICE if step in (1, 2) else "cpu"}
+        optimizer.__dict__.pop("found_inf", None), optimizer.__dict__.pop("grad_scale", None)
+    for p, q in zip(ps, plain, strict=True):
+        torch.testing.assert_close(p, q, **ROUNDED)
+        assert float(optimizer.state[p]["step"]) == 4.0
+
+
 @pytest.mark.parametrize("limit", [None, 1.0])
 @pytest.mark.parametrize("found", [False, True])
-def test_the_scale_of_a_loss(limit, found, backend):
+def test_the_scale_of_a_loss(limit, found, backend, monkeypatch):
+    refuse_to_wait(monkeypatch)
     results = []
     for name, scaled in ((backend, True), (backend, False)):
         ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
@@ -164,11 +204,30 @@ def test_the_scale_of_a_loss(limit, found, backend):
             optimizer.grad_scale, optimizer.found_inf = vars(Scaler(1024.0, found)).values()
         if scaled or not found:
             optimizer.step()
-        counts = {float(s["step"]) for s in optimizer.state.values()}
+        counts = {s["step"].tolist() for s in optimizer.state.values()}
         assert counts == {0.0 if found else 1.0}
         results.append([p.detach().cpu() for p in ps])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **ROUNDED)
+
+
+@pytest.mark.skipif(not GPU, reason="only a GPU can be waited for")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_does_not_wait_for_the_device(scaled, backend):
+    ps = [nn.Parameter(w.to(DEVICE)) for w in values(F32)]
+    optimizer = npp.NAdam(ps, backend=backend, max_grad_norm=1.0)
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = vars(Scaler(1.0, False)).values()
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # allocates and compiles
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_not_a_number_reaches_every_weight_and_raises_on_request(backend):
