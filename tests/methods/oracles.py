@@ -154,6 +154,23 @@ class Nesterov(Stage):
         self.forward.append(self.w + self.gamma * (self.w - self.before))
 
 
+class NoStash(NAdam):
+    """Eq. 13: momentum by the stage's place, rate by its delay, backward at the weights of the day."""
+
+    updates = 20
+    place, stages = 1, 1
+
+    @property
+    def beta1(self) -> float:  # type: ignore[override]
+        return 0.9 + 0.09 * (self.stages - self.place) / self.stages
+
+    def rate(self, delay: int) -> float:
+        return max(1, delay) ** -(1 - min(self.t / self.updates, 1))
+
+    def backward(self, version: int) -> Array:
+        return self.w
+
+
 class XPipe(Adam):
     def ahead(self) -> Array:
         return self.w - self.tau * self.lr * self.m / (1 - self.beta1**self.t) / self.root()
@@ -196,6 +213,16 @@ class DanaZero(Momentum):
         for k in range(1, self.tau + 1):
             w = w - self.lr * self.gamma**k * self.m
         return w
+
+
+class DanaSlim(Momentum):
+    """The momentum's next step is taken with the gradient's."""
+
+    decay = 1e-4
+
+    def step(self, g: Array, late: Array, delay: int) -> Array:
+        self.m = self.gamma * self.m + (1 - self.gamma) * g
+        return self.lr * (self.decay * self.w + self.gamma * self.m + (1 - self.gamma) * g)
 
 
 class DanaDc(DanaZero):
@@ -345,5 +372,28 @@ class Rotated(Adam):
         turned[self.matrix] = (self.p.T @ self.m[self.matrix].reshape(WIDTH, WIDTH) @ self.q).ravel()
         turned = turned / (np.sqrt(self.v) + self.eps)
         turned[self.matrix] = (self.p @ turned[self.matrix].reshape(WIDTH, WIDTH) @ self.q.T).ravel()
+        size = self.lr * np.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
+        return self.lr * self.decay * self.w + size * turned
+
+
+class RotatedLight(Adam):
+    """Basis rotation of the columns of W alone, by the singular vectors of the momentum."""
+
+    matrix = slice(0, WIDTH * WIDTH)
+
+    def step(self, g: Array, late: Array, delay: int) -> Array:
+        self.m = self.beta1 * self.m + (1 - self.beta1) * g
+        momentum = self.m[self.matrix].reshape(WIDTH, WIDTH)
+        if self.t == 1:
+            self.q = np.linalg.svd(momentum)[2].T
+        elif self.t % 10 == 0:
+            order = np.argsort(-(momentum.T**2).sum(0))
+            self.q = np.linalg.qr(momentum.T[:, order])[0]
+        rotated, turned = g.copy(), self.m.copy()
+        rotated[self.matrix] = (g[self.matrix].reshape(WIDTH, WIDTH) @ self.q).ravel()
+        self.v = self.beta2 * self.v + (1 - self.beta2) * rotated**2
+        turned[self.matrix] = (momentum @ self.q).ravel()
+        turned = turned / (np.sqrt(self.v) + self.eps)
+        turned[self.matrix] = (turned[self.matrix].reshape(WIDTH, WIDTH) @ self.q.T).ravel()
         size = self.lr * np.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
         return self.lr * self.decay * self.w + size * turned

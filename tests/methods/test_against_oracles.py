@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +36,16 @@ CASES: dict[str, tuple[type[oracles.Stage], dict[str, Any]]] = {
     "poly-forecast": (oracles.Polynomial, {"correction_updates": 20}),
     "fft-forecast": (oracles.Fourier, {"correction_updates": 20}),
     "dana-zero": (oracles.DanaZero, {"lr": 0.3}),
+    "dana-slim": (oracles.DanaSlim, {"lr": 0.3}),
     "dana-dc": (oracles.DanaDc, {"lr": 0.3}),
     "paci": (oracles.NewestBackward, {"microbatches_per_update": 3}),
     "gba": (oracles.Adam, {}),
     "basis-rotation": (oracles.Rotated, {}),
+    "basis-rotation-1st-uni": (oracles.RotatedLight, {}),
+    "nesterov-no-stash": (oracles.NoStash, {"correction_updates": 20}),
+    "swarm": (oracles.NoStash, {"correction_updates": 20}),
 }
+"""All but the undelayed methods, and ``one-step-ef-muon``, whose oracle is a loop in torch."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +81,9 @@ def run_both(
     ours = [float(pipe.step(*batch(m))) for m in range(updates * k)]
     expected = pipe.delay_model.expected
     stages = [oracle(oracles.first_weights(i), tau, options["lr"]) for i, tau in enumerate(expected)]
+    for i, stage in enumerate(stages):
+        if isinstance(stage, oracles.NoStash):
+            stage.place, stage.stages = i + 1, STAGES
     theirs = oracles.train(stages, pipe.delay_model.draw, updates * k, k, pipe.recipe.max_staleness)
     return ours, theirs, pipe, stages
 
@@ -104,6 +113,41 @@ def test_an_oracle_notices_that_the_correction_is_missing(name):
     ours, _, _, _ = run_both(base, oracle, plain)
     _, theirs, _, _ = run_both(name, oracle, options)
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1e-6
+
+
+def test_muon_with_error_feedback_is_a_loop_in_torch():
+    """Forward at x = w + (w - w before), one update late; Muon for the matrices, AdamW for the biases."""
+    weights = modules(STAGES)
+    matrices = [p for p in nn.ModuleList(weights).parameters() if p.dim() == 2]
+    rest = [p for p in nn.ModuleList(weights).parameters() if p.dim() < 2]
+    inner = [
+        torch.optim.Muon(matrices, lr=LR, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
+    ]
+    versions, losses = [copy.deepcopy(weights)], []
+    for t in range(20):
+        late = versions[max(0, t - 1)]
+        for m in range(t * STAGES, (t + 1) * STAGES):
+            x, y = batch(m)
+            loss = nn.functional.mse_loss(nn.Sequential(*late)(x), y)
+            loss.backward()
+            losses.append(loss.item())
+        before = copy.deepcopy(weights)
+        for p, q in zip(nn.ModuleList(weights).parameters(), nn.ModuleList(late).parameters(), strict=True):
+            p.grad, q.grad = q.grad / STAGES, None
+        for optimizer in inner:
+            optimizer.step()
+        versions.append(copy.deepcopy(weights))
+        with torch.no_grad():
+            triples = (nn.ModuleList(part).parameters() for part in (versions[-1], weights, before))
+            for ahead, w, last in zip(*triples, strict=True):
+                ahead.copy_(w + (w - last))
+
+    def played(**overrides: Any) -> list[float]:
+        pipe = VirtualPipeline(modules(STAGES), nn.functional.mse_loss, "one-step-ef-muon", LR, **overrides)
+        return [float(pipe.step(*batch(m))) for m in range(len(losses))]
+
+    assert played() == losses != played(horizon=0.0)
 
 
 def test_the_adaptive_compensation():
