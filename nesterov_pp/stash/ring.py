@@ -10,7 +10,6 @@ bumped, so autograd raises where it would have used the wrong weights.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.kernels import zeros_like
+from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves, places_of
+from nesterov_pp.stash.linearise import linearised_elsewhere
 
 Backward = Literal["stashed", "newest", "beside"]
 Beside = Literal["stepped", "backward"]
@@ -58,7 +58,7 @@ class WeightStash:
         if beside not in (None, "stepped", "backward"):
             raise ValueError(f"beside must be 'stepped', 'backward' or None, not {beside!r}")
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        _check_stashable(named)
+        check_stashable(named)
         self._gathered = gathers_itself(module)
         if self._gathered and versions > 1:
             raise ValueError(
@@ -70,13 +70,13 @@ class WeightStash:
         self.newest = 0
         self._names = list(named)
         first = list(named.values())
-        self._slots = [first] + [_new_leaves(first) for _ in range(versions - 1)]
-        self._beside = _new_leaves(first) if beside is not None else []
+        self._slots = [first] + [new_leaves(first) for _ in range(versions - 1)]
+        self._beside = new_leaves(first) if beside is not None else []
         with torch.no_grad():
             for leaf, p in zip(self._beside, first, strict=False):
                 leaf.copy_(p)
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
-        self._places = _places_of(module, {id(p): i for i, p in enumerate(first)})
+        self._places = places_of(module, {id(p): i for i, p in enumerate(first)})
         self._in_flight: Counter[int] = Counter()
         self._entered: list[int] = []
         self._bound_slot = 0
@@ -152,7 +152,12 @@ class WeightStash:
         slot = self._slot_of(version)
         hooks: AbstractContextManager[Any] = nullcontext()
         if backward != "stashed" and torch.is_grad_enabled():
-            hooks = self._linearise_elsewhere(slot, backward)
+            hooks = linearised_elsewhere(
+                self._slots[slot],
+                lambda: self._beside if backward == "beside" else self._slots[self.newest % self.versions],
+                backward=backward,
+                gathered=self._gathered,
+            )
         counted = torch.is_grad_enabled()
         self._in_flight[version] += counted
         self._entered.append(version)
@@ -383,49 +388,6 @@ class WeightStash:
         for container, key, i in self._places:
             container[key] = leaves[i]
 
-    def _linearise_elsewhere(self, slot: int, backward: Backward) -> AbstractContextManager[Any]:
-        """Hooks that swap the weights autograd saves, and views of them, for other ones when backward runs."""
-        leaves = self._slots[slot]
-        if not self._gathered and any(hasattr(leaf, "to_local") for leaf in leaves):
-            raise ValueError(f'backward="{backward}" cannot follow DTensor weights; use backward="stashed"')
-        device_types = {leaf.device.type for leaf in leaves}
-        if any(torch.is_autocast_enabled(kind) for kind in device_types):
-            raise ValueError(
-                f'backward="{backward}" cannot see through the weight copies that autocast makes; '
-                'leave autocast out of this stage or use backward="stashed"'
-            )
-        # What fully_shard keeps it gathers again for the backward: the newest weights.
-        plain = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.numel() and not hasattr(leaf, "to_local")]
-        owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in plain}
-
-        def pack(saved: Tensor) -> Any:
-            i = owner.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
-            if i is None:
-                return saved
-            return (
-                i,
-                saved.shape,
-                saved.stride(),
-                saved.storage_offset() - leaves[i].storage_offset(),
-            )
-
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            i, shape, stride, offset = packed
-            elsewhere = self._beside if backward == "beside" else self._slots[self.newest % self.versions]
-            current = elsewhere[i].detach()
-            offset += int(current.storage_offset())
-            return torch.as_strided(current, shape, stride, offset)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def gathers_itself(module: nn.Module) -> bool:
-    """Whether FSDP2 (``fully_shard``) keeps weights of the module, and binds gathered ones when it runs."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is there if it has been used
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
-
 
 def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:
     newest = state.get("newest") if isinstance(state, dict) else None
@@ -437,47 +399,3 @@ def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:
             "'weights', a list of dicts"
         )
     return newest, weights  # type: ignore[return-value]
-
-
-def _check_stashable(named: dict[str, nn.Parameter]) -> None:
-    first_with: dict[int, str] = {}
-    for name, p in named.items():
-        dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
-        if p.layout != torch.strided or not dense:
-            raise ValueError(f"{name} is not a dense strided tensor, so it cannot be kept in a WeightStash")
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            raise ValueError(
-                f"{name} carries hooks, which the other versions would not have; "
-                "register them after building the WeightStash, on each of stash.parameters(version)"
-            )
-        here = p.to_local() if hasattr(p, "to_local") else p  # of a DTensor, the shard
-        twin = first_with.setdefault(here.untyped_storage().data_ptr(), name) if here.numel() else name
-        if twin != name:
-            raise ValueError(
-                f"{name} shares memory with {twin}; tie them by using one Parameter in both places, "
-                "or give each its own memory"
-            )
-
-
-def _new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
-    leaves = []
-    for p, zeros in zip(first, zeros_like(first, [p.dtype for p in first]), strict=True):
-        leaf = nn.Parameter(zeros)
-        leaf.__dict__.update(p.__dict__)
-        leaves.append(leaf)
-    return leaves
-
-
-def _places_of(module: nn.Module, index: dict[int, int]) -> list[tuple[Any, Any, int]]:
-    """Where the module keeps its parameters: (container, key, parameter index), tied ones in several places."""
-    places: list[tuple[Any, Any, int]] = []
-    for submodule in module.modules():
-        for key, p in submodule._parameters.items():
-            if p is not None and id(p) in index:
-                places.append((submodule._parameters, key, index[id(p)]))
-        # Recurrent layers read their weights from a list of their own.
-        if isinstance(submodule, nn.RNNBase):
-            for k, p in enumerate(submodule._flat_weights):
-                if p is not None and id(p) in index:
-                    places.append((submodule._flat_weights, k, index[id(p)]))
-    return places
