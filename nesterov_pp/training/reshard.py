@@ -107,13 +107,17 @@ def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
 
 def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, Any]) -> VirtualPipeline:
     weights: dict[Name, Tensor] = {}
+    besides: dict[Name, Tensor] = {}
     moments: dict[Name, dict[str, Any]] = {}
     saved = state["pipeline"]
+    if saved.get("forecasts"):
+        raise UserError(f"{old.method} keeps a history of each stage's gradients; its runs cannot be regrouped")
     for layers, stash, optimizer in zip(_layers_of(old), saved["stashes"], saved["optimizers"], strict=True):
         newest = stash["weights"][-1]
         names = _names(newest, layers)
-        if "beside" in stash or set(optimizer.get("state", ())) != set(range(len(names))):
-            raise UserError(f"{old.method} keeps more than weights and moments; its runs cannot be regrouped")
+        if set(optimizer.get("state", ())) != set(range(len(names))):
+            raise UserError(f"{old.method} keeps more than one state a parameter; its runs cannot be regrouped")
+        besides.update(zip(names, stash.get("beside", {}).values(), strict=False))
         weights.update(zip(names, newest.values(), strict=True))
         moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
@@ -125,7 +129,9 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         assert optimizer is not None
         names = _names(stash.names, layers)
         ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
-        stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions)})
+        beside = dict(zip(stash.names, (besides[name] for name in names if besides), strict=False))
+        kept = {"beside": beside} if beside else {}
+        stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions), **kept})
         own = optimizer.state_dict()
         optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(names)}})
     pipe.microbatches, pipe.updates = int(saved["microbatches"]), version
@@ -141,7 +147,7 @@ def _parts(pipe: VirtualPipeline, config: Config, processes: int) -> Iterable[tu
         optimizer = pipe.optimizers[k]
         assert optimizer is not None
         ring = stash.state_dict()
-        stashed = pipe.recipe.backward == "stashed"
+        stashed = pipe.recipe.backward != "newest"
         kept = {} if stashed else dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
         yield (
             checkpoint.stage_part(k, config.stages),

@@ -39,7 +39,10 @@ def test_without_delay_the_losses_do_not_change(text_file: Path, tmp_path: Path,
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["nesterov", pytest.param("nesterov-no-stash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    ["nesterov", "xpipe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "pipemare"))],
+)
 def test_into_the_stages_of_several_processes(
     text_file: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +73,10 @@ def test_bad_requests_change_nothing(text_file: Path, tmp_path: Path, capsys: py
 
     assert "full is not empty; give an empty or new folder" in refused("old", 3, "full")
     assert "5 layers cannot fill 6 stages" in refused("old", 6, "new")
+    half_way(text_file, tmp_path / "forecast", 2, "poly-forecast")
+    half_way(text_file, tmp_path / "rotated", 2, "basis-rotation")
+    assert "keeps a history of each stage's gradients" in refused("forecast", 3, "new")
+    assert "keeps more than one state a parameter" in refused("rotated", 3, "new")
     assert "empty holds no run" in refused("empty", 2, "new")
     for saved in checkpoint.checkpoints(tmp_path / "old"):
         saved.unlink()
