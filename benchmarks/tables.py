@@ -1,6 +1,7 @@
-"""Writes the README's measured tables from the committed results.
+"""Writes the measured tables of the README and of docs/ from the committed results.
 
-``python -m benchmarks.tables``; with ``--demo runs/demo`` the results of that demo are taken over first.
+``python -m benchmarks.tables``; with ``--demo runs/demo`` or ``--small runs/small`` the results of that demo, or of
+``make compare-small``, are taken over first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import tasks
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
 from benchmarks.summary import table as summary_table
@@ -25,58 +27,95 @@ RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY = "cpu-summary.json"
 
 
-def record_demo(folder: Path) -> None:
-    """Keep a finished demo's table and plot, with the machine they were measured on."""
+def record(folder: Path, results: str, plot: str) -> None:
+    """Keep a finished comparison's table and plot, with the machine they were measured on."""
     found = json.loads((folder / "compare.json").read_text())
-    config = json.loads(next(folder.glob("*/*/config.json")).read_text())["config"]
+    config = json.loads(next(folder.rglob("config.json")).read_text())["config"]
+    several = any(len(row.get("by_lr", ())) > 1 for row in found["methods"])
     found["conditions"] = (
         f"{config['stages']} stages, {config['layers']} layers of width {config['width']}, "
         f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "
-        f"lr {config['lr']:g}; {processor()}, two runs at a time on one thread each, torch {torch.__version__}:"
+        + ("" if several else f"lr {config['lr']:g}; ")
+        + f"{processor()}, two runs at a time on one thread each, torch {torch.__version__}:"
     )
     found["commit"] = commit()
-    (RESULTS / "cpu-demo.json").write_text(json.dumps(found, indent=1) + "\n")
-    shutil.copyfile(folder / "compare.png", ROOT / "docs" / "demo.png")
+    (RESULTS / results).write_text(json.dumps(found, indent=1) + "\n")
+    shutil.copyfile(folder / "compare.png", ROOT / "docs" / plot)
 
 
 def demo_table(found: dict[str, Any]) -> str:
     return f"{found['conditions']}\n\n{markdown(found['methods'], found['comparison'])}".rstrip()
 
 
-def sections() -> dict[str, str]:
-    """The README's generated parts by the name of their markers."""
-
-    def load(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((RESULTS / name).read_text())
-        return found
-
-    steps = [
-        step_table(load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
+def ranking(found: dict[str, Any]) -> str:
+    """A comparison of many methods, the best first."""
+    lines = [
+        found["conditions"],
+        "",
+        "| method | lr | validation loss | each seed | at the other rate | slowdown | recovered |",
+        "|---|--:|--:|---|--:|--:|--:|",
     ]
-    parts = {"demo": demo_table(load("cpu-demo.json")), "step": "\n\n".join(steps)}
+    for row in sorted(found["methods"], key=lambda row: row["validation_loss"]):
+        others = ", ".join(f"{loss:.3f}" for lr, loss in row["by_lr"].items() if lr != str(row["lr"]))
+        each = " ".join(f"{loss:.3f}" for loss in row["validation_losses"])
+        cells = [row["method"], f"{row['lr']:g}", f"{row['validation_loss']:.3f}", each, others]
+        lines.append(f"| {' | '.join(cells)} | {row['slowdown']:.2f}x | {100 * row['recovered']:.0f} % |")
+    return "\n".join(lines)
+
+
+def task_table(found: dict[str, Any]) -> str:
+    """What ``benchmarks.tasks`` prints."""
+    rows = [tasks.Row(**row) for row in found["rows"]]
+    lines = [tasks.heading(list(rows[0].found)), *map(tasks.line, rows)]
+    return "\n".join([f"{found['what']}, torch {found['torch']}:", "", *lines])
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return found
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """The generated parts of each page by the name of their markers."""
+    made = {"small": ("compare-small.json", ranking)}
+    made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
+    methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
+    return {"README.md": readme_sections(), "docs/methods.md": methods}
+
+
+def readme_sections() -> dict[str, str]:
+    """Those of the README."""
+    steps = [
+        step_table(_load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
+    ]
+    parts = {"demo": demo_table(_load("cpu-demo.json")), "step": "\n\n".join(steps)}
     if (RESULTS / SUMMARY).exists():
-        parts["summary"] = summary_table(load(SUMMARY))
+        parts["summary"] = summary_table(_load(SUMMARY))
     return parts
 
 
-def fill(readme: str, parts: dict[str, str]) -> str:
-    """The README with every part between its markers, ``<!-- name -->`` and ``<!-- /name -->``."""
+def fill(page: str, parts: dict[str, str]) -> str:
+    """The page with every part between its markers, ``<!-- name -->`` and ``<!-- /name -->``."""
     for name, text in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(readme):
-            raise ValueError(f"the README has no place for {name}: add <!-- {name} --> and <!-- /{name} -->")
-        readme = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], readme)  # type: ignore[misc]
-    return readme
+        if not pattern.search(page):
+            raise ValueError(f"the page has no place for {name}: add <!-- {name} --> and <!-- /{name} -->")
+        page = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)  # type: ignore[misc]
+    return page
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--demo", type=Path, metavar="DIR", help="a finished demo to take over")
+    parser.add_argument("--small", type=Path, metavar="DIR", help="a finished `make compare-small` to take over")
     options = parser.parse_args(arguments)
     if options.demo is not None:
-        record_demo(options.demo)
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text(), sections()))
+        record(options.demo, "cpu-demo.json", "demo.png")
+    if options.small is not None:
+        record(options.small, "compare-small.json", "compare-small.png")
+    for name, parts in sections().items():
+        path = ROOT / name
+        path.write_text(fill(path.read_text(), parts))
     return 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from nesterov_pp.colours import COLOURS, LINES
 from nesterov_pp.training.metrics import Curves
 
+_MANY = 8  # methods, beyond which a legend does not fit into a plot
 _FALL = 8  # A comparison shows the height reached after an eighth of the run.
 _SIZE = (8.0, 5.0)
 _DPI = 150
@@ -32,16 +33,19 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
 
 
 def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> None:
-    """Validation loss of each method: the mean over its runs as a line, lowest to highest as a band."""
+    """Validation loss of each method: the mean over its runs as a line, lowest to highest as a band.
+
+    Many methods are listed beside the plot, the best last as their lines are, and without bands.
+    """
     figure, axes = _figure()
-    highest, lowest = -np.inf, np.inf
+    highest, lowest, many = -np.inf, np.inf, len(runs) > _MANY
     for k, (method, curves) in enumerate(runs.items()):
         steps = [m for m, _ in curves[0].validation]
         losses = np.array([[loss for _, loss in c.validation] for c in curves])
         mean = losses.mean(axis=0)
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k)}
         axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
-        if len(curves) > 1:
+        if len(curves) > 1 and not many:
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)
         highest = max(highest, losses[:, len(steps) // _FALL].max())
         lowest = min(lowest, losses.min())
@@ -49,8 +53,11 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
     axes.set_ylim(lowest - 0.05 * (highest - lowest + 0.1), highest + 0.05 * (highest - lowest + 0.1))
     seeds = max(len(curves) for curves in runs.values())
     axes.set_ylabel("validation loss (nats a token)")
-    axes.set_title("Validation loss" + (f": mean of {seeds} seeds, lowest to highest shaded" if seeds > 1 else ""))
-    axes.legend(frameon=False, title="method (loss at the end)", handlelength=3.5)
+    bands = "" if many else ", lowest to highest shaded"
+    axes.set_title("Validation loss" + (f": mean of {seeds} seeds{bands}" if seeds > 1 else ""))
+    lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1]) if many else axes.get_lines()
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if many else {}
+    axes.legend(handles=lines, frameon=False, title="method (loss at the end)", handlelength=3.5, **beside)
     _save(figure, file)
 
 
