@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,11 +73,15 @@ def compile_kernels(folder: Path, architectures: tuple[int, ...] = ARCHITECTURES
     """Every .cu file as an object file with machine code for all architectures; warnings are errors."""
     compiler, _ = nvcc()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    objects = []
-    for source in sorted(SOURCES.glob("cuda/*.cu")):
-        objects.append(folder / f"{source.stem}.o")
-        flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Werror", "all-warnings"]
-        _run([compiler, *flags, "-Xptxas", "-warn-spills", *targets, "-c", source, "-o", objects[-1]])
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Werror", "all-warnings"]
+    sources = sorted(SOURCES.glob("cuda/*.cu"))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor() as pool:
+        commands = [
+            [compiler, *flags, "-Xptxas", "-warn-spills", *targets, "-c", source, "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
     return objects
 
 

@@ -22,7 +22,7 @@ from toy import microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
 
-UPDATES = 100
+UPDATES, REPLICATED_UPDATES = 100, 40
 BASE: dict[str, Any] = {"lr": 3e-3, "seed": 7, "max_grad_norm": 0.5}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "nesterov": {"method": "nesterov"},
@@ -98,7 +98,7 @@ def run(world: World, name: str) -> dict[str, Any]:
 def run_replicas(world: World, name: str) -> dict[str, Any]:
     """Two replicas of two stages, on alternate microbatches."""
     options = TWO_REPLICAS[name]
-    total = UPDATES * k_of(options)
+    total = REPLICATED_UPDATES * k_of(options)
     stage: nn.Module = model(2, dtype=torch.float64)[world.rank % 2]
     if name.startswith("sharded"):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "stage"))["replica"]
@@ -121,7 +121,7 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
     modules = model(2, dtype=torch.float64)
     pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
     losses = []
-    for m in range(UPDATES * k_of(options)):
+    for m in range(REPLICATED_UPDATES * k_of(options)):
         pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
         losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
     return {"losses": losses, "weights": [m.state_dict() for m in modules]}

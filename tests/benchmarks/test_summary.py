@@ -127,6 +127,6 @@ def test_the_readme_has_a_summary_once_there_is_a_result(monkeypatch, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / tables.SUMMARY).unlink(missing_ok=True)
-    assert "summary" not in tables.sections()
+    assert "summary" not in tables.readme_sections()
     (tmp_path / tables.SUMMARY).write_text(json.dumps({**CONDITIONS, "rows": [], "missing": []}))
-    assert "measured" in tables.sections()["summary"]
+    assert "measured" in tables.readme_sections()["summary"]

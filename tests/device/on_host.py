@@ -24,7 +24,7 @@ I64, F64 = ctypes.c_int64, ctypes.c_double
 def library(folder: str) -> ctypes.CDLL:
     """Compiles ``host.cpp`` into ``folder``; raises ``FileNotFoundError`` where there is no compiler."""
     target = Path(folder) / "host.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     source = Path(__file__).with_name("host.cpp")
     subprocess.run(

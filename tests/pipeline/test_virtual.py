@@ -66,10 +66,25 @@ def float64_scalars():
     torch.set_default_dtype(torch.float32)
 
 
+SYNCHRONOUS = ["gpipe", "gpipe-1"]
+
+
 @pytest.mark.usefixtures("float64_scalars")
 @pytest.mark.parametrize("stages", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("method", ["nesterov", "pipedream", "gpipe", "gpipe-1"])
+@pytest.mark.parametrize(
+    "method", ["nesterov", "pipedream", *(pytest.param(m, marks=pytest.mark.slow) for m in SYNCHRONOUS)]
+)
 def test_equals_the_slow_reference(method, stages):
+    assert_equals_the_slow_reference(method, stages)
+
+
+@pytest.mark.usefixtures("float64_scalars")
+@pytest.mark.parametrize("method", SYNCHRONOUS)
+def test_synchronous_methods_equal_the_slow_reference(method):
+    assert_equals_the_slow_reference(method, 3)
+
+
+def assert_equals_the_slow_reference(method: str, stages: int) -> None:
     """A hundred updates with dropout and clipping: losses and weights agree to floating-point noise."""
     updates, lr, seed, clip = 100, 3e-3, 7, 0.5
     k = recipes()[method].microbatches_per_update

@@ -110,10 +110,10 @@ def test_killed_processes_come_back_and_nothing_changes(
 ) -> None:
     """A checkpoint after every update, so that most kills arrive while one is being written."""
     draw = random.Random(3)
-    more = ["--microbatches", "300", "--method", method]
+    more = ["--microbatches", "180", "--method", method]
     out = tmp_path / "run"
     process = launch(*run, *more, "--checkpoint-every", "1", "--out", str(out), restarts=2)
-    for microbatch in (40, 150):
+    for microbatch in (30, 100):
         wait_for(process, out, microbatch)
         time.sleep(draw.uniform(0.0, 0.05))
         kill(draw.choice(workers(process)))

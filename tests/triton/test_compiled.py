@@ -15,14 +15,31 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_compile_to_wide_accesses_without_spills(capability, tmp_path):
+CAPABILITIES = [80, 90, 100]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[int, str]:
+    """What the compilations print, which run side by side."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(HERE / "compile_ahead.py"), str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {kernel["name"]: kernel for kernel in json.loads(done.stdout)}
+    processes = {}
+    for capability in CAPABILITIES:
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"cache{capability}"))
+        command = [sys.executable, str(HERE / "compile_ahead.py"), str(capability)]
+        processes[capability] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    found = {}
+    for capability, process in processes.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-2000:]
+        found[capability] = output
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
+    kernels = {kernel["name"]: kernel for kernel in json.loads(printed[capability])}
     assert len(kernels) == 14
     for name, kernel in kernels.items():
         assert kernel["spills"] == 0, name
