@@ -44,12 +44,15 @@ demo-distributed: setup ## the pipeline in four processes on this machine, about
 compare-small: setup ## 24 methods, 3 seeds, the better of 2 learning rates, 8 stages; up to an hour on 2 cores
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
 
+# Two processes; the tests of a file share what its fixtures make.
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 # What Triton's interpreter runs where there is no GPU.
 INTERPRETED := $(addprefix tests/device/test_,backends.py capturable.py corrections.py)
 
 test: check ## make check and the tests
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(INTERPRETED)
 
 test-all: check ## make check and all tests, the slow ones and those of other frameworks too
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
