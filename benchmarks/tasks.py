@@ -104,15 +104,15 @@ def compare(task: Task, method: str, precision: str, seeds: int, microbatches: i
 
 def heading(found: Sequence[str]) -> str:
     """Of the table."""
-    names = ["method", "precision", "lr", *found, "spread", "loss at each rate", "seconds a run"]
-    return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "--:|---|--:|"
+    names = ["method", "precision", "lr", *found, "spread", "loss at each rate"]
+    return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "--:|---|"
 
 
 def line(row: Row) -> str:
     """Of the table."""
     each = ", ".join(f"{loss:.3f} ({lr})" for lr, loss in row.by_lr.items())
     found = [f"{value:.3f}" if name != "accuracy" else f"{100 * value:.1f} %" for name, value in row.found.items()]
-    cells = [row.method, row.precision, f"{row.lr:g}", *found, f"{row.spread:.3f}", each, f"{row.seconds:.0f}"]
+    cells = [row.method, row.precision, f"{row.lr:g}", *found, f"{row.spread:.3f}", each]
     return "| " + " | ".join(cells) + " |"
 
 
