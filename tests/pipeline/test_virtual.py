@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from pipeline_worker import Autocast, bfloat16_loss
 from torch import nn
 from torch.nn import functional as F
 from toy import microbatch, model
@@ -295,24 +296,10 @@ def test_recomputation_changes_nothing_and_keeps_no_activations(method, seed):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_autocast_is_that_of_every_stage_and_of_the_loss(recompute):
-    class Low(nn.Module):
-        def __init__(self, stage: nn.Module) -> None:
-            super().__init__()
-            self.stage = stage
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                output: torch.Tensor = self.stage(x)
-                return output
-
-    def low_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.cross_entropy(output, targets)
-
     ours = VirtualPipeline(
         model(3, 0.1, torch.float32), F.cross_entropy, seed=5, autocast=torch.bfloat16, recompute=recompute
     )
-    judge = VirtualPipeline([Low(m) for m in model(3, 0.1, torch.float32)], low_loss, seed=5)
+    judge = VirtualPipeline([Autocast(m) for m in model(3, 0.1, torch.float32)], bfloat16_loss, seed=5)
     full = VirtualPipeline(model(3, 0.1, torch.float32), F.cross_entropy, seed=5)
     batches = [microbatch(m) for m in range(12)]
     found, wanted, other = ([float(pipe.step(*b)) for b in batches] for pipe in (ours, judge, full))
