@@ -1,15 +1,32 @@
-"""The backends that can step the CPU tensors of a test: Triton's is one where its interpreter is on."""
+"""The backends that the numerical tests run over, and where those for devices have their tensors."""
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import nesterov_pp as npp
 
-_CANDIDATES = ["cpu", "reference"]
-if os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available():
-    _CANDIDATES.append("triton")
+ON_DEVICE = ("triton", "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Of those; without a GPU Triton's interpreter is a backend for the CPU."""
 
-BACKENDS = [name for name in _CANDIDATES if npp.kernels.available_backends()[name] is None]
+WHY_NOT = npp.kernels.available_backends()
+BACKENDS = [name for name in ("cpu", "reference", *ON_DEVICE) if WHY_NOT[name] is None]
+
+
+class DrawnOnTheHost(TorchFunctionMode):
+    """Random tensors of a generator on the host, moved to a device: the same numbers on every device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is None or "device" in kwargs:
+            return func(*args, **kwargs)
+        return func(*args, **kwargs, device=generator.device).to(self._device)

@@ -180,7 +180,7 @@ class TritonPlan:
 
     def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
         if not self._launches.groups:
-            return None if limit is None else torch.zeros((), dtype=torch.float64)
+            return None if limit is None else torch.zeros((), dtype=torch.float64, device="cpu")
         scaling = self._launches.reduce(scale, limit or 0.0, grad_scale, norm=limit is not None)
         self._launches.scaling = scaling
         return None if limit is None else scaling[0]

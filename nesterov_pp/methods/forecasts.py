@@ -25,9 +25,9 @@ def polynomial_weights(history: int, delay: int, order: int = 2) -> list[float]:
     The order is lowered where there are too few points.
     """
     order = min(order, history - 1)
-    x = torch.arange(1 - history, 1, dtype=torch.float64)
+    x = torch.arange(1 - history, 1, dtype=torch.float64, device="cpu")
     powers = torch.stack([x**k for k in range(order + 1)], 1)
-    at = torch.tensor([float(delay) ** k for k in range(order + 1)], dtype=torch.float64)
+    at = torch.tensor([float(delay) ** k for k in range(order + 1)], dtype=torch.float64, device="cpu")
     weights: list[float] = (at @ torch.linalg.pinv(powers)).tolist()
     return weights
 
@@ -38,8 +38,8 @@ def fourier_weights(history: int, delay: int) -> list[float]:
     Frequencies are multiples of 1 / history, so this is the history's periodic continuation: all weight lies on the
     gradient of ``history - (delay mod history)`` steps before, or on the last one.
     """
-    n = torch.arange(history, dtype=torch.float64)
-    frequencies = torch.fft.fftfreq(history, dtype=torch.float64)
+    n = torch.arange(history, dtype=torch.float64, device="cpu")
+    frequencies = torch.fft.fftfreq(history, dtype=torch.float64, device="cpu")
     weights: list[float] = (
         torch.cos(2.0 * torch.pi * torch.outer(history - 1 + delay - n, frequencies)).mean(1).tolist()
     )

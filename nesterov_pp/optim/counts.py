@@ -70,4 +70,4 @@ def to_tensors(state: Mapping[Any, dict[str, Any]]) -> None:
     for entry in state.values():
         for name in COUNTS:
             if isinstance(entry, dict) and isinstance(entry.get(name), int | float):
-                entry[name] = torch.tensor(float(entry[name]), dtype=default_dtype())
+                entry[name] = torch.tensor(float(entry[name]), dtype=default_dtype(), device="cpu")

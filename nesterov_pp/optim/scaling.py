@@ -45,4 +45,4 @@ def gradient_scale(
             raise FloatingPointError(f"{whose} is not finite; nothing has been updated")
     factor = 1.0 if limit is None else limit / (norm + 1e-6)
     # A norm that is NaN makes every gradient NaN, as in torch.
-    return scale if factor >= 1.0 else scale * factor, torch.tensor(norm, dtype=torch.float64)
+    return scale if factor >= 1.0 else scale * factor, torch.tensor(norm, dtype=torch.float64, device="cpu")

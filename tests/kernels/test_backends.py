@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from backends import BACKENDS, WHY_NOT
 from tolerances import ONE_STEP
 
 import nesterov_pp as npp
@@ -155,6 +156,18 @@ def test_operators_refuse_what_does_not_fit_and_write_nothing():
         with pytest.raises((ValueError, RuntimeError), match=sentence):
             torch.ops.nesterov_pp.step_(a["weights"], a["grads"], a["exp_avgs"], a["exp_avg_sqs"], coefficients, [0, 0])
         assert torch.equal(t["weights"][0], before)
+
+
+@pytest.mark.parametrize("backend", WHY_NOT)
+def test_the_numerical_tests_run_over_every_backend_that_is_here(backend):
+    if backend not in BACKENDS:
+        pytest.skip(f"no numerical test runs over {backend}: {WHY_NOT[backend]}")
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = npp.NAdam([p], backend=backend)
+    optimizer.step()
+    assert optimizer.backend == backend
+    assert p.is_cuda == (torch.cuda.is_available() and backend in ("triton", "cuda"))
 
 
 def test_auto_takes_the_fastest_backend_that_fits():

@@ -1,11 +1,16 @@
-"""The recipes' hyper-parameters against the paper's tables."""
+"""The recipes' hyper-parameters against the paper's tables; and what holds for all of them."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+import torch
+from torch.nn import functional as F
+from toy import microbatch, model
 
 from nesterov_pp.methods.rates import discount_by_delay
-from nesterov_pp.pipeline import Placement, find_recipe, recipes, register
+from nesterov_pp.pipeline import Placement, VirtualPipeline, find_recipe, recipes, register
 
 
 def test_the_list():
@@ -73,3 +78,14 @@ def test_overrides():
 def test_names_are_unique():
     with pytest.raises(ValueError, match="registered already"):
         register(find_recipe("nesterov"))
+
+
+@pytest.mark.parametrize("method", recipes())
+def test_the_default_device_does_not_matter(method):
+    def losses(default: contextlib.AbstractContextManager[object]) -> list[float]:
+        stages, data = model(3), [microbatch(m) for m in range(12)]
+        with default:
+            pipe = VirtualPipeline(stages, F.cross_entropy, method, 0.01)
+            return [float(pipe.step(*inputs)) for inputs in data]
+
+    assert losses(torch.device("meta")) == losses(contextlib.nullcontext())

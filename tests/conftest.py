@@ -1,0 +1,18 @@
+"""A test of a backend for devices makes its tensors on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from backends import DEVICE, ON_DEVICE, DrawnOnTheHost
+
+
+@pytest.fixture(autouse=True)
+def tensors_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    call = getattr(request.node, "callspec", None)
+    if call is None or call.params.get("backend") not in ON_DEVICE:
+        yield
+        return
+    with DEVICE, DrawnOnTheHost(DEVICE):
+        yield
