@@ -31,7 +31,8 @@ GRACE = 5.0  # seconds to say what was found so far, after the time limit
 TAIL = 20_000  # characters of a part's output that are kept
 SHOWN = 3_000  # characters of it that are printed
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-DEVICE_TESTS = ("tests/device*", "tests/cuda*", "tests/triton*")
+DEVICE_TESTS = ("tests/device", "tests/triton")
+NUMERICAL_TESTS = ("tests/kernels", "tests/optim", "tests/stash")
 BACKENDS = """
 from nesterov_pp.kernels import available_backends
 found = available_backends()
@@ -115,15 +116,16 @@ def write_json(path: Path, found: object) -> None:
 def parts(out: Path) -> list[Part]:
     """In the order of what would be missed most where the time does not suffice."""
     python = sys.executable
-    device_tests = [str(p.relative_to(ROOT)) for pattern in DEVICE_TESTS for p in sorted(ROOT.glob(pattern))]
-    other_tests = ["tests", *(f"--ignore={path}" for path in [*device_tests, *unimportable()])]
-    pytest = (python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
+    left_out = ("--ignore", *DEVICE_TESTS, *unimportable())
+    side_by_side = (python, "-m", "benchmarks.side_by_side")
+    pytest = ("-q", "--tb=short", "-p", "no:cacheprovider")
     step = (python, "-m", "benchmarks.profile_step", "--device", "cuda", "--backend", "all", "--clip", "1.0")
     counters = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all")
     metrics = ("--launch-count", "40", "--metrics", ",".join(METRICS))
 
-    def tests(name: str, paths: Sequence[str], limit: float) -> Part:
-        return Part(name, (*pytest, *paths), limit, headline=r"\d+ (passed|failed|error)")
+    def tests(name: str, paths: Sequence[str], limit: float, *options: str) -> Part:
+        command = (*side_by_side, *paths, "--", *pytest, *options)
+        return Part(name, command, limit, headline=r"\d+ (passed|failed|error)")
 
     def roofline(name: str, limit: float, *options: str) -> Part:
         result = out / f"gpu-{name}.json"
@@ -142,7 +144,8 @@ def parts(out: Path) -> list[Part]:
     return [
         Part("build", (python, "setup.py", "build_ext", "--inplace"), 170),
         Part("backends", (python, "-c", BACKENDS), 30, headline="available"),
-        tests("device-tests", device_tests or ["tests/device"], 120),
+        tests("device-tests", DEVICE_TESTS, 120),
+        tests("numerical-tests", [*NUMERICAL_TESTS, *left_out], 100, "-k", "cuda or triton"),
         roofline("roofline", 120, "--no-compile", "--workload", *large, *picture),
         roofline("microbenchmarks", 60, "--no-compile", "--workload", *small),
         sanitizer("memcheck"),
@@ -151,7 +154,7 @@ def parts(out: Path) -> list[Part]:
         Part("ncu", (*counters, *metrics, *step, "--steps", "1"), 60, tool="ncu", headline="gpu__time_duration"),
         # By itself, since compiling may take longer than all else.
         roofline("compiled", 150, "--rows", "compile", "--workload", "gpt2-small", "1b"),
-        tests("tests", other_tests, 200),
+        tests("tests", ["tests", *left_out], 200),
     ]
 
 

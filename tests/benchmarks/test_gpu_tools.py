@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_check, profile_step, roofline
+from benchmarks import gpu_check, profile_step, roofline, side_by_side
 from benchmarks import rows as lists_of_rows
 from benchmarks.gpu_check import FAILED, NOT_RUN, PASSED, Outcome, Part, Report, run_part
 
@@ -154,7 +154,7 @@ def test_parts_fit_together(tmp_path):
     assert len({part.name for part in parts}) == len(parts)
     assert gpu_check.SECONDS + gpu_check.GRACE < 9 * 60
     used = [module for part in parts for module in part.command if module.startswith("benchmarks.")]
-    assert {f"benchmarks.{tool.__name__.rpartition('.')[2]}" for tool in (roofline, profile_step)} == set(used)
+    assert {f"benchmarks.{tool.__name__.rpartition('.')[2]}" for tool in (roofline, profile_step, side_by_side)} == set(used)
 
 
 def test_the_toolkit_is_found_behind_a_script(tmp_path):
