@@ -3,7 +3,7 @@
 ``images``: a small residual network on pictures. ``continuation``: an encoder-decoder that continues a text.
 ``language``: the decoder-only model of ``train``. Each is cut into eight stages, and with ``--precision
 float32,bfloat16`` also trained in bfloat16 autocast. Every method has the same three learning rates for its kind of
-rule, and is judged by the best. Prints a table.
+rule: the first seed tries them all, the others run the best. Prints a table.
 """
 
 from __future__ import annotations
@@ -52,13 +52,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at its best learning rate, means over seeds; ``by_lr`` has the first number at each rate."""
+    """A method at its best learning rate.
+
+    Attributes:
+        found: what the task's judge says, means over seeds.
+        each: the first of these numbers for each seed.
+        by_lr: that of the first seed at each rate.
+        seconds: of a run, on average.
+    """
 
     method: str
     precision: str
     lr: float
     found: dict[str, float]
-    spread: float
+    each: list[float]
     by_lr: dict[str, float]
     seconds: float
 
@@ -81,38 +88,40 @@ def train(task: Task, method: str, lr: float, seed: int, microbatches: int, prec
 
 
 def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int) -> Row:
-    """One method, every rate and seed."""
+    """One method: every rate with the first seed, the best with the others."""
+    begin = time.perf_counter()
     adaptive = bool(getattr(find_recipe(method).rule, "_adaptive", True))
-    begin, runs = time.perf_counter(), {}
-    for lr in RATES[adaptive]:
-        pipes = (train(task, method, lr, seed, microbatches, precision) for seed in range(seeds))
-        runs[lr] = [task.judge(pipe) for pipe in pipes]
-    first = next(iter(runs[RATES[adaptive][0]][0]))
-    losses = {lr: fmean(one[first] for one in found) for lr, found in runs.items()}
-    best = min(losses, key=lambda lr: losses[lr] if math.isfinite(losses[lr]) else math.inf)
-    each = [one[first] for one in runs[best]]
+
+    def run(lr: float, seed: int) -> dict[str, float]:
+        return task.judge(train(task, method, lr, seed, microbatches, precision))
+
+    tried = {lr: run(lr, 0) for lr in RATES[adaptive]}
+    loss = next(iter(tried[RATES[adaptive][0]]))
+    best = min(tried, key=lambda lr: tried[lr][loss] if math.isfinite(tried[lr][loss]) else math.inf)
+    found = [tried[best], *(run(best, seed) for seed in range(1, seeds))]
     return Row(
         method=method,
         precision=precision,
         lr=best,
-        found={name: fmean(one[name] for one in runs[best]) for name in runs[best][0]},
-        spread=max(each) - min(each),
-        by_lr={f"{lr:g}": loss for lr, loss in losses.items()},
-        seconds=(time.perf_counter() - begin) / len(runs) / seeds,
+        found={name: fmean(one[name] for one in found) for name in found[0]},
+        each=[one[loss] for one in found],
+        by_lr={f"{lr:g}": one[loss] for lr, one in tried.items()},
+        seconds=(time.perf_counter() - begin) / (len(tried) + seeds - 1),
     )
 
 
 def heading(found: Sequence[str]) -> str:
     """Of the table."""
-    names = ["method", "precision", "lr", *found, "spread", "loss at each rate"]
-    return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "--:|---|"
+    names = ["method", "precision", "lr", *found, "loss of each seed", "first seed at each rate"]
+    return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "---|---|"
 
 
 def line(row: Row) -> str:
     """Of the table."""
-    each = ", ".join(f"{loss:.3f} ({lr})" for lr, loss in row.by_lr.items())
+    by_lr = ", ".join(f"{loss:.3f} ({lr})" for lr, loss in row.by_lr.items())
     found = [f"{value:.3f}" if name != "accuracy" else f"{100 * value:.1f} %" for name, value in row.found.items()]
-    cells = [row.method, row.precision, f"{row.lr:g}", *found, f"{row.spread:.3f}", each]
+    each = " ".join(f"{loss:.3f}" for loss in row.each)
+    cells = [row.method, row.precision, f"{row.lr:g}", *found, each, by_lr]
     return "| " + " | ".join(cells) + " |"
 
 

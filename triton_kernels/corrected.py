@@ -6,22 +6,20 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    _ALIGNED,
     _BESIDE,
-    _CHUNK,
     _EXP_AVG,
     _EXP_AVG_SQ,
     _GRAD,
     _MASTER,
     _MEAN,
-    _NUMEL,
-    _ROW,
     _SLOTS,
     _carry,
+    _coefficients,
     _load,
     _narrowed,
     _quotient,
     _root,
+    _span,
     _store,
     _word,
 )
@@ -94,17 +92,15 @@ def corrected_kernel(
 ):  # fmt: skip
     """A chunk of the step. ``rows``: float64, 17 words each; ``origin``: the slot that the gradients are of; KIND: of
     ``nesterov_pp.kernels.Kind``. The rest as for ``step_kernel``."""
-    word = tl.load(chunks + tl.program_id(0))
-    tensor = word >> 32
-    begin = (word & 0xFFFFFFFF) * _CHUNK
-    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
-    aligned = _word(table, tensors, _ALIGNED, tensor)
-    row = _word(table, tensors, _ROW, tensor)
+    tensor, begin, count, row, aligned = _span(table, chunks, tensors)
     old = _word(table, tensors, _SLOTS + source, tensor)
     new = _word(table, tensors, _SLOTS + target, tensor)
     if row < 0:
         if source != target:
             _carry(old.to(tl.pointer_type(W)) + begin, new.to(tl.pointer_type(W)) + begin, count, BLOCK)
+        return
+    r = rows + row * _ROW_WORDS
+    if tl.load(r + 9) == 0:
         return
     stepped = _word(table, tensors, _MASTER, tensor)
     beside = _word(table, tensors, _BESIDE, tensor)
@@ -121,19 +117,7 @@ def corrected_kernel(
     m = _word(table, tensors, _EXP_AVG, tensor).to(tl.pointer_type(M)) + begin
     v = _word(table, tensors, _EXP_AVG_SQ, tensor).to(tl.pointer_type(M)) + begin
     mean = _word(table, tensors, _MEAN, tensor).to(tl.pointer_type(M)) + begin
-    r = rows + row * _ROW_WORDS
-    grad_scale = tl.load(r)
-    if SCALED:
-        grad_scale = grad_scale * tl.load(factor)
-    g0 = grad_scale.to(T)
-    l2 = tl.load(r + 1).to(T)
-    b1 = tl.load(r + 2).to(T)
-    b2 = tl.load(r + 3).to(T)
-    decay = tl.load(r + 4).to(T)
-    c_grad = tl.load(r + 5).to(T)
-    c_momentum = tl.load(r + 6).to(T)
-    inv_bias2 = tl.load(r + 7).to(T)
-    eps = tl.load(r + 8).to(T)
+    g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps = _coefficients(r, factor, T, SCALED)
     strength = tl.load(r + 10).to(T)
     mean_complement = tl.load(r + 11).to(T)
     inv_bias = tl.load(r + 12).to(T)

@@ -34,6 +34,28 @@ def _word(table, tensors, column, tensor):
 
 
 @triton.jit
+def _span(table, chunks, tensors):
+    """Tensor, first element and number of elements of this program's chunk; and the tensor's row and alignment."""
+    word = tl.load(chunks + tl.program_id(0))
+    tensor = word >> 32
+    begin = (word & 0xFFFFFFFF) * _CHUNK
+    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
+    return tensor, begin, count, _word(table, tensors, _ROW, tensor), _word(table, tensors, _ALIGNED, tensor)
+
+
+@triton.jit
+def _coefficients(r, factor, T: tl.constexpr, SCALED: tl.constexpr):
+    """Those of a row, in the dtype to compute in."""
+    grad_scale = tl.load(r)
+    if SCALED:
+        grad_scale = grad_scale * tl.load(factor)
+    return (
+        grad_scale.to(T), tl.load(r + 1).to(T), tl.load(r + 2).to(T), tl.load(r + 3).to(T), tl.load(r + 4).to(T),
+        tl.load(r + 5).to(T), tl.load(r + 6).to(T), tl.load(r + 7).to(T), tl.load(r + 8).to(T),
+    )  # fmt: skip
+
+
+@triton.jit
 def _load(pointer, lanes, mask, FULL: tl.constexpr):
     if FULL:
         return tl.load(tl.multiple_of(pointer + lanes, 16))
@@ -147,12 +169,7 @@ def step_kernel(
     """A chunk of the step. ``table``, ``chunks``: int64; ``rows``: float64, 10 words each; ``factor``: float64, read if
     SCALED; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes of the
     weights computed with, of gradients and of moments; T: the dtype to compute in."""
-    word = tl.load(chunks + tl.program_id(0))
-    tensor = word >> 32
-    begin = (word & 0xFFFFFFFF) * _CHUNK
-    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
-    aligned = _word(table, tensors, _ALIGNED, tensor)
-    row = _word(table, tensors, _ROW, tensor)
+    tensor, begin, count, row, aligned = _span(table, chunks, tensors)
     old = _word(table, tensors, _SLOTS + source, tensor)
     new = _word(table, tensors, _SLOTS + target, tensor)
     if row < 0:
@@ -163,9 +180,6 @@ def step_kernel(
     step = tl.load(r + 9).to(tl.uint32)
     if step == 0:
         return
-    grad_scale = tl.load(r)
-    if SCALED:
-        grad_scale = grad_scale * tl.load(factor)
     if COPIES:
         w = _word(table, tensors, _MASTER, tensor).to(tl.pointer_type(W)) + begin
         out = w
@@ -180,15 +194,7 @@ def step_kernel(
     number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
     key0 = key0.to(tl.uint32)
     key1 = key1.to(tl.uint32)
-    g0 = grad_scale.to(T)
-    l2 = tl.load(r + 1).to(T)
-    b1 = tl.load(r + 2).to(T)
-    b2 = tl.load(r + 3).to(T)
-    decay = tl.load(r + 4).to(T)
-    c_grad = tl.load(r + 5).to(T)
-    c_momentum = tl.load(r + 6).to(T)
-    inv_bias2 = tl.load(r + 7).to(T)
-    eps = tl.load(r + 8).to(T)
+    g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps = _coefficients(r, factor, T, SCALED)
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
@@ -210,13 +216,9 @@ def step_kernel(
 @triton.jit(do_not_specialize=["tensors"])
 def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of squares of one chunk's gradients, 0 for a tensor without one, to ``partials`` (float64)."""
-    word = tl.load(chunks + tl.program_id(0))
-    tensor = word >> 32
-    begin = (word & 0xFFFFFFFF) * _CHUNK
-    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
-    if _word(table, tensors, _ROW, tensor) < 0:
+    tensor, begin, count, row, aligned = _span(table, chunks, tensors)
+    if row < 0:
         count = 0
-    aligned = _word(table, tensors, _ALIGNED, tensor)
     grad = _word(table, tensors, _GRAD, tensor).to(tl.pointer_type(G)) + begin
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], T)

@@ -57,25 +57,23 @@ class Launches:
                     self._corrected_step(group, rows, source, target, late, self.kind)
         self.scaling = None
 
+    def _given(self, group: Any, rows: Tensor, source: int, target: int) -> tuple[Any, ...]:
+        """What both steps take first."""
+        factor = rows if self.scaling is None else self.scaling[1:]
+        return group.table, group.chunks, rows, factor, group.tensors, source, target
+
     def _corrected_step(self, group: Any, rows: Tensor, source: int, target: int, late: int, kind: Kind) -> None:
         weight, _, moment = (_DTYPES[name] for name in group.dtypes)
-        scaling = self.scaling
         shape = CORRECTED_DOUBLE if weight == tl.float64 else STEP
         corrected.corrected_kernel[(group.chunks.numel(),)](
-            group.table,
-            group.chunks,
-            rows,
-            rows if scaling is None else scaling[1:],
-            group.tensors,
-            source,
-            target,
+            *self._given(group, rows, source, target),
             late,
             W=weight,
             M=moment,
             T=tl.float64 if weight == tl.float64 else tl.float32,
             KIND=int(kind),
             ADAPTIVE=self.adaptive,
-            SCALED=scaling is not None,
+            SCALED=self.scaling is not None,
             BLOCK=shape.block,
             num_warps=shape.warps,
             enable_fp_fusion=False,
@@ -83,15 +81,9 @@ class Launches:
 
     def _step(self, group: Any, rows: Tensor, source: int, target: int) -> None:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
-        key, scaling = self.seed or 0, self.scaling
+        key = self.seed or 0
         kernels.step_kernel[(group.chunks.numel(),)](
-            group.table,
-            group.chunks,
-            rows,
-            rows if scaling is None else scaling[1:],
-            group.tensors,
-            source,
-            target,
+            *self._given(group, rows, source, target),
             key & _WORD,
             key >> 32,
             W=weight,
@@ -101,7 +93,7 @@ class Launches:
             ADAPTIVE=self.adaptive,
             STOCHASTIC=self.seed is not None and tl.bfloat16 in (weight, moment),
             COPIES=weight != grad,
-            SCALED=scaling is not None,
+            SCALED=self.scaling is not None,
             BLOCK=STEP.block,
             num_warps=STEP.warps,
             enable_fp_fusion=False,

@@ -98,11 +98,10 @@ NPP_HD void corrected_step(const Launch& l, int64_t block, int64_t blocks, int64
       continue;
     }
     const double* r = l.rows + row * kCorrectedRowWords;
+    if (is_skipped(r)) continue;
+    const auto c = coefficients_of<T>(l, r);
     const double* x = r + kRowWords;
-    const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
-    const Coefficients<T> c =
-        Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();
-    const Correction<T> correction = Correction<double>{x[0], x[1], x[2], x[3], x[4], x[5], x[6]}.template as<T>();
+    const auto correction = Correction<double>{x[0], x[1], x[2], x[3], x[4], x[5], x[6]}.template as<T>();
     const auto p = corrected_pointers_of<P>(l, span);
     const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
     for (int64_t i = thread * N; i < whole; i += threads * N) corrected_elements<P, N>(p, i, c, correction);

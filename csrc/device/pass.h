@@ -100,6 +100,16 @@ NPP_HD void store(S* to, const Pack<S, N>& pack) {
 #endif
 }
 
+// The coefficients of a row in the dtype to compute in.
+template <class T>
+NPP_HD Coefficients<T> coefficients_of(const Launch& l, const double* r) {
+  const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
+  return Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();
+}
+
+// A step that the device found not to be taken.
+NPP_HD bool is_skipped(const double* r) { return r[kCoefficients] == 0; }
+
 template <class P>
 struct Pointers {
   const typename P::W* w;
@@ -223,10 +233,8 @@ NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread,
       continue;
     }
     const double* r = l.rows + row * kRowWords;
-    if (r[kCoefficients] == 0) continue;  // a step that the device found not to be taken
-    const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
-    const Coefficients<T> c =
-        Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();
+    if (is_skipped(r)) continue;
+    const auto c = coefficients_of<T>(l, r);
     const auto number = static_cast<unsigned int>(l.table.at(kNumber, span.tensor));
     const auto count_of_step = static_cast<unsigned int>(r[kCoefficients]);
     const auto p = pointers_of<P>(l, span);

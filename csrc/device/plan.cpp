@@ -112,11 +112,12 @@ void DevicePlan::pass(const std::vector<Row>& rows) {
 
 void DevicePlan::apply_rows(const at::Tensor& rows) {
   const auto n = static_cast<int64_t>(t_.names.size());
-  if (!collected_ || !t_.steps.empty() || t_.corrects)
+  const int words = t_.corrects ? kCorrectedRowWords : kRowWords;
+  if (!collected_ || !t_.steps.empty())
     fail("apply_rows() runs the step that collect() of a plan without counts has prepared");
   if (rows.device() != device_ || rows.scalar_type() != at::kDouble || !rows.is_contiguous() || rows.dim() != 2 ||
-      rows.size(0) != n || rows.size(1) != kRowWords)
-    fail("rows must be float64 of shape [", n, ", ", kRowWords, "] on ", device_, ", not ", rows.scalar_type(),
+      rows.size(0) != n || rows.size(1) != words)
+    fail("rows must be float64 of shape [", n, ", ", words, "] on ", device_, ", not ", rows.scalar_type(),
          " of shape ", rows.sizes(), " on ", rows.device());
   launch(rows);
   for (size_t i = 0; i < t_.names.size(); ++i) note_written(i);

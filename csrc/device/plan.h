@@ -28,8 +28,9 @@ class DevicePlan : public Plan {
   // Also sends what has changed in the tables. Does not wait for the device.
   std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
 
-  // Runs the step collected with `rows`, float64 of shape [parameters, device::kRowWords] on the device, of a plan
-  // whose caller counts. A row whose number of the step is 0 leaves its parameter as it is.
+  // Runs the step collected with `rows`, float64 of shape [parameters, device::kRowWords (kCorrectedRowWords where it
+  // corrects)] on the device, of a plan whose caller counts. A row whose number of the step is 0 leaves its parameter
+  // as it is.
   void apply_rows(const at::Tensor& rows);
 
   const std::vector<Group>& groups() const { return groups_; }

@@ -25,6 +25,8 @@ HAS_MEAN = (Kind.ADAPTIVE_DELAY_COMPENSATION, Kind.GAP, Kind.DISCREPANCY)
 class Correction(NamedTuple):
     """Scalars of one step, in double precision, in the order of ``Correction`` in ``csrc/update.h``.
 
+    Where steps are counted on the device, some are tensors of many.
+
     Around the update of ``Coefficients``, with the weights ``s`` that the gradient was computed with::
 
         g  = g + strength * g g (w - s)                                   delay compensation

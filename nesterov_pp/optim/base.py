@@ -125,8 +125,12 @@ class FusedOptimizer(Optimizer):
         if norm is not None:
             self.last_grad_norm = norm
         if prepared.device_counts is not None:
-            stepped, found_inf = prepared.stepped(grads_of), getattr(self, "found_inf", None)
-            on_device, count = prepared.device_counts.next_step(stepped, partial(self._row_of, scale=scale), found_inf)
+            on_device, count = prepared.device_counts.next_step(
+                prepared.stepped(grads_of),
+                partial(self._row_of, scale=scale),
+                self._correction_of if self.options.corrects else None,
+                getattr(self, "found_inf", None),
+            )
             prepared.masters.follow(source)
             prepared.plan.apply_rows(on_device)
             count()
@@ -139,7 +143,8 @@ class FusedOptimizer(Optimizer):
             prepared.masters.follow(source)
             if self.options.corrects:
                 pairs = zip(classes, rows, strict=True)
-                prepared.plan.apply(rows, products, [self._correction(c, row) for c, row in pairs])
+                corrections = [self._correction_of(group, int(steps) + 1, row) for (group, steps, _), row in pairs]
+                prepared.plan.apply(rows, products, corrections)
             else:
                 prepared.plan.apply(rows, products)
         prepared.masters.written(target)
@@ -211,11 +216,10 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"parameter group {index} cannot be stepped with {shown}; nothing has been updated")
         return row, product
 
-    def _correction(self, step_class: StepClass, row: Coefficients) -> Correction:
-        """The scalars of a class's correction; ``row`` has those of its rule."""
-        index, steps, _ = step_class
+    def _correction_of(self, index: int, t: Any, row: Coefficients) -> Correction:
+        """The scalars of a group's correction in step ``t`` (from 1); ``row`` has those of its rule."""
         group, options = self.param_groups[index], self.options
-        scalars = Correction() if options.correction is None else options.correction.scalars(int(steps) + 1)
+        scalars = Correction() if options.correction is None else options.correction.scalars(t)
         if options.prediction is None:
             return scalars
         ahead = options.prediction.scalars(row, float(group.get("horizon", 1.0)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from nesterov_pp.kernels import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
@@ -40,7 +43,7 @@ class DelayCompensation:
     def mean_name(self) -> str | None:
         return "exp_avg_grad_sq" if self.adaptive else None
 
-    def scalars(self, t: int) -> Correction:
+    def scalars(self, t: int | Tensor) -> Correction:
         return Correction(strength=self.strength, mean_complement=1.0 - self.decay, eps=1e-7)
 
 
@@ -69,8 +72,12 @@ class GapAware:
         _check("decay", self.decay, 0.0, 1.0)
         _check("eps", self.eps, 0.0, float("inf"))
 
-    def scalars(self, t: int) -> Correction:
-        inv_bias = 1.0 / (1.0 - self.decay ** (t - 1)) if t > 1 else 1.0
+    def scalars(self, t: int | Tensor) -> Correction:
+        inv_bias: Any
+        if isinstance(t, Tensor):
+            inv_bias = torch.where(t > 1, 1.0 / (1.0 - self.decay ** (t - 1)), 1.0)
+        else:
+            inv_bias = 1.0 / (1.0 - self.decay ** (t - 1)) if t > 1 else 1.0
         return Correction(mean_complement=1.0 - self.decay, inv_bias=inv_bias, eps=self.eps)
 
 

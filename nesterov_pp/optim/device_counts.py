@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import Coefficients
+from nesterov_pp.kernels import Coefficients, Correction
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import Options
 
 DEVICE_BACKENDS = ("cuda", "triton")
 
-CoefficientsOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
+RowOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
 """(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
+
+CorrectionOf = Callable[[int, Any, Coefficients], Correction]
+"""(group, steps from 1, coefficients) to the scalars of a correction."""
 
 
 class DeviceCounts:
@@ -37,13 +40,14 @@ class DeviceCounts:
 
     @torch.no_grad()
     def next_step(
-        self, stepped: list[bool], coefficients: CoefficientsOf, found_inf: Tensor | None
+        self, stepped: list[bool], row_of: RowOf, correction_of: CorrectionOf | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Callable[[], None]]:
         """The next step of the parameters ``stepped``, which is none if ``found_inf`` is above 0.
 
         Returns:
-            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step;
-            and what counts the step, to be called once it is launched. Nothing waits for the device.
+            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step,
+            and with ``correction_of`` 7 scalars more; and what counts the step, to be called once it is launched.
+            Nothing waits for the device.
         """
         if stepped != self._stepped:
             self._members = self._by_group(stepped)
@@ -52,13 +56,16 @@ class DeviceCounts:
         taken = torch.ones((), dtype=torch.float64, device=device)
         if found_inf is not None:
             taken = (found_inf.reshape(()).to(device) <= 0).double()
-        rows = torch.zeros(len(self._groups), len(Coefficients._fields) + 1, dtype=torch.float64, device=device)
+        words = len(Coefficients._fields) + 1 + (0 if correction_of is None else len(Correction._fields))
+        rows = torch.zeros(len(self._groups), words, dtype=torch.float64, device=device)
         products = []
         for group, members in self._members.items():
             number = self._steps[members].double() + 1
             product = 1.0 if self._mu_products is None else self._mu_products[members].double()
-            row, product = coefficients(group, number, product)
-            rows[members] = torch.stack([*(_filled(c, number) for c in row), number * taken], dim=1)
+            row, product = row_of(group, number, product)
+            correction = () if correction_of is None else correction_of(group, number, row)
+            columns = [*row, number * taken, *correction]
+            rows[members] = torch.stack([_filled(value, number) for value in columns], dim=1)
             products.append((members, product))
         return rows, partial(self._count, taken, products)
 
@@ -82,8 +89,6 @@ def needs_host(options: Options, parameters: Sequence[Tensor]) -> str | None:
     """What makes a step count on the host, or None."""
     if options.on_nonfinite == "raise":
         return "on_nonfinite='raise'"
-    if options.corrects:
-        return "a correction or a prediction"
     return "a DTensor parameter" if any(map(is_dtensor, parameters)) else None
 
 

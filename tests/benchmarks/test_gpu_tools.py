@@ -154,7 +154,9 @@ def test_parts_fit_together(tmp_path):
     assert len({part.name for part in parts}) == len(parts)
     assert gpu_check.SECONDS + gpu_check.GRACE < 9 * 60
     used = [module for part in parts for module in part.command if module.startswith("benchmarks.")]
-    assert {f"benchmarks.{tool.__name__.rpartition('.')[2]}" for tool in (roofline, profile_step, side_by_side)} == set(used)
+    assert {f"benchmarks.{tool.__name__.rpartition('.')[2]}" for tool in (roofline, profile_step, side_by_side)} == set(
+        used
+    )
 
 
 def test_the_toolkit_is_found_behind_a_script(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,24 @@ def test_text_through_an_encoder_decoder_and_in_two_precisions(
         for row in rows:
             assert row["found"]["loss"] == min(row["by_lr"].values())
         assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 2
+
+
+def test_the_first_seed_tries_every_rate_and_the_others_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[float, int]] = []
+
+    def trained(task: tasks.Task, method: str, lr: float, seed: int, *_: object) -> int:
+        runs.append((lr, seed))
+        return len(runs)
+
+    losses = {1: 2.0, 2: math.nan, 3: 1.0, 4: 4.0, 5: 7.0}
+    judged = SimpleNamespace(judge=lambda run: {"loss": losses[run], "accuracy": losses[run] / 10})
+    monkeypatch.setattr(tasks, "train", trained)
+    row = tasks.compare(judged, "nesterov", "float32", 3, 10)
+    low, middle, high = tasks.RATES[True]
+    assert runs == [(low, 0), (middle, 0), (high, 0), (high, 1), (high, 2)]
+    assert (row.lr, row.each) == (high, [1.0, 4.0, 7.0])
+    assert row.found == pytest.approx({"loss": 4.0, "accuracy": 0.4})
+    assert list(row.by_lr) == [f"{lr:g}" for lr in tasks.RATES[True]]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nesterov_pp as npp
+from nesterov_pp.optim import GapAware
 from tests.device.devices import BACKENDS, DEVICE, GPU, needs, skip_without_any, values
 from tests.tolerances import MANY_STEPS
 
@@ -203,8 +204,8 @@ def test_a_launch_that_fails_is_not_counted(backend, monkeypatch):
 
 
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
-@pytest.mark.parametrize("versions", [1, 3])
-def test_replays_of_captured_steps_are_steps(versions, backend):
+@pytest.mark.parametrize(("versions", "options"), [(1, {}), (3, {}), (3, {"correction": GapAware()})], ids=str)
+def test_replays_of_captured_steps_are_steps(versions, options, backend):
     """One graph for every slot of the ring, replayed in turn, with a learning rate that changes."""
     ends = []
     for captured in (True, False):
@@ -213,7 +214,7 @@ def test_replays_of_captured_steps_are_steps(versions, backend):
         stash = npp.WeightStash(module, versions=versions) if versions > 1 else None
         rate = torch.tensor(1e-2, device="cuda")
         optimizer = npp.NAdam(
-            module.parameters(), lr=rate, backend=backend, stash=stash, capturable=True, max_grad_norm=1.0
+            module.parameters(), lr=rate, backend=backend, stash=stash, capturable=True, max_grad_norm=1.0, **options
         )
         inputs = torch.randn(8, 70, device="cuda")
 

@@ -9,6 +9,7 @@ from corrected import CASES, RULES, run
 import nesterov_pp as npp
 from nesterov_pp.optim import GapAware
 from tests.device.devices import BACKENDS, DEVICE, needs, skip_without_any
+from tests.tolerances import MANY_STEPS
 
 skip_without_any()
 LISTED = [1, 3, 64, 1000, 2500]
@@ -74,12 +75,13 @@ def test_parameters_without_a_gradient_are_carried_and_clipping_goes_with_correc
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # the norm is summed in another order
 
 
-def test_counts_on_the_device_are_refused(backend):
-    module = torch.nn.Linear(2, 2).to(DEVICE)
-    stash = npp.WeightStash(module, 2)
-    optimizer = npp.NAdam(module.parameters(), stash=stash, correction=GapAware(), backend=backend, capturable=True)
-    for p in stash.parameters(0).values():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="a correction or a prediction cannot go with capturable=True"):
-        optimizer.step()
-    assert stash.newest == 0
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rule", RULES)
+def test_counting_on_the_device_changes_nothing(rule, case, backend):
+    ours, counted = run(rule, {**CASES[case], "capturable": True}, backend, torch.float32, sizes=LISTED, device=DEVICE)
+    theirs, _ = run(rule, CASES[case], backend, torch.float32, sizes=LISTED, device=DEVICE)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **MANY_STEPS[torch.float32])
+    for p in counted.param_groups[0]["params"]:
+        assert float(counted.state[p]["step"]) == 6
+        assert counted.state[p]["step"].device == p.device
