@@ -300,12 +300,18 @@ def driver() -> str:
 
 
 def environment_for_parts(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same with the toolkit's folder in CUDA_HOME, where torch's extension builder looks, and its tools in PATH."""
+    """The same with what the parts need to find.
+
+    This tree in PYTHONPATH, since nothing is installed; the toolkit's folder in CUDA_HOME, where torch's extension
+    builder looks, and its tools in PATH.
+    """
+
+    def added(name: str, folder: Path) -> str:
+        return os.pathsep.join(filter(None, [environment.get(name), str(folder)]))
+
+    found = {**environment, "PYTHONPATH": added("PYTHONPATH", ROOT)}
     home = toolkit(environment)
-    if home is None:
-        return dict(environment)
-    path = os.pathsep.join(filter(None, [environment.get("PATH"), str(home / "bin")]))
-    return {**environment, "CUDA_HOME": str(home), "PATH": path}
+    return found if home is None else {**found, "CUDA_HOME": str(home), "PATH": added("PATH", home / "bin")}
 
 
 def machine(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -63,6 +63,12 @@ BAD = [
     ("train --autocast float8", "argument --autocast: needs one of bfloat16, not 'float8'"),
     ("train --recompute maybe", "argument --recompute: needs yes or no, not 'maybe'"),
     ("train --method nesterov-no-stash --recompute", "activations of older weights, which cannot be recomputed"),
+    ("train --device gpu", "argument --device: needs one of cpu, cuda, not 'gpu'"),
+    *(
+        []
+        if torch.cuda.is_available()
+        else [("train --device cuda", "--device cuda needs a GPU, and torch finds none")]
+    ),
     ("train --backend gpu", "argument --backend: needs one of auto, "),
     ("train --backend cuda --data text.txt", "backend 'cuda' cannot be used: "),
     ("train --stag 4", "unrecognized arguments: --stag"),

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 from nesterov_pp.kernels import BACKENDS
 from nesterov_pp.pipeline import Recipe, find_recipe
 
@@ -119,6 +121,7 @@ class Config:
     timeout: float = _option(60.0, _positive, "seconds that processes wait for each other before they give up")
     recompute: bool = _option(False, _yes_or_no, "run a stage's forward again before its backward, to save memory")
     autocast: str | None = _option(None, _choice("bfloat16"), "compute in this dtype, with float32 weights")
+    device: str = _option("cpu", _choice("cpu", "cuda"), "where the model is; a virtual pipeline fits on one GPU")
     backend: str = _option("auto", _choice(*BACKENDS), "backend of the optimizer step")
 
     @property
@@ -144,6 +147,8 @@ class Config:
             self.recipe.check_forward(recompute=self.recompute, autocast=self.autocast is not None)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a GPU, and torch finds none; leave it out to train on the CPU")
         if self.layers < self.stages:
             raise UserError(
                 f"{self.layers} layers cannot fill {self.stages} stages; use --layers of at least {self.stages}, "

@@ -111,10 +111,13 @@ class VirtualDriver:
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         if config.replicas > 1:
             raise UserError("--replicas needs several processes; start them with torchrun")
-        self._batch = batch
-        self.pipe = refusals_explained(
-            lambda: VirtualPipeline(stage_modules(config, vocabulary), next_token_loss, **pipeline_options(config))
-        )
+        self._batch, self._device = batch, torch.device(config.device)
+
+        def pipeline() -> VirtualPipeline:
+            stages = [stage.to(self._device) for stage in stage_modules(config, vocabulary)]
+            return VirtualPipeline(stages, next_token_loss, **pipeline_options(config))
+
+        self.pipe = refusals_explained(pipeline)
         self.delays = self.pipe.delays
         self._diagnostics = None if config.diagnostics is None else Diagnostics(self.pipe, config.diagnostics)
 
@@ -135,17 +138,17 @@ class VirtualDriver:
 
     def step(self, lr: float) -> float:
         self.pipe.lr = lr
-        return float(self.pipe.step(*self._batch(self.pipe.microbatches)))
+        return float(self.pipe.step(*self._on_device(self._batch(self.pipe.microbatches))))
 
     def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        return mean([float(self.pipe.evaluate(*batch)) for batch in batches])
+        return mean([float(self.pipe.evaluate(*self._on_device(batch))) for batch in batches])
 
     def observe(self) -> list[tuple[int, float]]:
         return [] if self._diagnostics is None else self._diagnostics.observe()
 
     def predict(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.pipe.predict(tokens)
-        return logits
+        logits: Tensor = self.pipe.predict(tokens.to(self._device))
+        return logits.cpu()
 
     def stopping(self, stop: StopRequest, updates: int) -> bool:
         return stop.received is not None
@@ -167,6 +170,10 @@ class VirtualDriver:
 
     def command(self, out: Path) -> str:
         return f"python -m nesterov_pp train --resume --out {out}"
+
+    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return inputs.to(self._device), targets.to(self._device)
 
 
 def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
