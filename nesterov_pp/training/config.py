@@ -106,6 +106,9 @@ class Config:
     dropout: float = _option(0.0, _probability, "dropout probability")
     lr: float = _option(1e-3, _positive, "peak learning rate")
     warmup: int = _option(100, _whole(0), "microbatches of linear warm-up, before the cosine to a tenth")
+    delays: str | None = _option(
+        None, str, "other delays than the method's: 3,2,1,0 or uniform:0-4 or geometric:2.5 or trace:FILE, ..."
+    )
     flush_every: int | None = _option(None, _whole(1), "drain the pipeline every so many updates; default: never")
     max_grad_norm: float | None = _option(None, _positive, "clip each stage's gradient norm; default: no clipping")
     eval_every: int = _option(100, _whole(1), "microbatches between validations")

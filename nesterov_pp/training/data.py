@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def read_text(data: str | None) -> Text:
     """
     if data is None:
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [p for p in _files(root) if p.suffix == ".py" and not _NOT_CORPUS & set(p.relative_to(root).parts)]
+        paths = [p for p in _files(root, _NOT_CORPUS) if p.suffix == ".py"]
         if len(paths) < 2:
             raise UserError(f"this Python has no standard library source in {root}; give a text with --data")
         return _split_by_file(f"the Python {platform.python_version()} standard library", root, paths)
@@ -115,13 +115,13 @@ def read_text(data: str | None) -> Text:
     return _split_one(str(path), content)
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Regular files below ``root`` in an order that does not depend on the file system."""
+def _files(root: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
+    """Regular files below ``root`` in an order that does not depend on the file system, without the names left out."""
     for folder, folders, names in os.walk(root, onerror=_refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in left_out)
         for name in sorted(names):
             path = Path(folder) / name
-            if not name.startswith(".") and path.is_file():
+            if not name.startswith(".") and name not in left_out and path.is_file():
                 yield path
 
 

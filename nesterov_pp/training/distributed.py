@@ -89,6 +89,8 @@ class StageDriver:
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         if config.diagnostics is not None:
             raise UserError("--diagnostics looks at all stages, so it needs them in one process; leave torchrun out")
+        if config.delays is not None:
+            raise UserError("--delays are those of a virtual pipeline, in one process; leave torchrun out, or --delays")
         if config.device != "cpu":
             raise UserError(f"--device {config.device} trains in one process; leave torchrun out, or --device")
         self._every = config.checkpoint_every

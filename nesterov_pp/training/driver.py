@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.pipeline import Delays, VirtualPipeline
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError
+from nesterov_pp.training.delay_words import read_delays
 from nesterov_pp.training.diagnostics import Diagnostics
 from nesterov_pp.training.model import build_stages, next_token_loss
 from nesterov_pp.training.signals import StopRequest
@@ -115,7 +116,7 @@ class VirtualDriver:
 
         def pipeline() -> VirtualPipeline:
             stages = [stage.to(self._device) for stage in stage_modules(config, vocabulary)]
-            return VirtualPipeline(stages, next_token_loss, **pipeline_options(config))
+            return VirtualPipeline(stages, next_token_loss, delays=_delays(config), **pipeline_options(config))
 
         self.pipe = refusals_explained(pipeline)
         self.delays = self.pipe.delays
@@ -188,6 +189,16 @@ def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
         dropout=config.dropout,
         seed=config.seed,
     )
+
+
+def _delays(config: Config) -> Delays | None:
+    if config.delays is None:
+        return None
+    k = config.microbatches_per_update
+    try:
+        return read_delays(config.delays, config.recipe, config.stages, k, config.seed)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def pipeline_options(config: Config) -> dict[str, Any]:
