@@ -26,34 +26,42 @@ from setuptools import Extension, find_packages, setup
 EXTENSION = "nesterov_pp._C"
 
 
-def toolkit() -> Path | None:
-    """The folder of the CUDA toolkit. ``nvcc`` on the path may be a script that calls one elsewhere."""
+def toolkits() -> list[Path]:
+    """The folders of CUDA toolkits. ``nvcc`` on the path may be a script that calls one elsewhere."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
         top = re.search(r"TOP=(\S+)", plan.stderr + plan.stdout)
         candidates += [top.group(1) if top else None, str(Path(nvcc).resolve().parents[1])]
-    candidates.append("/usr/local/cuda")
-    for folder in filter(None, candidates):
-        if (Path(folder) / "include" / "cuda_runtime.h").exists() and (Path(folder) / "bin" / "nvcc").exists():
-            return Path(folder).resolve()
-    return None
+    candidates += ["/usr/local/cuda", *sorted(glob("/usr/local/cuda-*"), reverse=True)]
+    folders = dict.fromkeys(Path(folder).resolve() for folder in candidates if folder)
+    return [f for f in folders if (f / "include" / "cuda_runtime.h").exists() and (f / "bin" / "nvcc").exists()]
+
+
+def release(home: Path) -> tuple[int, int]:
+    """Major and minor version of a toolkit."""
+    said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def cuda() -> Path | None:
     """The toolkit to build the CUDA kernels with; None, after a line that says why, for an extension without them."""
-    wanted = os.environ.get("NPP_CUDA", "")
-    found = toolkit() if wanted != "0" else None
-    if torch.version.cuda is not None and found is not None:
-        return found
-    why = (
-        "NPP_CUDA=0"
-        if wanted == "0"
-        else f"torch {torch.__version__} has no CUDA"
-        if torch.version.cuda is None
-        else "no CUDA toolkit was found (CUDA_HOME, nvcc)"
-    )
+    wanted, built_with = os.environ.get("NPP_CUDA", ""), torch.version.cuda
+    if wanted == "0":
+        why = "NPP_CUDA=0"
+    elif built_with is None:
+        why = f"torch {torch.__version__} has no CUDA"
+    else:
+        found = {home: release(home) for home in toolkits()}
+        fitting = [home for home, version in found.items() if version[0] == int(built_with.split(".")[0])]
+        if fitting:
+            return fitting[0]
+        why = "no CUDA toolkit was found (CUDA_HOME, nvcc)"
+        if found:
+            home, (major, minor) = next(iter(found.items()))
+            why = f"torch {torch.__version__} is of CUDA {built_with}, and the toolkit in {home} of {major}.{minor}"
     if wanted == "1":
         sys.exit(f"nesterov_pp cannot be built with CUDA, as NPP_CUDA=1 asks: {why}")
     print(f"nesterov_pp is built without CUDA kernels: {why}", file=sys.stderr)
@@ -62,10 +70,7 @@ def cuda() -> Path | None:
 
 def architectures(home: Path) -> str:
     """Where no GPU is visible: one of each generation, and code that newer ones can compile."""
-    version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", version)
-    recent = release is not None and (int(release.group(1)), int(release.group(2))) >= (12, 8)
-    return "8.0;9.0;10.0+PTX" if recent else "8.0;9.0+PTX"
+    return "8.0;9.0;10.0+PTX" if release(home) >= (12, 8) else "8.0;9.0+PTX"
 
 
 CUDA = cuda()

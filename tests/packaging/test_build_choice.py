@@ -45,3 +45,37 @@ def test_a_torch_without_cuda_is_one_line_or_an_error_where_cuda_is_asked_for():
     assert said(done) == [
         f"nesterov_pp cannot be built with CUDA, as NPP_CUDA=1 asks: torch {torch.__version__} has no CUDA"
     ]
+
+
+# A torch that says it has CUDA chooses; nothing is built.
+CHOOSING = """
+import runpy, sys, torch
+torch.version.cuda = "1.0"
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+
+
+def test_a_toolkit_of_another_generation_than_torchs_is_one_line(tmp_path):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    (tmp_path / "bin").mkdir()
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    for wanted, begin in (
+        ("", "is built without CUDA kernels: "),
+        ("1", "cannot be built with CUDA, as NPP_CUDA=1 asks: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", CHOOSING],
+            cwd=ROOT,
+            env={**environment, "NPP_CUDA": wanted},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        why = f"torch {torch.__version__} is of CUDA 1.0, and the toolkit in {tmp_path} of 13.0"
+        assert said(done) == [f"nesterov_pp {begin}{why}"]
+        assert done.returncode == (wanted == "1")
