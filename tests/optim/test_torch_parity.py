@@ -325,7 +325,6 @@ def test_a_load_hook_may_prepare_a_state_that_would_be_refused(name):
     optimizer.load_state_dict(saved)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11 says so to whoever profiles
 @pytest.mark.parametrize("name", ALL)
 def test_the_profiler_shows_steps_and_zero_grads(name):
     ps = parameters()
