@@ -1,7 +1,7 @@
 """Writes the measured tables of the README and of docs/ from the committed results.
 
-``python -m benchmarks.tables``; with ``--demo runs/demo`` or ``--small runs/small`` the results of that demo, or of
-``make compare-small``, are taken over first.
+``python -m benchmarks.tables``; with ``--demo runs/demo``, ``--small runs/small`` or ``--long runs/long`` the results
+of that demo, of ``make compare-small``, or of a longer comparison, are taken over first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from nesterov_pp.training.comparison import markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY = "cpu-summary.json"
+TAKEN = {
+    "demo": ("cpu-demo.json", "demo.png"),
+    "small": ("compare-small.json", "compare-small.png"),
+    "long": ("compare-long.json", "compare-long.png"),
+}
+"""Finished comparisons by the flag that names their folder: their files in the results and in docs/."""
 
 
 def record(folder: Path, results: str, plot: str) -> None:
@@ -36,7 +42,7 @@ def record(folder: Path, results: str, plot: str) -> None:
         f"{config['stages']} stages, {config['layers']} layers of width {config['width']}, "
         f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "
         + ("" if several else f"lr {config['lr']:g}; ")
-        + f"{processor()}, two runs at a time on one thread each, torch {torch.__version__}:"
+        + f"{processor()}, one thread a run, torch {torch.__version__}:"
     )
     found["commit"] = commit()
     (RESULTS / results).write_text(json.dumps(found, indent=1) + "\n")
@@ -77,7 +83,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def sections() -> dict[str, dict[str, str]]:
     """The generated parts of each page by the name of their markers."""
-    made = {"small": ("compare-small.json", ranking)}
+    made = {name: (TAKEN[name][0], ranking) for name in ("small", "long")}
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
     return {"README.md": readme_sections(), "docs/methods.md": methods}
@@ -88,7 +94,7 @@ def readme_sections() -> dict[str, str]:
     steps = [
         step_table(_load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
     ]
-    parts = {"demo": demo_table(_load("cpu-demo.json")), "step": "\n\n".join(steps)}
+    parts = {"demo": demo_table(_load(TAKEN["demo"][0])), "step": "\n\n".join(steps)}
     if (RESULTS / SUMMARY).exists():
         parts["summary"] = summary_table(_load(SUMMARY))
     return parts
@@ -106,13 +112,11 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
-    parser.add_argument("--demo", type=Path, metavar="DIR", help="a finished demo to take over")
-    parser.add_argument("--small", type=Path, metavar="DIR", help="a finished `make compare-small` to take over")
-    options = parser.parse_args(arguments)
-    if options.demo is not None:
-        record(options.demo, "cpu-demo.json", "demo.png")
-    if options.small is not None:
-        record(options.small, "compare-small.json", "compare-small.png")
+    for name in TAKEN:
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="a finished comparison to take over")
+    for name, folder in vars(parser.parse_args(arguments)).items():
+        if folder is not None:
+            record(folder, *TAKEN[name])
     for name, parts in sections().items():
         path = ROOT / name
         path.write_text(fill(path.read_text(), parts))
