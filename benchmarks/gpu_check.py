@@ -33,8 +33,11 @@ SHOWN = 3_000  # characters of it that are printed
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 DEVICE_TESTS = ("tests/device", "tests/triton")
 NUMERICAL_TESTS = ("tests/kernels", "tests/optim", "tests/stash")
-COMMANDS = ("tests/test_cli.py", "tests/training", "tests/planning/test_command.py", "tests/analysis/test_command.py")
-"""Tests of the commands, which print with rich."""
+NEEDED = {
+    "rich": ("tests/test_cli.py", "tests/training", "tests/planning/test_command.py", "tests/analysis/test_command.py"),
+    "scipy": ("tests/analysis/test_sdde.py", "tests/analysis/test_random_delays.py"),
+}
+"""What test files need that they do not import themselves: the commands print with rich."""
 BACKENDS = """
 from nesterov_pp.kernels import available_backends
 found = available_backends()
@@ -164,7 +167,7 @@ def unimportable(root: Path = ROOT) -> dict[str, str]:
     """Test files, and folders of them, that need what is not installed here, with its name: pytest would stop there."""
     files = sorted((root / "tests").rglob("*.py"))
     own = {f.stem for f in files} | {"benchmarks", "nesterov_pp", "setup"}
-    found = {} if importlib.util.find_spec("rich") else dict.fromkeys(COMMANDS, "rich")
+    found = {path: name for name, paths in NEEDED.items() for path in paths if importlib.util.find_spec(name) is None}
     for file in files:
         names = re.findall(r"^(?:from|import) ([A-Za-z_]\w*)", file.read_text(), re.MULTILINE)
         missing = [name for name in names if name not in own and importlib.util.find_spec(name) is None]
