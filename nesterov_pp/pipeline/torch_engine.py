@@ -93,7 +93,9 @@ class TorchStage:
         self._stage.clear_runtime_states()
         for kind, infos in (("inputs", self._stage.args_recv_info), ("gradients", self._stage.grad_recv_info)):
             self._metas[kind] = [
-                None if info.is_root_arg or info.buffer is None else torch.empty_like(info.buffer, device="meta")
+                None
+                if not _is_received(info) or info.buffer is None
+                else torch.empty_like(info.buffer, device="meta", requires_grad=info.buffer.requires_grad)
                 for info in infos.get(0, ())
             ]
             for chunk in infos:
@@ -118,7 +120,7 @@ class TorchStage:
             Exception: what the module raised.
         """
         try:
-            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, save_forward_output=False)
+            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, save_forward_output=False)
         except RuntimeError as error:
             raise error.__cause__ or error from None
 
@@ -145,13 +147,18 @@ class TorchStage:
     def _allocate(self, kind: str, infos: tuple[Any, ...]) -> None:
         for info, meta in zip(infos, self._metas[kind], strict=False):
             if meta is not None:
-                info.buffer = torch.empty_like(meta, device=self._stage.device)
+                info.buffer = torch.empty_like(meta, device=self._stage.device, requires_grad=meta.requires_grad)
 
     @staticmethod
     def _drop(infos: tuple[Any, ...]) -> None:
         for info in infos:
-            if not info.is_root_arg:
+            if _is_received(info):
                 info.buffer = None
+
+
+def _is_received(info: Any) -> bool:
+    """And not an input of the whole model, which has a class of its own in torch 2.11."""
+    return not getattr(info, "is_root_arg", not hasattr(info, "buffer"))
 
 
 def _messages(operations: list[dist.P2POp]) -> Messages:
