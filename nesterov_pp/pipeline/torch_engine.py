@@ -2,7 +2,7 @@
 
 The only module that uses names that torch keeps to itself: ``PipelineScheduleSingle._initialize_stage`` (shapes and
 dtypes of what stages exchange, agreed on by running one microbatch), and the entries of ``args_recv_info`` and
-``grad_recv_info``. Tested with torch 2.13.
+``grad_recv_info``. Tested with torch 2.13 and 2.11.
 
 Microbatch ``m`` is torch's chunk ``m % chunks``: every table by chunk in ``PipelineStage`` is a dict whose entries
 leave it again, so a few chunk numbers serve a run of any length. Each message is received into memory of its own:
@@ -84,9 +84,21 @@ class TorchStage:
         self._metas: dict[str, list[Tensor | None]] = {}
 
     def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
-        """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged."""
+        """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged.
+
+        Raises:
+            ValueError: other than floating-point tensors are to be exchanged, and this torch cannot.
+        """
         buffers = [(b, b.clone()) for b in self._module.buffers()]
-        self._schedule.prepare(inputs, targets)
+        try:
+            self._schedule.prepare(inputs, targets)
+        except RuntimeError as error:
+            if "only Tensors of floating point" not in str(error):
+                raise
+            raise ValueError(
+                f"between stages torch {torch.__version__} carries floating-point tensors only; "
+                "use torch 2.13, or carry the others as such"
+            ) from None
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -34,6 +34,8 @@ PLAYED = {
 }
 """Scenarios by the number of processes."""
 
+CARRIES_INTEGERS = torch.__version__ >= (2, 12)
+
 WORKER = Path(__file__).parents[1] / "pipeline_worker.py"
 
 
@@ -59,7 +61,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.fixture(scope="module")
 def of_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shapes")
-    run(3, folder, SHAPES)
+    run(3, folder, [name for name in SHAPES if name != "tuples" or CARRIES_INTEGERS])
     return folder
 
 
@@ -97,6 +99,8 @@ def test_equals_the_virtual_pipeline(outcomes: Callable[[int], Path], stages: in
 def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
     """Several tensors between stages, a stage without trainable parameters, bfloat16, an ``nn.Sequential`` cut here."""
     stages, folder = 3, of_shapes
+    if name == "tuples" and not CARRIES_INTEGERS:
+        pytest.skip(f"torch {torch.__version__} carries floating-point tensors only between stages")
     found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
     if name == "by-time":  # where it was cut depends on the machine
         assert all(torch.equal(f["outputs"], found[0]["outputs"]) for f in found)
