@@ -1,7 +1,7 @@
 """Writes the measured tables of the README and of docs/ from the committed results.
 
-``python -m benchmarks.tables``; with ``--demo runs/demo``, ``--small runs/small`` or ``--long runs/long`` the results
-of that demo, of ``make compare-small``, or of a longer comparison, are taken over first.
+``python -m benchmarks.tables``; with ``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR`` the
+results of that demo, of ``make compare-small``, of a longer comparison, or of one by depth, are taken over first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import tasks
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
 from benchmarks.summary import table as summary_table
-from nesterov_pp.training.comparison import markdown
+from nesterov_pp.training.comparison import depth_markdown, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +29,7 @@ TAKEN = {
     "demo": ("cpu-demo.json", "demo.png"),
     "small": ("compare-small.json", "compare-small.png"),
     "long": ("compare-long.json", "compare-long.png"),
+    "depth": ("compare-depth.json", "compare-depth.png"),
 }
 """Finished comparisons by the flag that names their folder: their files in the results and in docs/."""
 
@@ -36,10 +37,12 @@ TAKEN = {
 def record(folder: Path, results: str, plot: str) -> None:
     """Keep a finished comparison's table and plot, with the machine they were measured on."""
     found = json.loads((folder / "compare.json").read_text())
-    config = json.loads(next(folder.rglob("config.json")).read_text())["config"]
+    configs = [json.loads(path.read_text())["config"] for path in folder.rglob("config.json")]
+    config, depths = configs[0], {config["stages"] for config in configs}
     several = any(len(row.get("by_lr", ())) > 1 for row in found["methods"])
     found["conditions"] = (
-        f"{config['stages']} stages, {config['layers']} layers of width {config['width']}, "
+        (f"{config['stages']} stages, " if len(depths) == 1 else "")
+        + f"{config['layers']} layers of width {config['width']}, "
         f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "
         + ("" if several else f"lr {config['lr']:g}; ")
         + f"{processor()}, one thread a run, torch {torch.__version__}:"
@@ -69,6 +72,14 @@ def ranking(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def depth_table(found: dict[str, Any]) -> str:
+    """Final losses against the number of stages."""
+    by_depth: dict[int, list[dict[str, Any]]] = {}
+    for row in found["methods"]:
+        by_depth.setdefault(row["stages"], []).append(row)
+    return f"{found['conditions']}\n\n{depth_markdown(by_depth)}".rstrip()
+
+
 def task_table(found: dict[str, Any]) -> str:
     """What ``benchmarks.tasks`` prints."""
     rows = [tasks.Row(**row) for row in found["rows"]]
@@ -84,6 +95,7 @@ def _load(name: str) -> dict[str, Any]:
 def sections() -> dict[str, dict[str, str]]:
     """The generated parts of each page by the name of their markers."""
     made = {name: (TAKEN[name][0], ranking) for name in ("small", "long")}
+    made["depth"] = (TAKEN["depth"][0], depth_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
     return {"README.md": readme_sections(), "docs/methods.md": methods}
