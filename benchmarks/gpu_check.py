@@ -216,6 +216,8 @@ def _wait(part: Part, limit: float, environment: Mapping[str, str], output: int)
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # Ignored in a shell's background jobs, and so in all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         return process.wait(limit)

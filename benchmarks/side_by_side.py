@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ def run(files: Sequence[Path], options: Sequence[str], processes: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     at = list(arguments).index("--") if "--" in arguments else len(arguments)
     own, options = arguments[:at], arguments[at + 1 :]
     cores = len(os.sched_getaffinity(0))
