@@ -120,6 +120,9 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
         _part(world)
     except BaseException as error:
         world.tell(" ".join(str(error).split()) or type(error).__name__)
+        if not isinstance(error, PipelineError):  # a lost neighbour would be waited for
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
