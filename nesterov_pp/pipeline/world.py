@@ -89,6 +89,14 @@ class World:
             raise PipelineError(f"process {self.rank} stopped while {act}, because elsewhere {why}") from error
 
 
+# Leaving the group, also after an error
+#
+# A collective of gloo runs on a thread of the group, which wakes the caller first and lets go of the caller's tensors
+# afterwards, and for that it takes the interpreter's lock. A process that has ended its interpreter by then aborts
+# (status -6, "terminate called without an active exception") instead of ending with its own status. Destroying the
+# group waits for that thread. NCCL has no such thread, and would wait for a lost neighbour's part of its operations.
+
+
 @contextmanager
 def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[World]:
     """Meet the other processes that ``torchrun`` has started, and part from them at the end of the block.
@@ -110,8 +118,9 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
     store = _store(rank, size, timeout)
     store = PrefixStore(f"nesterov_pp/{_meet(store, rank, size, timeout)}", store)
     wait = timedelta(seconds=timeout)
+    backend = backend or _backend()
     try:
-        dist.init_process_group(backend or _backend(), store=store, rank=rank, world_size=size, timeout=wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:
         raise PipelineError(f"process {rank} could not reach all of the {size} processes: {_first(error)}") from error
     world = World(rank, size, timeout, store)
@@ -120,7 +129,7 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
         _part(world)
     except BaseException as error:
         world.tell(" ".join(str(error).split()) or type(error).__name__)
-        if not isinstance(error, PipelineError):  # a lost neighbour would be waited for
+        if "nccl" not in backend or not isinstance(error, PipelineError):
             with suppress(RuntimeError):
                 dist.destroy_process_group()
         raise

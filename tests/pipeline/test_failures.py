@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 
@@ -14,6 +15,7 @@ from nesterov_pp.pipeline import PipelineError
 from nesterov_pp.pipeline.world import World, _meet, connect
 
 WORKER = str(ROOT / "tests" / "pipeline_failures.py")
+ENDINGS = str(ROOT / "tests" / "endings_worker.py")
 
 
 def raised(outputs: list[tuple[int, str]], rank: int) -> str:
@@ -44,6 +46,13 @@ def test_a_dead_neighbour_is_noticed_at_once() -> None:
         line = raised(outputs, rank)
         assert re.search(r"stage [02] lost stage 1 when it was to .*: that process has ended", line)
         assert float(line.split("[")[1].split()[0]) < 10.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are put last in Linux's way")
+@pytest.mark.parametrize("pairs", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_process_ends_with_its_own_status_however_late_its_threads_are(pairs: int) -> None:
+    ((status, output),) = finish(start([ENDINGS, str(pairs)], 1), timeout=120)
+    assert (status, output.splitlines()) == (0, ["2 2"] * pairs)
 
 
 def test_a_hanging_neighbour_is_noticed_in_time() -> None:
