@@ -75,8 +75,8 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
  public:
   using Function = std::function<void(at::Tensor rows, size_t source, size_t target, size_t late)>;
 
-  CallingPlan(Tensors tensors, std::optional<uint64_t> seed, Function launch)
-      : DevicePlan(std::move(tensors), seed), launch_(std::move(launch)) {}
+  CallingPlan(Tensors tensors, std::optional<uint64_t> seed, Function launch, std::function<bool()> captures)
+      : DevicePlan(std::move(tensors), seed), launch_(std::move(launch)), captures_(std::move(captures)) {}
 
   std::vector<Launch> launches() const {
     std::vector<Launch> found;
@@ -89,10 +89,12 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
   }
 
  protected:
+  bool captures() const override { return captures_(); }
   void launch(const at::Tensor& rows) override { launch_(rows, from(), to(), late()); }
 
  private:
   Function launch_;
+  std::function<bool()> captures_;
 };
 
 }  // namespace
@@ -156,9 +158,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("tensors", &Launch::tensors)
       .def_readonly("dtypes", &Launch::dtypes, "of the weights computed with, the gradients and the moments");
 
-  py::class_<CallingPlan, Plan>(m, "DevicePlan", "A plan whose pass is `launch(rows, source, target, late)`.")
-      .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function>(), py::arg("tensors"), py::arg("seed"),
-           py::arg("launch"))
+  py::class_<CallingPlan, Plan>(
+      m, "DevicePlan", "A plan whose pass is `launch(rows, source, target, late)`, in a graph if `captures()`.")
+      .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function, std::function<bool()>>(),
+           py::arg("tensors"), py::arg("seed"), py::arg("launch"), py::arg("captures"))
       .def("apply_rows", &CallingPlan::apply_rows, py::arg("rows"))
       .def("launches", &CallingPlan::launches);
 

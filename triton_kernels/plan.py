@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nesterov_pp.kernels import extension
+from nesterov_pp.kernels.capture import captures
 from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.plan import StepClass, Tensors
@@ -154,14 +155,15 @@ class TritonPlan:
         # The plan keeps the launches and not the other way round: C++ holds no reference back to Python's plan.
         self._launches = Launches(seed, tensors.kind if tensors.corrects else None)
         self._plan = module.DevicePlan(
-            tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step
+            tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step, captures=captures
         )
-        self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         self._launches.adaptive = bool(tensors.exp_avg_sqs)
 
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
         self._launches.scaling = None
         classes: list[StepClass] = self._plan.collect(grads_of, source, target)
+        # Anew, for a step that is captured in a graph has tables of its own.
+        self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         return classes
 
     def gradient_norm(self) -> float:

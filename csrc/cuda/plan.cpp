@@ -31,6 +31,15 @@ std::vector<StepClass> CudaPlan::collect(size_t grads_of, size_t from, size_t to
   return DevicePlan::collect(grads_of, from, to);
 }
 
+bool CudaPlan::captures() const {
+  auto status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(device_.index()), &status);
+  if (error != cudaSuccess)
+    throw std::runtime_error("nesterov_pp: " + device_.str() +
+                             " does not say whether it captures a graph: " + cudaGetErrorString(error));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 at::Tensor CudaPlan::reduce(double scale, double limit, const float* grad_scale, bool with_norm) const {
   const c10::cuda::OptionalCUDAGuard guard(device_);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index());

@@ -24,6 +24,7 @@ class CudaPlan : public device::DevicePlan {
                                   const std::optional<at::Tensor>& grad_scale);
 
  protected:
+  bool captures() const override;
   void launch(const at::Tensor& rows) override;
 
  private:

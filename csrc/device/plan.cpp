@@ -49,25 +49,53 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
               std::move(members),
               std::move(host),
               {},
+              {},
+              {},
               send(chunks.data(), static_cast<int64_t>(chunks.size()), at::kLong),
               chunk_count_};
   const auto words = static_cast<int64_t>(group.host.all().size());
-  group.table = at::empty({words}, at::device(device_).dtype(at::kLong));
+  group.table = group.kept = at::empty({words}, at::device(device_).dtype(at::kLong));
+  if (t_.steps.empty())  // else no graph can count
+    for (size_t s = 0; s < t_.slots.size(); ++s) group.unused.push_back(staging(words, at::kLong));
   chunk_count_ += static_cast<int64_t>(chunks.size());
   return group;
 }
 
 std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t to) {
   auto classes = Plan::collect(grads_of, from, to);
+  const bool in_graph = captures();
   for (Group& group : groups_) {
     for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), tasks_[group.members[k]]);
-    const auto begin = static_cast<int64_t>(group.host.begin()), end = static_cast<int64_t>(group.host.end());
-    if (begin == end) continue;
-    const at::Tensor staged = stage(group.host.all().data() + begin, end - begin, at::kLong);
-    group.table.narrow(0, begin, end - begin).copy_(staged, /*non_blocking=*/true);
-    group.host.sent();
+    if (in_graph) {
+      group.table = table_of_graph(group);
+    } else {
+      send_changes(group);
+      group.table = group.kept;
+    }
   }
   return classes;
+}
+
+void DevicePlan::send_changes(Group& group) const {
+  const auto begin = static_cast<int64_t>(group.host.begin()), end = static_cast<int64_t>(group.host.end());
+  if (begin == end) return;
+  const at::Tensor staged = staging(end - begin, at::kLong);
+  std::memcpy(staged.mutable_data_ptr(), group.host.all().data() + begin, staged.nbytes());
+  group.kept.narrow(0, begin, end - begin).copy_(staged, /*non_blocking=*/true);
+  group.host.sent();
+}
+
+at::Tensor DevicePlan::table_of_graph(Group& group) {
+  const auto& words = group.host.all();
+  const auto count = static_cast<int64_t>(words.size());
+  if (group.unused.empty()) group.unused.push_back(staging(count, at::kLong));
+  const at::Tensor staged = group.unused.back();
+  std::memcpy(staged.mutable_data_ptr(), words.data(), staged.nbytes());
+  at::Tensor table = at::empty({count}, group.kept.options());
+  table.copy_(staged, /*non_blocking=*/true);
+  of_graphs_.push_back(staged);
+  group.unused.pop_back();
+  return table;
 }
 
 void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
@@ -125,15 +153,15 @@ void DevicePlan::apply_rows(const at::Tensor& rows) {
 }
 
 at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dtype) const {
-  return stage(values, count, dtype).to(device_, /*non_blocking=*/true);
+  const at::Tensor staged = staging(count, dtype);
+  if (count > 0) std::memcpy(staged.mutable_data_ptr(), values, staged.nbytes());
+  return staged.to(device_, /*non_blocking=*/true);
 }
 
-at::Tensor DevicePlan::stage(const void* values, int64_t count, at::ScalarType dtype) const {
+at::Tensor DevicePlan::staging(int64_t count, at::ScalarType dtype) const {
   // The allocator of pinned memory waits for copies that were started from a block before it gives the block away
   // again.
-  const at::Tensor staged = at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(device_.is_cuda()));
-  if (count > 0) std::memcpy(staged.mutable_data_ptr(), values, static_cast<size_t>(staged.nbytes()));
-  return staged;
+  return at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(device_.is_cuda()));
 }
 
 }  // namespace nesterov_pp::device

@@ -11,14 +11,23 @@
 
 namespace nesterov_pp::device {
 
+// [note: a graph's own tables]
+// A step that is captured in a graph runs later, as often as the graph is replayed, between other steps whose gradients
+// lie elsewhere. So it takes no part in the tables that stay: it fills tables of its own, whole, from memory of the
+// host that nothing else writes to for as long as the plan lives. That memory is pinned before any capture, one piece
+// for each slot of the ring, since the allocator of pinned memory waits for events, which a capture forbids; torch 2.11
+// and later allow more pieces.
+
 // The tensors of one launch: those that agree in dtypes.
 struct Group {
   Dtypes dtypes;
   std::vector<size_t> members;  // numbers of items
   HostTable host;
-  at::Tensor table;     // int64, the words of table.h on the device
-  at::Tensor chunks;    // int64
-  int64_t first_chunk;  // of this group among the chunks of all
+  at::Tensor kept;                 // int64, the words of table.h on the device, as `host` has sent them
+  at::Tensor table;                // what the step collected reads: `kept`, or a graph's own
+  std::vector<at::Tensor> unused;  // memory of the host for the words of graphs
+  at::Tensor chunks;               // int64
+  int64_t first_chunk;             // of this group among the chunks of all
 };
 
 class DevicePlan : public Plan {
@@ -45,20 +54,26 @@ class DevicePlan : public Plan {
  protected:
   void pass(const std::vector<Row>& rows) override;
 
+  // Whether what is launched now is captured in a graph instead of run.
+  virtual bool captures() const { return false; }
+
   // Starts the pass with rows on the device, each the coefficients, the number of the step, and what corrects it.
   virtual void launch(const at::Tensor& rows) = 0;
 
   // Values on the device, copied there without waiting.
   at::Tensor send(const void* values, int64_t count, at::ScalarType dtype) const;
 
-  // Values in memory of the host that a device copies from without waiting.
-  at::Tensor stage(const void* values, int64_t count, at::ScalarType dtype) const;
+  // Memory of the host that the device copies from without waiting.
+  at::Tensor staging(int64_t count, at::ScalarType dtype) const;
 
  private:
   Group make_group(Dtypes dtypes, std::vector<size_t> members);
   void enter(Group& group, int64_t k, const cpu::Task& task);
+  void send_changes(Group& group) const;
+  at::Tensor table_of_graph(Group& group);
 
   std::vector<Group> groups_;
+  std::vector<at::Tensor> of_graphs_;  // what their replays copy from
   int64_t chunk_count_ = 0;
 };
 

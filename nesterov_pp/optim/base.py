@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
 from nesterov_pp.optim import checkpoint, counts
-from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, check_capturable, needs_host
+from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, check_capturable, check_not_captured, needs_host
 from nesterov_pp.optim.fresh import follow_layouts, fresh_state
 from nesterov_pp.optim.local import local
 from nesterov_pp.optim.options import Options
@@ -116,6 +116,8 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         if self._capturable():
             check_capturable(self.param_groups, self.options, self.backend, has_mu_product=self._has_mu_product)
+        else:
+            check_not_captured(type(self).__name__)
         grads_of, source, target = slots
         prepared, classes = self._collect(slots)
         if prepared.device_counts is None and self._overflowed():

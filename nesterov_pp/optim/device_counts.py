@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import Coefficients, Correction
+from nesterov_pp.kernels.capture import captures
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import Options
 
@@ -115,6 +116,19 @@ def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend
         named = "params, mu_products" if has_mu_product else "params"
         raise AssertionError(f"If capturable=True, {named} and state_steps must be on supported devices: {supported}.")
     raise RuntimeError(f"capturable=True needs the cuda or triton backend, not {backend!r}")
+
+
+def check_not_captured(optimizer: str) -> None:
+    """Refuse to be captured in a graph with counts on the host, which no replay would move, in torch's words.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
+    if captures():
+        raise RuntimeError(
+            f"Attempting CUDA graph capture of step() for an instance of {optimizer} but param_groups' capturable is "
+            "False."
+        )
 
 
 def _filled(value: float | Tensor, like: Tensor) -> Tensor:

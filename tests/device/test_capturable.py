@@ -203,6 +203,47 @@ def test_a_launch_that_fails_is_not_counted(backend, monkeypatch):
         assert all(torch.equal(value, state[i][name]) for name, value in entry.items())
 
 
+def test_steps_that_are_captured_have_tables_of_their_own(monkeypatch):
+    """More of them than memory was pinned for; as an interpreter runs them at once, between other steps."""
+    needs("triton")
+    if GPU:
+        pytest.skip("a GPU captures graphs, which the next tests replay")
+    ours, optimizer = made(npp.NAdam, "triton", capturable=True, max_grad_norm=1.0)
+    theirs, judge = made(npp.NAdam, "triton", capturable=False, max_grad_norm=1.0)
+    kept, stays = [], None
+    for step, captured in enumerate([False, True, True, False, True, False]):
+        for ps in (ours, theirs):
+            give_gradients(ps, step)
+            kept.extend(p.grad for p in ps)  # the next ones lie elsewhere
+        before = None if stays is None else stays.clone()
+        with monkeypatch.context() as capturing:
+            capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+            capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
+            optimizer.step()
+        judge.step()
+        table = optimizer._prepared.plan._plan.launches()[0].table
+        if captured:
+            assert torch.equal(stays, before)
+            assert not torch.equal(stays, table)
+        else:
+            assert stays is None or table.data_ptr() == stays.data_ptr()
+            stays = table
+    assert_same(ours, theirs, optimizer, judge, CLOSE)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_step_that_counts_on_the_host_is_not_captured(kind, backend, monkeypatch):
+    ps, optimizer = made(kind, backend, capturable=False)
+    give_gradients(ps, 0)
+    before = [p.detach().clone() for p in ps]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    sentence = f"graph capture of step.. for an instance of {kind.__name__} but param_groups' capturable is False"
+    with pytest.raises(RuntimeError, match=sentence):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+
+
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 @pytest.mark.parametrize(("versions", "options"), [(1, {}), (3, {}), (3, {"correction": GapAware()})], ids=str)
 def test_replays_of_captured_steps_are_steps(versions, options, backend):
@@ -236,6 +277,43 @@ def test_replays_of_captured_steps_are_steps(versions, options, backend):
         for step in range(4 * versions):
             rate.fill_(1e-2 / (step + 1))
             graphs[step % versions].replay() if captured else update()
+        torch.cuda.synchronize()
+        ends.append([p.detach().clone() for p in module.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
+def test_replays_and_other_steps_do_not_disturb_each_other(backend):
+    """Gradients of a step that is not captured lie elsewhere than those of a graph, and two graphs' differ too."""
+    ends = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(70, 330), nn.LayerNorm(330), nn.Linear(330, 5)).cuda()
+        optimizer = npp.NAdam(module.parameters(), lr=1e-2, backend=backend, capturable=True, max_grad_norm=1.0)
+        inputs = torch.randn(8, 70, device="cuda")
+
+        def update(optimizer=optimizer, module=module, inputs=inputs) -> None:
+            optimizer.zero_grad()
+            module(inputs).square().mean().backward()
+            optimizer.step()
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            update()
+        torch.cuda.synchronize()
+        graphs = []
+        for _ in range(3 if captured else 0):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                update()
+        kept = []
+        for number in (0, None, 1, 0, None, None, 2, 2, None, 1):
+            if number is None or not captured:
+                update()
+                kept.append([p.grad for p in module.parameters()])  # the next ones lie elsewhere
+            else:
+                graphs[number].replay()
         torch.cuda.synchronize()
         ends.append([p.detach().clone() for p in module.parameters()])
     for a, b in zip(*ends, strict=True):

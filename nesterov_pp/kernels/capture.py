@@ -1,0 +1,10 @@
+"""Whether work is captured in a CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+
+
+def captures() -> bool:
+    """Whether what is launched now on the current stream is captured instead of run. Starts no CUDA context."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
