@@ -7,4 +7,4 @@ import torch
 
 def captures() -> bool:
     """Whether what is launched now on the current stream is captured instead of run. Starts no CUDA context."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
