@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
+from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.stash import gathers_itself
 
 BUCKET_BYTES = 25 * 2**20
@@ -18,7 +18,7 @@ BUCKET_BYTES = 25 * 2**20
 
 def check_shards(module: nn.Module) -> None:
     """Raises: ValueError: the stage has DTensor parameters that are not those of ``fully_shard``."""
-    if not gathers_itself(module) and any(isinstance(p, DTensor) for p in module.parameters()):
+    if not gathers_itself(module) and any(map(is_dtensor, module.parameters())):
         raise ValueError(
             "a stage with DTensor parameters that are not from fully_shard cannot be in an AsyncPipeline, where the "
             "replicas of a stage work on different microbatches; use fully_shard or plain parameters"
@@ -40,7 +40,7 @@ class GradientAverage:
     ) -> None:
         self._group = group
         self._replicas = dist.get_world_size(group)
-        self._leaves = [[p for p in slot if not isinstance(p, DTensor)] for slot in leaves]
+        self._leaves = [[p for p in slot if not is_dtensor(p)] for slot in leaves]
         self._buckets = _buckets(self._leaves[0], bucket_bytes)
         self._slot, self._next = -1, 0
         self._missing: list[set[int]] = []

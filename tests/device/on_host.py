@@ -21,15 +21,17 @@ I64, F64 = ctypes.c_int64, ctypes.c_double
 
 
 @cache
-def library(folder: str) -> ctypes.CDLL:
-    """Compiles ``host.cpp`` into ``folder``; raises ``FileNotFoundError`` where there is no compiler."""
-    target = Path(folder) / "host.so"
+def library(folder: Path) -> ctypes.CDLL:
+    """Compiles ``host.cpp`` into ``folder`` if need be; raises ``FileNotFoundError`` where there is no compiler."""
+    target = folder / "host.so"
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
     source = Path(__file__).with_name("host.cpp")
-    subprocess.run(
-        [os.environ.get("CXX", "c++"), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True
-    )
+    if not target.exists():
+        made = target.with_suffix(".tmp")
+        command = [os.environ.get("CXX", "c++"), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(made)]
+        subprocess.run(command, check=True)
+        made.replace(target)
     found = ctypes.CDLL(str(target))
     for name, result in {
         "chunk_elements": I64,

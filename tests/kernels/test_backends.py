@@ -197,3 +197,11 @@ def test_a_step_on_the_cpu_imports_no_kernels_for_devices():
         "npp.NAdam([p]).step(); sys.exit('nesterov_pp.triton_kernels' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_import_leaves_slow_modules_to_those_who_use_them():
+    """It takes hardly longer than torch's own; the first optimizer of torch imports its compiler in any case."""
+    slow = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.pipelining", "sympy", "scipy", "triton"}
+    code = f"import sys, nesterov_pp.training.distributed, nesterov_pp.cli; sys.exit(str({slow} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stderr.strip() == "set()"

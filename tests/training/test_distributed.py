@@ -104,16 +104,22 @@ def undisturbed(run: list[str], folder: Path, *more: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["nesterov", pytest.param("nesterov-no-stash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [
+        ("nesterov", [60]),
+        *(pytest.param(m, [30, 100], marks=pytest.mark.slow) for m in ("nesterov", "nesterov-no-stash")),
+    ],
+)
 def test_killed_processes_come_back_and_nothing_changes(
-    run: list[str], tmp_path: Path, launch: Launch, method: str
+    run: list[str], tmp_path: Path, launch: Launch, method: str, kills: list[int]
 ) -> None:
     """A checkpoint after every update, so that most kills arrive while one is being written."""
     draw = random.Random(3)
     more = ["--microbatches", "180", "--method", method]
     out = tmp_path / "run"
     process = launch(*run, *more, "--checkpoint-every", "1", "--out", str(out), restarts=2)
-    for microbatch in (30, 100):
+    for microbatch in kills:
         wait_for(process, out, microbatch)
         time.sleep(draw.uniform(0.0, 0.05))
         kill(draw.choice(workers(process)))
