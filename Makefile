@@ -57,7 +57,7 @@ test: check ## make check and the tests
 test-all: check ## make check and all tests, the slow ones and those of other frameworks too
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "" $(INTERPRETED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
 check: setup ## format, lint and types

@@ -14,6 +14,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = ["triton", "cuda"] if GPU else ["triton"]
 SIZES = [0, 1, 3, 64, 1000, 4096, 16384, 17_001]
+SMALL = [0, 1, 3, 64, 1000, 130, 5, 1025]  # where what is tested does not lie in the chunks
 
 
 def skip_without_any() -> None:

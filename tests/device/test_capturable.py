@@ -11,7 +11,7 @@ from torch import nn
 
 import nesterov_pp as npp
 from nesterov_pp.optim import GapAware
-from tests.device.devices import BACKENDS, DEVICE, GPU, needs, skip_without_any, values
+from tests.device.devices import BACKENDS, DEVICE, GPU, SMALL, needs, skip_without_any, values
 from tests.tolerances import MANY_STEPS
 
 skip_without_any()
@@ -26,13 +26,13 @@ def backend(request) -> str:
 
 
 def made(kind: Any, backend: str, *, capturable: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    ps = [nn.Parameter(w.to(DEVICE)) for w in values(dtype)]
+    ps = [nn.Parameter(w.to(DEVICE)) for w in values(dtype, SMALL)]
     groups = [{"params": ps[:4]}, {"params": ps[4:], "lr": 3e-3, "weight_decay": 0.1}]
     return ps, kind(groups, lr=1e-2, backend=backend, capturable=capturable, **options)
 
 
 def give_gradients(ps: list[nn.Parameter], step: int, missing: set[tuple[int, int]] = frozenset()) -> None:  # type: ignore[assignment]
-    for i, (p, g) in enumerate(zip(ps, values(p_dtype(ps), seed=step + 1), strict=True)):
+    for i, (p, g) in enumerate(zip(ps, values(p_dtype(ps), SMALL, seed=step + 1), strict=True)):
         p.grad = None if (i, step) in missing else g.to(DEVICE)
 
 

@@ -76,7 +76,9 @@ def test_parameters_without_a_gradient_are_carried_and_clipping_goes_with_correc
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", ["NAdam", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule != "NAdam")]
+)
 def test_counting_on_the_device_changes_nothing(rule, case, backend):
     ours, counted = run(rule, {**CASES[case], "capturable": True}, backend, torch.float32, sizes=LISTED, device=DEVICE)
     theirs, _ = run(rule, CASES[case], backend, torch.float32, sizes=LISTED, device=DEVICE)

@@ -71,7 +71,7 @@ SYNCHRONOUS = ["gpipe", "gpipe-1"]
 
 
 @pytest.mark.usefixtures("float64_scalars")
-@pytest.mark.parametrize("stages", [1, 2, 4, 8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [1, 2, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 @pytest.mark.parametrize(
     "method", ["nesterov", "pipedream", *(pytest.param(m, marks=pytest.mark.slow) for m in SYNCHRONOUS)]
 )

@@ -41,7 +41,7 @@ def test_without_delay_the_losses_do_not_change(text_file: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "method",
-    ["nesterov", "xpipe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "pipemare"))],
+    ["nesterov", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare"))],
 )
 def test_into_the_stages_of_several_processes(
     text_file: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]

@@ -36,7 +36,9 @@ def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.slow)]
+)
 def test_a_stopped_process_says_how_to_go_on_and_does(
     tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path, number: int, word: str
 ) -> None:
