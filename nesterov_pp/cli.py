@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import torch
-
 import nesterov_pp
-from nesterov_pp.kernels import available_backends, extension
 from nesterov_pp.methods.costs import delays_taken, extra_versions, of_step
 from nesterov_pp.pipeline import recipes
 
@@ -312,36 +308,6 @@ def _methods(_: dict[str, Any]) -> None:
 
 
 def _info(_: dict[str, Any]) -> None:
-    _require("rich")
-    from rich.table import Table
+    from nesterov_pp.info import info
 
-    from nesterov_pp.training.report import make_console
-
-    module, _reason = extension.load()
-    console = make_console()
-    rows = {
-        "nesterov_pp": nesterov_pp.__version__,
-        "torch": torch.__version__,
-        "Python": f"{platform.python_version()} ({sys.executable})",
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
-        "compiled extension": str(module.__file__) if module is not None else "none",
-        "instruction set": f"{module.isa()} (of {', '.join(module.isas())})" if module is not None else "none",
-    }
-    table = Table(title="Versions", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-    table = Table(title="Backends of the optimizer step")
-    for heading in ("Backend", "Available", "Why"):
-        table.add_column(heading, overflow="fold")
-    for name, reason in available_backends().items():
-        table.add_row(name, "yes" if reason is None else "no", reason or _WHAT[name])
-    console.print(table)
-
-
-_WHAT = {
-    "cuda": "one launch for all tensors of a device and dtype",
-    "triton": "the same pass in Triton",
-    "cpu": "C++ on the CPU: float32, float64, bfloat16, float16",
-    "reference": "plain torch: every device and dtype",
-}
+    print(info())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import nesterov_pp
+from nesterov_pp import kernels
 from nesterov_pp.cli import COMPARED, PRESETS, main
 from nesterov_pp.kernels import available_backends
 from nesterov_pp.pipeline import recipes
@@ -215,9 +216,37 @@ def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFi
     for part in (nesterov_pp.__version__, torch.__version__, f"{sys.version_info.major}.{sys.version_info.minor}"):
         assert part in printed
     for name, reason in available_backends().items():
-        (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
-        assert ("no" if reason else "yes") in line
-        assert reason is None or reason.split()[0] in line
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+        assert line.split(maxsplit=2)[1] == ("no" if reason else "yes")
+        assert reason is None or line.endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ([], "takes cpu on the CPU, cuda on a GPU"),
+        (["cuda"], "takes cpu on the CPU, triton on a GPU"),
+        (["cuda", "triton"], "takes cpu on the CPU, reference on a GPU"),
+        (["cuda", "triton", "cpu"], "takes reference on the CPU, reference on a GPU"),
+    ],
+)
+def test_info_says_what_auto_takes(
+    missing: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "_unavailable", lambda name: "not here" if name in missing else None)
+    monkeypatch.setattr("nesterov_pp.info.gpus", lambda: ["some GPU (sm_90, 139 GiB)"])
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert "some GPU (sm_90, 139 GiB)" in printed
+    assert all(f"  {name:<11}no   not here" in printed for name in missing)
+
+
+def test_info_needs_nothing_but_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("rich", "matplotlib", "scipy", "numpy"):
+        monkeypatch.setitem(sys.modules, name, None)  # then an import fails
+    assert main(["info"]) == 0
+    assert "backend=" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "StepClass",
     "Tensors",
+    "automatic_backend",
     "available_backends",
     "choose_backend",
     "make_plan",
@@ -44,6 +45,16 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None where it can be used and else the reason why not."""
     return {name: _unavailable(name) for name in BACKENDS if name != "auto"}
+
+
+def automatic_backend(device: str) -> str:
+    """What "auto" takes for plain tensors on "cpu" or "cuda": the fastest backend that can be used here."""
+    return next((name for name in _candidates(device) if _unavailable(name) is None), "reference")
+
+
+def _candidates(device: str) -> list[str]:
+    """The backends for a device, fastest first."""
+    return ["cpu"] if device == "cpu" else ["cuda", "triton"]
 
 
 def _unavailable(backend: str) -> str | None:
@@ -127,7 +138,7 @@ def choose_backend(
         return requested
     candidates = [requested]
     if requested == "auto":
-        candidates = ["cpu"] if all(t.device.type == "cpu" for t in tensors) else ["cuda", "triton"]
+        candidates = _candidates("cpu" if all(t.device.type == "cpu" for t in tensors) else "cuda")
     refusals = {}
     for name in candidates:
         refusal = f"it does not have {only_reference}" if only_reference else _refusal(name, tensors)
