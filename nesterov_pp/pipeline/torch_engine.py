@@ -1,8 +1,8 @@
 """A stage of ``torch.distributed.pipelining`` that a schedule without an end can drive.
 
 The only module that uses names that torch keeps to itself: ``PipelineScheduleSingle._initialize_stage`` (shapes and
-dtypes of what stages exchange, agreed on by running one microbatch), and the entries of ``args_recv_info`` and
-``grad_recv_info``. Tested with torch 2.13 and 2.11.
+dtypes of what stages exchange, agreed on by running one microbatch), ``PipelineStage._get_init_p2p_neighbors_ops``, and
+the entries of ``args_recv_info`` and ``grad_recv_info``. Tested with torch 2.13, 2.11 and 2.9.
 
 Microbatch ``m`` is torch's chunk ``m % chunks``: every table by chunk in ``PipelineStage`` is a dict whose entries
 leave it again, so a few chunk numbers serve a run of any length. Each message is received into memory of its own:
@@ -41,6 +41,13 @@ class _Unending(PipelineScheduleSingle):
         )
 
 
+class _Stage(PipelineStage):
+    """Without a first exchange between neighbours where gloo needs none: torch 2.9 sends more than it receives."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return super()._get_init_p2p_neighbors_ops() if "nccl" in dist.get_backend(self.group) else []
+
+
 class _Whole(nn.Module):
     """Hides from ``PipelineStage`` that a stage is sharded: it would leave reducing the gradients to its schedule."""
 
@@ -75,13 +82,15 @@ class TorchStage:
         loss_fn: Callable[[Any, Any], Tensor],
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.chunks = chunks
+        self.chunks = max(chunks, stages)  # torch 2.9 and 2.10 want no fewer
         self._module = module
-        self._stage = PipelineStage(
+        self._stage = _Stage(
             _Whole(module) if isinstance(module, FSDPModule) else module, stage, stages, device, group=group
         )
-        self._schedule = _Unending(self._stage, n_microbatches=chunks, loss_fn=loss_fn, scale_grads=False)
+        self._schedule = _Unending(self._stage, n_microbatches=self.chunks, loss_fn=loss_fn, scale_grads=False)
         self._metas: dict[str, list[Tensor | None]] = {}
+        known = inspect.signature(self._stage.forward_one_chunk).parameters
+        self._forgets = {"save_forward_output": False} if "save_forward_output" in known else {}
 
     def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
         """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged.
@@ -132,9 +141,11 @@ class TorchStage:
             Exception: what the module raised.
         """
         try:
-            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, save_forward_output=False)
+            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, **self._forgets)
         except RuntimeError as error:
             raise error.__cause__ or error from None
+        finally:
+            self._stage.output_chunks.clear()  # torch 2.9 keeps every output
 
     def outputs(self, microbatch: int) -> Messages:
         """What to send on after a forward."""

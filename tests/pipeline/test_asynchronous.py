@@ -133,6 +133,8 @@ def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if torch.__version__ < (2, 10):
+        pytest.skip("schedules of torch 2.9 send more over gloo than they receive")
     folder = tmp_path_factory.mktemp("torch")
     run(3, folder, torch_schedules.PLAYS)
     return folder
