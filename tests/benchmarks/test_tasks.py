@@ -38,6 +38,7 @@ def test_it_reads_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all("100.0 %" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_text_through_an_encoder_decoder_and_in_two_precisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

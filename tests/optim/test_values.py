@@ -151,7 +151,7 @@ def test_nag_is_equation_10(gamma, tau, backend):
     torch.testing.assert_close(torch.stack(stored), torch.stack(literal), **MANY_STEPS[torch.float64])
 
 
-@pytest.mark.parametrize("factor", [0.25, 0.75])
+@pytest.mark.parametrize("factor", [pytest.param(0.25, marks=pytest.mark.slow), 0.75])
 def test_nag_converges_at_the_rate_of_theorem_1(factor):
     """On a 1-D quadratic with gamma_t = (t-2)/t the envelope of f is t^(-3/2 + 2 lr beta (tau - 1)): 1/t at lr beta
     (tau - 1) = 1/4, and no decay at 3/4."""

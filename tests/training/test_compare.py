@@ -74,6 +74,7 @@ def test_a_run_of_another_configuration_stops_a_comparison_before_it_starts(
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_goes_on_with_its_runs(tiny: list[str], tmp_path: Path, start: Start) -> None:
     out = tmp_path / "out"
     run = [*tiny, "--microbatches", "600"]
