@@ -90,7 +90,7 @@ class TorchStage:
         self._schedule = _Unending(self._stage, n_microbatches=self.chunks, loss_fn=loss_fn, scale_grads=False)
         self._metas: dict[str, list[Tensor | None]] = {}
         known = inspect.signature(self._stage.forward_one_chunk).parameters
-        self._forgets = {"save_forward_output": False} if "save_forward_output" in known else {}
+        self._keeping_no_output = {"save_forward_output": False} if "save_forward_output" in known else {}
 
     def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
         """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged.
@@ -141,7 +141,7 @@ class TorchStage:
             Exception: what the module raised.
         """
         try:
-            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, **self._forgets)
+            return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, **self._keeping_no_output)
         except RuntimeError as error:
             raise error.__cause__ or error from None
         finally:

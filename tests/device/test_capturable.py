@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -244,77 +245,70 @@ def test_a_step_that_counts_on_the_host_is_not_captured(kind, backend, monkeypat
     assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
 
 
+def network(backend: str, rate: Any, versions: int = 1, **options: Any) -> tuple[nn.Module, Callable[[], None]]:
+    """A small one, and an update of it whose gradients are allocated anew; warm, with one update a ring slot done."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(70, 330), nn.LayerNorm(330), nn.Linear(330, 5)).to(DEVICE)
+    stash = npp.WeightStash(module, versions=versions) if versions > 1 else None
+    optimizer = npp.NAdam(
+        module.parameters(), lr=rate, backend=backend, stash=stash, capturable=True, max_grad_norm=1.0, **options
+    )
+    inputs = torch.randn(8, 70, device=DEVICE)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        module(inputs).square().mean().backward()
+        optimizer.step()
+
+    with torch.cuda.stream(torch.cuda.Stream() if GPU else None):
+        for _ in range(versions):
+            update()
+    if GPU:
+        torch.cuda.synchronize()
+    return module, update
+
+
+def graphs_of(update: Callable[[], None], count: int) -> list[torch.cuda.CUDAGraph]:
+    graphs = [torch.cuda.CUDAGraph() for _ in range(count)]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            update()
+    return graphs
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **CLOSE)
+
+
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 @pytest.mark.parametrize(("versions", "options"), [(1, {}), (3, {}), (3, {"correction": GapAware()})], ids=str)
 def test_replays_of_captured_steps_are_steps(versions, options, backend):
     """One graph for every slot of the ring, replayed in turn, with a learning rate that changes."""
-    ends = []
-    for captured in (True, False):
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(70, 330), nn.LayerNorm(330), nn.Linear(330, 5)).cuda()
-        stash = npp.WeightStash(module, versions=versions) if versions > 1 else None
-        rate = torch.tensor(1e-2, device="cuda")
-        optimizer = npp.NAdam(
-            module.parameters(), lr=rate, backend=backend, stash=stash, capturable=True, max_grad_norm=1.0, **options
-        )
-        inputs = torch.randn(8, 70, device="cuda")
-
-        def update(optimizer=optimizer, module=module, inputs=inputs) -> None:
-            optimizer.zero_grad()
-            module(inputs).square().mean().backward()
-            optimizer.step()
-
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(versions):
-                update()
-        torch.cuda.synchronize()
-        graphs = []
-        for _ in range(versions if captured else 0):
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[-1]):
-                update()
-        for step in range(4 * versions):
-            rate.fill_(1e-2 / (step + 1))
-            graphs[step % versions].replay() if captured else update()
-        torch.cuda.synchronize()
-        ends.append([p.detach().clone() for p in module.parameters()])
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+    rate = torch.tensor(1e-2, device=DEVICE)
+    ours, captured = network(backend, rate, versions, **options)
+    theirs, update = network(backend, rate, versions, **options)
+    graphs = graphs_of(captured, versions)
+    for step in range(4 * versions):
+        rate.fill_(1e-2 / (step + 1))
+        graphs[step % versions].replay()
+        update()
+    torch.cuda.synchronize()
+    assert_same_weights(ours, theirs)
 
 
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 def test_replays_and_other_steps_do_not_disturb_each_other(backend):
     """Gradients of a step that is not captured lie elsewhere than those of a graph, and two graphs' differ too."""
-    ends = []
-    for captured in (True, False):
-        torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(70, 330), nn.LayerNorm(330), nn.Linear(330, 5)).cuda()
-        optimizer = npp.NAdam(module.parameters(), lr=1e-2, backend=backend, capturable=True, max_grad_norm=1.0)
-        inputs = torch.randn(8, 70, device="cuda")
-
-        def update(optimizer=optimizer, module=module, inputs=inputs) -> None:
-            optimizer.zero_grad()
-            module(inputs).square().mean().backward()
-            optimizer.step()
-
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            update()
-        torch.cuda.synchronize()
-        graphs = []
-        for _ in range(3 if captured else 0):
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[-1]):
-                update()
-        kept = []
-        for number in (0, None, 1, 0, None, None, 2, 2, None, 1):
-            if number is None or not captured:
-                update()
-                kept.append([p.grad for p in module.parameters()])  # the next ones lie elsewhere
-            else:
-                graphs[number].replay()
-        torch.cuda.synchronize()
-        ends.append([p.detach().clone() for p in module.parameters()])
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+    ours, captured = network(backend, 1e-2)
+    theirs, update = network(backend, 1e-2)
+    graphs, kept = graphs_of(captured, 3), []
+    for number in (0, None, 1, 0, None, None, 2, 2, None, 1):
+        if number is None:
+            captured()
+            kept.append([p.grad for p in ours.parameters()])  # the next ones lie elsewhere
+        else:
+            graphs[number].replay()
+        update()
+    torch.cuda.synchronize()
+    assert_same_weights(ours, theirs)
