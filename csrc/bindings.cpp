@@ -1,5 +1,6 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -26,8 +27,8 @@ using nesterov_pp::Tensors;
 
 namespace {
 
-// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then every
-// entry's dict followed by its values. Compares pointers; looks nothing up.
+// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then the dict
+// of every parameter's state followed by its values. Compares pointers; looks nothing up.
 bool holds(const py::list& groups, const py::dict& state, const py::list& known) {
   const Py_ssize_t size = PyList_GET_SIZE(known.ptr());
   Py_ssize_t next = 0;
@@ -42,6 +43,7 @@ bool holds(const py::list& groups, const py::dict& state, const py::list& known)
   Py_ssize_t entry = 0;
   PyObject *key, *values;
   while (PyDict_Next(state.ptr(), &entry, &key, &values)) {
+    if (!THPVariable_Check(key)) continue;  // a user's own
     if (!is_next(values) || !PyDict_Check(values)) return false;
     Py_ssize_t position = 0;
     PyObject *name, *value;
@@ -62,6 +64,20 @@ const char* name_of(Dtype dtype) {
     default:
       return "float";
   }
+}
+
+// The parameters of every slot where Python's objects have them, and what keeps these objects.
+void hold(Tensors& tensors, const std::vector<std::vector<py::object>>& slots) {
+  auto owners = std::make_shared<std::vector<py::object>>();
+  for (const auto& slot : slots) {
+    auto& places = tensors.slots.emplace_back();
+    for (const py::object& p : slot) {
+      if (!THPVariable_Check(p.ptr())) throw py::type_error("a slot of a plan is a list of tensors");
+      places.push_back(&THPVariable_Unpack(p.ptr()));
+      owners->push_back(p);
+    }
+  }
+  tensors.owners = std::move(owners);
 }
 
 struct Launch {
@@ -110,14 +126,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<Tensors>(m, "Tensors")
       .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
-                       std::vector<std::vector<at::Tensor>> slots, std::vector<at::Tensor> exp_avgs,
+                       const std::vector<std::vector<py::object>>& slots, std::vector<at::Tensor> exp_avgs,
                        std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
                        std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, bool corrects, int kind,
                        std::vector<at::Tensor> means, std::vector<at::Tensor> besides) {
              Tensors tensors{std::move(names),
                              std::move(numbers),
                              std::move(groups),
-                             std::move(slots),
+                             {},
+                             {},
                              std::move(exp_avgs),
                              std::move(exp_avg_sqs),
                              {},
@@ -127,6 +144,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                              static_cast<nesterov_pp::Kind>(kind),
                              std::move(means),
                              std::move(besides)};
+             hold(tensors, slots);
              for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
              return tensors;
            }),
@@ -146,6 +164,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return classes;
           },
           py::arg("grads_of"), py::arg("source"), py::arg("target"))
+      .def("forget", &Plan::forget)
       .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_parameter", &Plan::nonfinite_parameter)
       .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"),

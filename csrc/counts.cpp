@@ -4,11 +4,14 @@
 #include <utility>
 
 #include "fail.h"
+#include "raw.h"
 
 namespace nesterov_pp {
 namespace {
 
-bool is_number(const at::Tensor& t) { return t.device().is_cpu() && t.layout() == at::kStrided && t.numel() == 1; }
+bool is_number(const at::Tensor& t) {
+  return answers(t) && t.device().is_cpu() && t.layout() == at::kStrided && t.numel() == 1 && is_raw(t);
+}
 
 }  // namespace
 
@@ -31,9 +34,11 @@ float* Counts::place(size_t i) const {
 double Counts::read(size_t i, const std::string& parameter) const {
   const at::Tensor& t = tensors_[i];
   const float* number = place(i);
-  if (number == nullptr && !is_number(t))
+  if (number == nullptr && !is_number(t)) {
+    if (!answers(t) || (t.device().is_cpu() && t.numel() == 1)) check_raw(what_, parameter, t);
     fail("the ", what_, " of ", parameter, " must be one number in a tensor on the CPU, not of shape ", t.sizes(),
          " on ", t.device());
+  }
   double value = 0;
   if (number != nullptr)
     value = *number;

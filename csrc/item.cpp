@@ -1,8 +1,11 @@
 #include "item.h"
 
+#include <c10/core/InferenceMode.h>
+
 #include <optional>
 
 #include "fail.h"
+#include "raw.h"
 
 namespace nesterov_pp {
 namespace {
@@ -13,8 +16,22 @@ bool laid_out_alike(const at::Tensor& weight, const at::Tensor& other) {
          (other.strides() == weight.strides() || weight.numel() <= 1);
 }
 
-void check_beside(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other) {
-  if (laid_out_alike(weight, other)) return;
+// Whether all that was said of a tensor is true of its memory, and a version counter notes what is written to it.
+void check_memory(const std::string& name, const char* what, const at::Tensor& t, bool written) {
+  check_raw(what, name, t);
+  if (!written || !t.is_inference() || c10::InferenceMode::is_enabled()) return;
+  const char* advice = " is an inference tensor, which only inference mode may write; make it outside or clone() it";
+  if (*what == '\0') fail(name, advice);
+  fail("the ", what, " of ", name, advice);
+}
+
+void check_beside(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other,
+                  bool written = true) {
+  if (!answers(other)) check_raw(what, name, other);
+  if (laid_out_alike(weight, other)) {
+    check_memory(name, what, other, written);
+    return;
+  }
   if (other.layout() != weight.layout())
     fail("the ", what, " of ", name, " has layout ", other.layout(), ", but the parameter is ", weight.layout());
   if (other.device() != weight.device())
@@ -85,21 +102,29 @@ Dtypes dtypes_of(const Item& item) { return *known_dtypes(item); }
 
 Dtype dtype_of(const at::Tensor& checked) { return *known_dtype(checked); }
 
-void check(const Item& item, bool stochastic, const at::Device& device) {
+void check_carried(const Item& item, const at::Device& device) {
   const std::string& name = *item.name;
   const at::Tensor& weight = *item.weight;
+  if (!answers(weight)) check_raw("", name, weight);
   if (weight.layout() != at::kStrided || weight.device() != device || !known_dtype(weight))
     fail(name, " is a ", weight.layout(), " ", weight.scalar_type(), " tensor on ", weight.device(),
          "; this pass takes strided tensors of float32, float64, bfloat16 and float16 on ", device);
   if (!weight.is_non_overlapping_and_dense())
     fail(name, " has strides ", weight.strides(), " for shape ", weight.sizes(),
          "; this pass takes dense tensors without overlap");
+  check_memory(name, "", weight, /*written=*/!moves(item) && item.master == nullptr);
   if (moves(item)) {
     check_beside(name, "next version", weight, *item.next);
     check_dtype(name, "next version", weight, *item.next);
   }
+}
+
+void check(const Item& item, bool stochastic, const at::Device& device) {
+  check_carried(item, device);
+  const std::string& name = *item.name;
+  const at::Tensor& weight = *item.weight;
   if (item.grad->defined()) {
-    check_beside(name, "gradient", weight, *item.grad);
+    check_beside(name, "gradient", weight, *item.grad, /*written=*/false);
     check_dtype(name, "gradient", weight, *item.grad);
   }
   if (item.master != nullptr) {
@@ -117,6 +142,10 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
       fail("the running mean of ", name, " is ", item.mean->scalar_type(), ", but the first moment is ",
            item.exp_avg->scalar_type());
   }
+  if (item.late != nullptr) {
+    check_beside(name, "version of the gradient", weight, *item.late, /*written=*/false);
+    check_dtype(name, "version of the gradient", weight, *item.late);
+  }
   if (item.beside != nullptr) {
     check_beside(name, "copy beside the ring", weight, *item.beside);
     check_dtype(name, "copy beside the ring", weight, *item.beside);
@@ -130,16 +159,17 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
 
 cpu::Task task_of(const Item& item) {
   cpu::Task task{};
-  task.dtypes = dtypes_of(item);
   if (!item.grad->defined()) {
     task.row = cpu::kCarried;
     if (!moves(item)) return task;
+    const Dtype dtype = dtype_of(*item.weight);
+    task.dtypes = {dtype, dtype, dtype};
     task.run.count = item.weight->numel();
     task.run.weight = elements(*item.weight);
     task.run.weight_out = writable(*item.next);
-    task.dtypes.weight = task.dtypes.grad;
     return task;
   }
+  task.dtypes = dtypes_of(item);
   task.run.count = item.weight->numel();
   task.adaptive = item.exp_avg_sq != nullptr;
   task.run.grad = elements(*item.grad);
@@ -161,7 +191,9 @@ cpu::Task task_of(const Item& item) {
 }
 
 void note_writes(const Item& item) {
-  const auto note = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
+  const auto note = [](const at::Tensor& t) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();  // one of these has no count
+  };
   const bool steps = item.grad->defined();
   if (steps || moves(item)) note(*item.next);
   if (!steps) return;

@@ -30,6 +30,9 @@ struct Item {
 // moments in one that goes with it.
 void check(const Item& item, bool stochastic, const at::Device& device);
 
+// The part of it that concerns a weight without a gradient: it and its next version.
+void check_carried(const Item& item, const at::Device& device);
+
 // The dtypes of a checked item's pass.
 Dtypes dtypes_of(const Item& item);
 

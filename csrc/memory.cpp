@@ -18,6 +18,8 @@ constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLarge = 16 * kPage;
 
+size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
 #if defined(__linux__)
 // Zeroed pages, of which the first lies at a multiple of the huge page size.
 class Region {
@@ -37,14 +39,18 @@ class Region {
   }
   char* data() const { return data_; }
 
+  // Gives the pages back that lie between these bytes altogether; zeros come in their place.
+  void give_back(size_t begin, size_t bytes) const {
+    const size_t first = rounded_up(begin, kPage), end = (begin + bytes) / kPage * kPage;
+    if (first < end) madvise(data_ + first, end - first, MADV_DONTNEED);
+  }
+
  private:
   size_t mapped_;
   void* start_ = nullptr;
   char* data_ = nullptr;
 };
 #endif
-
-size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 // [note: where a tensor lies within its page]
 // A processor tells whether a load waits for an earlier store by the low twelve bits of their addresses first. A pass
@@ -86,8 +92,9 @@ std::vector<at::Tensor> zeros_like(const std::vector<at::Tensor>& tensors, at::S
       for (size_t i = 0; i < tensors.size(); ++i) {
         const at::Tensor& t = tensors[i];
         const auto options = t.options().dtype(dtype).requires_grad(false);
-        char* begin = region->data() + begins[i];
-        result.push_back(at::from_blob(begin, t.sizes(), t.strides(), [region](void*) {}, options));
+        const size_t begin = begins[i], bytes = static_cast<size_t>(t.numel()) * c10::elementSize(dtype);
+        const auto give_back = [region, begin, bytes](void*) { region->give_back(begin, bytes); };
+        result.push_back(at::from_blob(region->data() + begin, t.sizes(), t.strides(), give_back, options));
       }
       return result;
     }

@@ -16,7 +16,7 @@ std::vector<Row> rows_of(const at::Tensor& coefficients) {
       coefficients.size(1) != kCoefficients)
     throw std::invalid_argument("coefficients must be a float64 CPU tensor of shape [rows, " +
                                 std::to_string(kCoefficients) + "]");
-  const at::Tensor dense = coefficients.contiguous();
+  const at::Tensor dense = coefficients.resolve_neg().contiguous();
   std::vector<Row> rows(static_cast<size_t>(dense.size(0)));
   const double* value = dense.const_data_ptr<double>();
   for (Row& row : rows)

@@ -9,14 +9,19 @@
 #include <utility>
 
 #include "fail.h"
+#include "raw.h"
 
 namespace nesterov_pp {
 namespace {
 
-// A gradient laid out in memory as its parameter is, so that both are passed over as flat runs.
+// A gradient laid out in memory as its parameter is, so that both are passed over as flat runs; and with its values in
+// memory, if a bit of it changes them or it has none. Others are returned as they are, for `check` to refuse.
 at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
-  const bool same = grad.strides() == weight.strides() || weight.numel() <= 1;
+  if (!answers(weight) || !has_only(grad, kOrdinaryKeys | kResolvedKeys)) return grad;
+  const bool resolved = has_only(grad, kOrdinaryKeys);
+  const bool same = resolved && (grad.strides() == weight.strides() || weight.numel() <= 1);
   if (same || grad.layout() != at::kStrided || grad.sizes() != weight.sizes()) return grad;
+  if (!grad._is_zerotensor() && !has_strided_memory(grad)) return grad;
   const at::NoGradGuard no_grad;
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
@@ -75,7 +80,7 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
       steps_("step count", t_.steps),
       mu_products_("mu product", t_.mu_products),
       seed_(seed),
-      device_(t_.slots.empty() || t_.slots[0].empty() ? at::Device(at::kCPU) : t_.slots[0][0].device()) {
+      device_(t_.slots.empty() || t_.slots[0].empty() ? at::Device(at::kCPU) : t_.slots[0][0]->device()) {
   const size_t n = t_.names.size();
   const auto fits = [n](const auto& list) { return list.size() == n; };
   bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) &&
@@ -89,13 +94,13 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
 
 Item Plan::item(size_t i, const at::Tensor& grad) const {
   return {&t_.names[i],
-          &t_.slots[from_][i],
-          &t_.slots[to_][i],
+          t_.slots[from_][i],
+          t_.slots[to_][i],
           &grad,
           &t_.exp_avgs[i],
           t_.exp_avg_sqs.empty() ? nullptr : &t_.exp_avg_sqs[i],
           t_.masters[i].defined() ? &t_.masters[i] : nullptr,
-          t_.corrects ? &t_.slots[grads_of_][i] : nullptr,
+          t_.corrects ? t_.slots[grads_of_][i] : nullptr,
           t_.means.empty() ? nullptr : &t_.means[i],
           t_.besides.empty() ? nullptr : &t_.besides[i]};
 }
@@ -109,22 +114,22 @@ void Plan::prefetch(size_t i, size_t grads_of) const {
   const size_t n = t_.names.size(), near = i + kApart, middle = near + kApart, far = middle + kApart;
   const auto& weights = t_.slots[from_];
   if (far < n) {
-    prefetch_tensor(weights[far]);
-    if (grads_of != from_) prefetch_tensor(t_.slots[grads_of][far]);
-    if (to_ != from_) prefetch_tensor(t_.slots[to_][far]);
+    prefetch_tensor(*weights[far]);
+    if (grads_of != from_) prefetch_tensor(*t_.slots[grads_of][far]);
+    if (to_ != from_) prefetch_tensor(*t_.slots[to_][far]);
     prefetch_tensor(t_.exp_avgs[far]);
     if (!t_.exp_avg_sqs.empty()) prefetch_tensor(t_.exp_avg_sqs[far]);
     steps_.prefetch(far);
     mu_products_.prefetch(far);
   }
   if (middle < n) {
-    prefetch_line(t_.slots[grads_of][middle].unsafeGetTensorImpl()->autograd_meta());
-    prefetch_storage(weights[middle]);
-    if (to_ != from_) prefetch_storage(t_.slots[to_][middle]);
+    prefetch_line(t_.slots[grads_of][middle]->unsafeGetTensorImpl()->autograd_meta());
+    prefetch_storage(*weights[middle]);
+    if (to_ != from_) prefetch_storage(*t_.slots[to_][middle]);
     prefetch_storage(t_.exp_avgs[middle]);
     if (!t_.exp_avg_sqs.empty()) prefetch_storage(t_.exp_avg_sqs[middle]);
   }
-  if (near < n) prefetch_tensor(grad_of(t_.slots[grads_of][near]));
+  if (near < n) prefetch_tensor(grad_of(*t_.slots[grads_of][near]));
 }
 
 std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
@@ -144,10 +149,15 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
     this->gather(i, grads_of);
   };
   try {
-    for_each_tensor(n, gather);
-  } catch (const std::invalid_argument&) {
-    for (size_t i = 0; i < n; ++i)
-      gather(i);  // throws for the first tensor at fault, whichever thread met its own first
+    try {
+      for_each_tensor(n, gather);
+    } catch (const std::invalid_argument&) {
+      for (size_t i = 0; i < n; ++i)
+        gather(i);  // throws for the first tensor at fault, whichever thread met its own first
+    }
+  } catch (...) {
+    forget();
+    throw;
   }
   for (size_t i = 0; i < n; ++i) {
     if (tasks_[i].row == cpu::kCarried) continue;
@@ -164,11 +174,14 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
 }
 
 void Plan::gather(size_t i, size_t grads_of) {
-  const at::Tensor& weight = t_.slots[from_][i];
-  const at::Tensor& grad = grad_of(t_.slots[grads_of][i]);
+  const at::Tensor& weight = *t_.slots[from_][i];
+  const at::Tensor& grad = grad_of(*t_.slots[grads_of][i]);
   if (grad.defined()) grads_[i] = laid_out_as(weight, grad);
   const Item item = this->item(i, grads_[i]);
-  check(item, seed_.has_value(), device_);
+  if (grad.defined())
+    check(item, seed_.has_value(), device_);
+  else if (moves(item))
+    check_carried(item, device_);
   tasks_[i] = task_of(item);
   tasks_[i].stochastic = seed_.has_value();
   tasks_[i].kind = t_.kind;
@@ -204,9 +217,11 @@ void Plan::pass(const std::vector<Row>& rows) { compute(tasks_, rows, correction
 bool Plan::note_written(size_t i) const {
   // A count of versions is behind its tensor, and increments wait for each other where reads do not.
   constexpr size_t kAhead = 8;
-  const auto touch = [](const at::Tensor& t) { (void)t.unsafeGetTensorImpl()->version_counter().current_version(); };
+  const auto touch = [](const at::Tensor& t) {
+    if (!t.is_inference()) (void)t.unsafeGetTensorImpl()->version_counter().current_version();
+  };
   if (const size_t ahead = i + kAhead; ahead < tasks_.size()) {
-    touch(t_.slots[to_][ahead]);
+    touch(*t_.slots[to_][ahead]);
     touch(t_.exp_avgs[ahead]);
     if (!t_.exp_avg_sqs.empty()) touch(t_.exp_avg_sqs[ahead]);
   }
@@ -214,7 +229,7 @@ bool Plan::note_written(size_t i) const {
   return tasks_[i].row != cpu::kCarried;
 }
 
-void Plan::finish() {
+void Plan::forget() {
   collected_ = false;
   tasks_.clear();
   grads_.clear();
@@ -238,7 +253,7 @@ void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_pro
     steps_.write(i, classes_[k].step + 1);
     if (!mu_products_.empty()) mu_products_.write(i, mu_products[k]);
   });
-  finish();
+  forget();
 }
 
 }  // namespace nesterov_pp

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,14 +33,16 @@ struct StepClass {
 inline uint32_t number_of_step(const StepClass& c) { return static_cast<uint32_t>(c.step) + 1; }
 
 // The tensors of one optimizer; every list runs over its parameters. slots[s][i] is parameter i in ring slot s (one
-// slot for an optimizer without a ring). `exp_avg_sqs` and `mu_products` are empty where the rule has none, and a
-// master is undefined where the parameter has none. `steps` and `mu_products` are empty where the caller counts; then
-// every parameter has a row of its own.
+// slot for an optimizer without a ring), in the place where its owner has it: another reference would keep
+// torch.utils.swap_tensors from exchanging what is there, which `module.to()` may do. `owners` keeps these places.
+// `exp_avg_sqs` and `mu_products` are empty where the rule has none, and a master is undefined where the parameter has
+// none. `steps` and `mu_products` are empty where the caller counts; then every parameter has a row of its own.
 struct Tensors {
   std::vector<std::string> names;
   std::vector<int64_t> numbers;
   std::vector<int64_t> groups;
-  std::vector<std::vector<at::Tensor>> slots;
+  std::vector<std::vector<const at::Tensor*>> slots;
+  std::shared_ptr<const void> owners;
   std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products;
   // Of corrected steps; both lists are empty where there are none.
   bool corrects = false;
@@ -60,6 +63,9 @@ class Plan {
   // the classes of the parameters that have a gradient. Changes nothing.
   virtual std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to);
 
+  // Lets go of the gradients collected, of a step that is not to be run.
+  void forget();
+
   // Euclidean norm of all gradients collected, reading each once.
   virtual double gradient_norm();
 
@@ -74,7 +80,6 @@ class Plan {
  protected:
   // Notes the writes of the pass that was started; returns whether parameter i was stepped. Of several threads at once.
   bool note_written(size_t i) const;
-  void finish();
 
   // Starts, or runs, the pass over the items collected.
   virtual void pass(const std::vector<Row>& rows);

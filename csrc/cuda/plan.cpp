@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../raw.h"
+
 namespace nesterov_pp::cuda {
 namespace {
 
@@ -66,7 +68,8 @@ std::optional<at::Tensor> CudaPlan::scale(double scale, std::optional<double> li
   if (groups().empty()) return limit ? std::optional<at::Tensor>(at::zeros({}, at::kDouble)) : std::nullopt;
   const float* divisor = nullptr;
   if (grad_scale) {
-    if (grad_scale->device() != device_ || grad_scale->scalar_type() != at::kFloat || grad_scale->numel() != 1)
+    if (grad_scale->device() != device_ || grad_scale->scalar_type() != at::kFloat || grad_scale->numel() != 1 ||
+        !is_raw(*grad_scale))
       throw std::invalid_argument("grad_scale must be one float32 number on " + device_.str());
     divisor = grad_scale->const_data_ptr<float>();
   }

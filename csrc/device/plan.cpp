@@ -38,11 +38,11 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
   std::vector<int64_t> sizes;
   for (int64_t k = 0; k < n; ++k) {
     const size_t i = members[static_cast<size_t>(k)];
-    sizes.push_back(t_.slots[0][i].numel());
+    sizes.push_back(t_.slots[0][i]->numel());
     host.set(kNumel, k, sizes.back());
     host.set(kNumber, k, t_.numbers[i]);
     for (size_t s = 0; s < t_.slots.size(); ++s)
-      host.set(kSlots + static_cast<int>(s), k, address(t_.slots[s][i].const_data_ptr()));
+      host.set(kSlots + static_cast<int>(s), k, address(t_.slots[s][i]->const_data_ptr()));
   }
   const std::vector<int64_t> chunks = chunks_of(sizes);
   Group group{dtypes,
@@ -64,6 +64,7 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
 std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t to) {
   auto classes = Plan::collect(grads_of, from, to);
   const bool in_graph = captures();
+  for (const Group& group : groups_) check_unchanged(group);
   for (Group& group : groups_) {
     for (size_t k = 0; k < group.members.size(); ++k) enter(group, static_cast<int64_t>(k), tasks_[group.members[k]]);
     if (in_graph) {
@@ -74,6 +75,18 @@ std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t 
     }
   }
   return classes;
+}
+
+void DevicePlan::check_unchanged(const Group& group) const {
+  for (size_t k = 0; k < group.members.size(); ++k) {
+    const size_t i = group.members[k];
+    const cpu::Task& task = tasks_[i];
+    const bool stepped = task.row != cpu::kCarried;
+    if (!stepped && task.run.count == 0) continue;
+    if (task.run.count != group.host.at(kNumel, static_cast<int64_t>(k)) ||
+        (stepped ? !same(task.dtypes, group.dtypes) : task.dtypes.grad != group.dtypes.grad))
+      fail(t_.names[i], " has another size or dtype than when the step was planned");
+  }
 }
 
 void DevicePlan::send_changes(Group& group) const {
@@ -149,7 +162,7 @@ void DevicePlan::apply_rows(const at::Tensor& rows) {
          " of shape ", rows.sizes(), " on ", rows.device());
   launch(rows);
   for (size_t i = 0; i < t_.names.size(); ++i) note_written(i);
-  finish();
+  forget();
 }
 
 at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dtype) const {

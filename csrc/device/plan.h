@@ -69,6 +69,8 @@ class DevicePlan : public Plan {
  private:
   Group make_group(Dtypes dtypes, std::vector<size_t> members);
   void enter(Group& group, int64_t k, const cpu::Task& task);
+  // Throws where a tensor of the step collected no longer fits the group, whose chunks are cut.
+  void check_unchanged(const Group& group) const;
   void send_changes(Group& group) const;
   at::Tensor table_of_graph(Group& group);
 

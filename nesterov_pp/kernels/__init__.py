@@ -19,6 +19,7 @@ from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.memory import zeros_like
 from nesterov_pp.kernels.plan import Plan, StepClass, Tensors
+from nesterov_pp.kernels.raw import why_not_raw
 from nesterov_pp.kernels.reference import ReferencePlan
 
 __all__ = [
@@ -96,8 +97,9 @@ def _refusal(backend: str, tensors: Iterable[Tensor]) -> str | None:
             kind = f"{str(t.layout).removeprefix('torch.')} {str(t.dtype).removeprefix('torch.')}"
             where = "on the CPU" if backend == "cpu" else "on a GPU"
             return f"it takes strided float32, float64, bfloat16 or float16 {where}, not {kind} on {t.device}"
-        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"it takes plain tensors, not {type(t).__name__}"
+        odd = why_not_raw(t)
+        if odd is not None:
+            return f"it takes plain tensors, and one {odd}"
         if not _is_dense(t):
             return f"it takes dense tensors without overlap, not strides {t.stride()} for shape {tuple(t.shape)}"
         devices.add(t.device)

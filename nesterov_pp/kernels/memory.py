@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import extension
+from nesterov_pp.kernels.raw import in_fake_mode, why_not_raw
 
 
 def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Zeros of each tensor's shape, strides and device.
 
     Large lists on the CPU lie side by side in huge pages where the system has them to give; their storages cannot be
-    resized.
+    resized. They can be written outside inference mode, wherever they were made.
     """
-    module, _ = extension.load()
+    with torch.inference_mode(False):
+        return _zeros_like(tensors, dtypes)
+
+
+def _zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    module = None if in_fake_mode() else extension.load()[0]
     together = [module is not None and _is_packable(t) for t in tensors]
     packed: dict[torch.dtype, Iterator[Tensor]] = {}
     if module is not None:
@@ -32,6 +38,6 @@ def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
 
 
 def _is_packable(t: Tensor) -> bool:
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ or t.layout != torch.strided:
+    if t.layout != torch.strided or t.device.type != "cpu" or why_not_raw(t) is not None:
         return False
-    return t.device.type == "cpu" and (t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t))
+    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))

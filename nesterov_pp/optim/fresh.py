@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from nesterov_pp.kernels import zeros_like
 from nesterov_pp.optim import counts
 from nesterov_pp.optim.options import Options
 
 
+@torch.inference_mode(False)  # else only inference mode could write it
 def fresh_state(
     parameters: Sequence[Tensor], names: Sequence[str], options: Options, *, on_device: bool
 ) -> dict[str, list[Tensor]]:
@@ -31,6 +33,46 @@ def fresh_state(
         else:
             entries[name] = zeros_like(parameters, [options.moment_dtype(p) for p in parameters])
     return entries
+
+
+def follow_parameters(
+    parameters: Sequence[Tensor],
+    state: Mapping[Any, dict[str, Any]],
+    names: Sequence[str],
+    options: Options,
+    *,
+    on_device: bool,
+) -> bool:
+    """Make state that was never stepped anew where its parameter has become another dtype, shape or device since, as
+    under ``model.double()`` or ``to_empty()``; whether there was any."""
+    outgrown = [p for p in parameters if state.get(p) and not is_lazy(p) and _has_outgrown(p, state[p], options)]
+    entries = fresh_state(outgrown, names, options, on_device=on_device)
+    for i, p in enumerate(outgrown):
+        state[p].pop("master_weight", None)
+        state[p].pop("max_exp_avg_sq", None)
+        state[p].update({name: values[i] for name, values in entries.items()})
+    return bool(outgrown)
+
+
+def _has_outgrown(p: Tensor, entries: Mapping[str, Any], options: Options) -> bool:
+    first = entries.get("exp_avg")
+    if not isinstance(first, Tensor):
+        return False
+    fits = first.shape == p.shape and first.device == p.device and first.is_complex() == p.is_complex()
+    if fits and first.dtype == options.moment_dtype(p):
+        return False
+    return _is_untouched(entries)
+
+
+def _is_untouched(entries: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state is that from before its first step."""
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    counted = tensors.pop("step", None)
+    if counted is None or (counted.device.type != "meta" and float(counted) != 0.0):
+        return False
+    tensors.pop("mu_product", None)
+    tensors.pop("master_weight", None)
+    return not any(bool(value.any()) for value in tensors.values() if value.device.type != "meta")
 
 
 def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, Any]]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from nesterov_pp.kernels.raw import why_not_raw
 from nesterov_pp.kernels.reference import widened
 
 if TYPE_CHECKING:
@@ -24,18 +25,52 @@ def is_dtensor(t: object) -> TypeIs[DTensor]:
 
 def is_plain(t: Tensor) -> bool:
     """Whether a step can pass over the tensor as it is."""
-    return not is_dtensor(t) and not t.is_complex()
+    return not is_dtensor(t) and not t.is_complex() and not t.is_neg()
+
+
+def is_resolved(t: Tensor) -> bool:
+    """Whether ``local(t)`` is a copy, since ``t`` is negated or conjugated lazily: its memory holds other values."""
+    return bool(t.is_conj() or t.is_neg())
 
 
 @torch.no_grad()
 def local(t: Tensor) -> Tensor:
-    """The real elements of ``t`` that are in this process, sharing its memory: ``t`` itself where it is plain, else the
-    shard of a ``DTensor`` (empty on some ranks) or the view of a complex tensor with a last dimension of two."""
+    """The real elements of ``t`` that are in this process, sharing its memory unless it ``is_resolved``: ``t`` itself
+    where it is plain, else the shard of a ``DTensor`` (empty on some ranks) or the view of a complex tensor with a last
+    dimension of two."""
     if is_dtensor(t):
         t = t.to_local().detach()
+    if is_resolved(t):
+        t = t.detach().resolve_conj().resolve_neg()
     if t.is_complex():
-        t = torch.view_as_real(t.detach().resolve_conj())
+        t = torch.view_as_real(t.detach())
     return t
+
+
+@torch.no_grad()
+def write_back(t: Tensor, resolved: Tensor) -> None:
+    """Write what ``local`` gave, of a tensor that ``is_resolved``, and a step has changed."""
+    t.copy_(torch.view_as_complex(resolved) if t.is_complex() else resolved)
+
+
+@torch.no_grad()
+def materialised(grad: Tensor, like: Tensor, name: str) -> Tensor:
+    """The values of a gradient that is no plain tensor, laid out as its parameter ``like``.
+
+    Raises:
+        ValueError: torch's own step would not take such a gradient either, or not for this parameter.
+    """
+    try:
+        torch.zeros_like(like).lerp_(grad, 0.5)  # the first thing that torch's step does with it
+        plain = torch.empty_like(like, requires_grad=False).copy_(grad)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"the gradient of {name} is a {type(grad).__name__}, which cannot update a {type(like).__name__}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if why_not_raw(plain) is not None:
+        raise ValueError(f"the gradient of {name} {why_not_raw(grad)}, and the parameter does not")
+    return plain
 
 
 def local_gradient(p: Tensor) -> Tensor | None:

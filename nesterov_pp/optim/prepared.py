@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
+from nesterov_pp.kernels.raw import why_not_raw
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
-from nesterov_pp.optim.local import is_dtensor, is_plain, local, local_gradient
+from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
 from nesterov_pp.optim.masters import MasterWeights
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.snapshot import Snapshot
@@ -40,27 +42,33 @@ class Prepared:
         count_on_device: bool = False,
     ) -> None:
         names, numbers, group_of, parameters = [], [], [], []
-        number = 0
+        number, seen = 0, set()
         for k, group in enumerate(groups):
-            labels: Iterable[str] = group.get("param_names") or (f"parameter {i}" for i in range(len(group["params"])))
-            for label, p in zip(labels, group["params"], strict=False):
+            labels = group.get("param_names") or []
+            for i, p in enumerate(group["params"]):
                 number += 1
-                if not state.get(p):
+                if not state.get(p) or id(p) in seen:
                     continue
+                seen.add(id(p))
+                label = labels[i] if i < len(labels) else f"parameter {i}"
                 names.append(label if len(groups) == 1 else f"{label} of group {k}")
                 numbers.append(number - 1)
                 group_of.append(k)
                 parameters.append(p)
         states = [state[p] for p in parameters]
+        _resolve(states)
         checkpoint.check_entries(names, states, entries)
         stash = options.stash
         self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
+        self._names = names
         self._special = [i for i, p in enumerate(parameters) if not is_plain(p)]
+        self._resolved = [i for i in self._special if any(is_resolved(slot[i]) for slot in self.leaves)]
         self.sharded = any(map(is_dtensor, parameters))
         self._options = (only_reference, count_on_device)
         tensors_to_step = list(chain.from_iterable(self._plain))
-        self.backend = choose_backend(options.backend, tensors_to_step, only_reference, corrects=options.corrects)
+        odd = only_reference or _odd_state(names, states)
+        self.backend = choose_backend(options.backend, tensors_to_step, odd, corrects=options.corrects)
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
         masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, newest, strict=True)]
         self.masters = MasterWeights(self.leaves, masters)
@@ -112,14 +120,68 @@ class Prepared:
 
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
         """``Plan.collect``, for which plain tensors bring the gradients of the parameters they stand for."""
-        plain, leaves = self._plain[grads_of], self.leaves[grads_of]
-        for i in self._special:
-            plain[i].grad = local_gradient(leaves[i])
-        try:
+        for slot in {grads_of, source}:
+            for i in self._resolved:
+                self._plain[slot][i].copy_(local(self.leaves[slot][i]))
+        with self._plain_gradients(grads_of, self._special):
+            try:
+                return self.plan.collect(grads_of, source, target)
+            except ValueError:
+                odd = self._odd_gradients(grads_of)
+                if not odd:
+                    raise
+        with self._plain_gradients(grads_of, self._special + odd):
             return self.plan.collect(grads_of, source, target)
+
+    def written(self, target: int) -> None:
+        """Note that a slot was written, and write what copies stood for."""
+        for i in self._resolved:
+            write_back(self.leaves[target][i], self._plain[target][i])
+        self.masters.written(target)
+
+    def _odd_gradients(self, slot: int) -> list[int]:
+        """Which gradients of plain parameters are no plain tensors."""
+
+        def is_odd(p: Tensor) -> bool:
+            grad = p.grad
+            return grad is not None and not grad.is_sparse and why_not_raw(grad) is not None and why_not_raw(p) is None
+
+        special = set(self._special)
+        return [i for i, p in enumerate(self.leaves[slot]) if i not in special and is_odd(p)]
+
+    @contextmanager
+    def _plain_gradients(self, slot: int, numbers: list[int]) -> Iterator[None]:
+        """Have plain gradients where the plan looks for those of some parameters, which keep their own afterwards."""
+        plain, leaves = self._plain[slot], self.leaves[slot]
+        own = [plain[i].grad for i in numbers]
+        try:
+            for i in numbers:
+                if is_plain(leaves[i]):
+                    plain[i].grad = materialised(leaves[i].grad, leaves[i].detach(), self._names[i])
+                else:
+                    plain[i].grad = local_gradient(leaves[i])
+            yield
         finally:
-            for i in self._special:
-                plain[i].grad = None
+            for i, grad in zip(numbers, own, strict=True):
+                plain[i].grad = grad
+
+
+def _resolve(states: list[dict[str, Any]]) -> None:
+    """Have no state that is negated or conjugated lazily: its values lie in memory from here on."""
+    for entries in states:
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and is_resolved(value):
+                entries[name] = value.resolve_conj().resolve_neg()
+
+
+def _odd_state(names: list[str], states: list[dict[str, Any]]) -> str | None:
+    """State that only torch's own operators can step."""
+    for name, entries in zip(names, states, strict=True):
+        for entry, value in entries.items():
+            subclass = isinstance(value, Tensor) and not is_dtensor(value) and type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            if subclass:
+                return f"a {type(value).__name__} as {entry!r} of {name}"
+    return None
 
 
 def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: list[str]) -> DeviceCounts:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nesterov_pp.kernels import extension
-from nesterov_pp.optim.local import is_plain, local
+from nesterov_pp.optim.local import is_plain, is_resolved, local
 
 
 class Snapshot:
@@ -20,7 +20,7 @@ class Snapshot:
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any], leaves: list[Tensor]) -> None:
         self._objects = list(_objects(groups, state))
-        self._special = [(p, local(p)) for p in leaves if not is_plain(p)]
+        self._special = [(p, local(p)) for p in leaves if not is_plain(p) and not is_resolved(p)]
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
         """Whether all are the same objects still, and local shards where they were."""
@@ -36,7 +36,9 @@ class Snapshot:
 def _objects(groups: list[dict[str, Any]], state: dict[Any, Any]) -> Iterator[Any]:
     for group in groups:
         yield from group["params"]
-    for entry in state.values():
+    for key, entry in state.items():
+        if not isinstance(key, Tensor):
+            continue  # a user's own
         yield entry
         if isinstance(entry, dict):
             yield from entry.values()
