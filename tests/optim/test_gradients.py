@@ -223,6 +223,19 @@ def test_a_closure_by_position_and_a_scaler_that_is_off(enabled, fused):
     torch.testing.assert_close(ours, run(torch.optim.NAdam, False), **MANY_STEPS[torch.float32])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_without_any_gradient_takes_no_step(backend):
+    """As in ``torch.optim.Adam(fused=True)``; what a scaler has found then is no tensor, but the number 0."""
+    for make in (lambda ps: torch.optim.AdamW(ps, fused=True), lambda ps: npp.AdamW(ps, fused=True, backend=backend)):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = make([p])
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        assert scaler.step(optimizer) is None
+        assert torch.equal(p.detach(), torch.ones(3))
+        assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+
+
 class Stop(BaseException):
     """As an interrupt is: no ``Exception``."""
 
