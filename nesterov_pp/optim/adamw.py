@@ -29,9 +29,9 @@ class AdamW(FusedOptimizer):
         eps: added to the denominator (1e-8).
         weight_decay: decoupled decay rate (1e-2).
         maximize: ascend instead of descend (False).
-        foreach, fused: accepted for compatibility; the pass is always one over all tensors.
+        foreach: accepted for compatibility; the pass is always one over all tensors.
         amsgrad: keep the largest second moment in the denominator; takes the reference backend and says so (False).
-        capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
+        capturable, differentiable, fused, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
             stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
 
     ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
@@ -103,7 +103,7 @@ class AdamW(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, options, fused=fused)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

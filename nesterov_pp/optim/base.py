@@ -19,7 +19,7 @@ from nesterov_pp.optim.fresh import follow_layouts, fresh_state
 from nesterov_pp.optim.local import local
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
-from nesterov_pp.optim.scaling import gradient_scale
+from nesterov_pp.optim.scaling import forget_scale_on_failure, gradient_scale
 
 
 class FusedOptimizer(Optimizer):
@@ -28,8 +28,8 @@ class FusedOptimizer(Optimizer):
     Subclasses name their state and turn a parameter group and a step count into ``Coefficients``.
     """
 
-    # torch.amp.GradScaler then leaves unscaling to the step: it sets grad_scale and found_inf around it.
-    _step_supports_amp_scaling = True
+    # Where it is True torch.amp.GradScaler leaves unscaling to the step: it sets grad_scale and found_inf around it.
+    _step_supports_amp_scaling = False
     _adaptive: ClassVar[bool] = True
     _has_mu_product: ClassVar[bool] = False
     _counted_by_host = False  # a rule whose scalars are functions of a count on the host
@@ -44,8 +44,13 @@ class FusedOptimizer(Optimizer):
         "differentiable": False,
     }
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], options: Options, *, fused: bool | None = None
+    ) -> None:
         self.options = options
+        # With a stash the scaler would unscale one version's gradients and have another's stepped: the step refuses.
+        if fused or options.stash is not None:
+            self._step_supports_amp_scaling = True
         self.last_grad_norm: Tensor | None = None
         self.backend = options.backend
         self._prepared: Prepared | None = None
@@ -87,8 +92,8 @@ class FusedOptimizer(Optimizer):
             FloatingPointError: a gradient is not finite, with ``on_nonfinite="raise"``; nothing has been changed.
             RuntimeError: a gradient is sparse; nothing has been changed.
 
-        Under ``torch.amp.GradScaler`` the gradients are unscaled inside the pass and not rewritten; a step with
-        overflowed gradients changes nothing, the step count included.
+        With ``fused=True`` the gradients of a ``torch.amp.GradScaler`` are unscaled inside the pass and not rewritten;
+        a step with overflowed gradients changes nothing, the step count included.
         """
         if not isinstance(microbatches, int) or microbatches < 1:
             raise ValueError(f"microbatches must be a whole number of at least 1, not {microbatches}")
@@ -99,6 +104,10 @@ class FusedOptimizer(Optimizer):
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             self._one_pass(version, microbatches)
         return loss
+
+    def _patch_step_function(self) -> None:
+        super()._patch_step_function()
+        forget_scale_on_failure(type(self))
 
     # One call into C++: a compiler has nothing to fuse in it, and would recompile whenever lr changes. Disabled as in
     # torch.optim: torch.compiler.disable imports the compiler at once, which doubles the time of an import.
@@ -338,7 +347,8 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
             )
-        return {**super().__getstate__(), "options": self.options, "backend": self.backend}
+        kept = ("options", "backend", "_step_supports_amp_scaling")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -55,7 +55,7 @@ class DeviceCounts:
             self._stepped = stepped
         device = self._steps.device
         taken = torch.ones((), dtype=torch.float64, device=device)
-        if found_inf is not None:
+        if isinstance(found_inf, Tensor):  # a scaler that saw no gradient leaves the number 0
             taken = (found_inf.reshape(()).to(device) <= 0).double()
         words = len(Coefficients._fields) + 1 + (0 if correction_of is None else len(Correction._fields))
         rows = torch.zeros(len(self._groups), words, dtype=torch.float64, device=device)

@@ -34,11 +34,15 @@ class NAdam(FusedOptimizer):
         weight_decay: decay rate (0).
         momentum_decay: psi above (4e-3).
         decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (False).
-        foreach, fused: accepted for compatibility; the pass is always one over all tensors.
+        foreach: accepted for compatibility; the pass is always one over all tensors.
         maximize: ascend instead of descend (False).
         capturable: count steps on the device, so that a step can be captured in a CUDA graph; the cuda and triton
             backends (False). Each replay is one step; a tensor ``lr`` on the device may change between them. With a
             stash capture one graph for each of its versions, in turn, and replay them in turn.
+        fused: have ``torch.amp.GradScaler`` leave unscaling to the pass, which does not rewrite gradients, and count
+            steps on a GPU instead of waiting for the scaler's verdict. Hooks, and whoever clips from outside, then meet
+            scaled gradients, and skipped steps are called all the same, as with ``torch.optim.Adam(fused=True)``
+            (None: the scaler unscales the gradients and skips steps itself, as with ``torch.optim.NAdam``).
         differentiable: let autograd record the step; takes the reference backend and says so (False).
         stash: ring of weight versions to read from and write to (None: in place).
         max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
@@ -121,7 +125,7 @@ class NAdam(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, options, fused=fused)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

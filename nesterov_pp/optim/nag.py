@@ -104,7 +104,7 @@ class NAG(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, options)
+        super().__init__(params, defaults, options, fused=fused)
 
     @property
     def _counted_by_host(self) -> bool:  # type: ignore[override]

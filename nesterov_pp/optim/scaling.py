@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from nesterov_pp.optim.local import global_norm
 from nesterov_pp.optim.options import Options
@@ -46,3 +49,25 @@ def gradient_scale(
     factor = 1.0 if limit is None else limit / (norm + 1e-6)
     # A norm that is NaN makes every gradient NaN, as in torch.
     return scale if factor >= 1.0 else scale * factor, torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+
+def forget_scale_on_failure(optimizer: type[Optimizer]) -> None:
+    """Have a class's ``step``, hooks and closure included, leave no ``grad_scale`` and ``found_inf`` when it fails.
+
+    ``torch.amp.GradScaler`` deletes them after a step that returned; left behind, they would scale the next one.
+    """
+    step = optimizer.step
+    if getattr(step, "forgets_scale", False):
+        return
+
+    @functools.wraps(step)
+    def forgetting(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(self, *args, **kwargs)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    forgetting.forgets_scale = True  # type: ignore[attr-defined]
+    optimizer.step = forgetting  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -186,6 +187,45 @@ def nonfinite(mesh: DeviceMesh) -> None:
     assert float(optimizer.state[p]["step"]) == 0
 
 
+def scaled(p: torch.nn.Parameter, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Three steps, of which the second overflows in the last row: the second process's shard alone."""
+    scaler.scale(torch.ones(()))
+    for t in range(3):
+        grad = torch.arange(8.0).view(4, 2) * scaler.get_scale()
+        if t == 1:
+            grad[3, 0] = float("inf")
+        if isinstance(p, DTensor):
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
+        else:
+            p.grad = grad.chunk(2)[dist.get_rank()].clone()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 500.0
+    return whole(p)
+
+
+def grad_scaler(mesh: DeviceMesh) -> None:
+    """An overflow in one process's shard has both skip the step, and the weights are torch's."""
+    ends = []
+    for make in (torch.optim.NAdam, npp.NAdam, lambda ps, **o: npp.NAdam(ps, fused=True, **o)):
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        ends.append(scaled(p, torch.amp.GradScaler("cpu", init_scale=1000.0), make([p], lr=1e-2)))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-5, atol=1e-6)
+
+
+def sharded_grad_scaler(mesh: DeviceMesh) -> None:
+    """The first FSDP's: its parameters are plain tensors, and the scaler tells the other process of the overflow."""
+    ends = []
+    for cls in (torch.optim.NAdam, npp.NAdam):
+        p = torch.nn.Parameter(torch.ones(2, 2))
+        scaler = ShardedGradScaler("cpu", init_scale=1000.0, process_group=mesh.get_group())
+        optimizer = cls([p], lr=1e-2)
+        ends.append(scaled(p, scaler, optimizer))
+        assert float(optimizer.state[p]["step"]) == 2
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+
+
 def gradient_placed_otherwise(mesh: DeviceMesh) -> None:
     p = torch.nn.Parameter(distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)]))
     q = torch.nn.Parameter(torch.zeros(3, 2))
@@ -208,6 +248,8 @@ SCENARIOS = {
         ring_of_shards,
         refused_in_pipelines,
         nonfinite,
+        grad_scaler,
+        sharded_grad_scaler,
         gradient_placed_otherwise,
     )
 }

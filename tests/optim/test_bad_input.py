@@ -298,8 +298,6 @@ def scaled_ring(w: World) -> None:
     try:
         scaler.step(w.ring)
     finally:
-        for name in ("grad_scale", "found_inf"):
-            w.ring.__dict__.pop(name, None)
         for p, grad in zip(w.leaves("ring"), grads, strict=True):
             p.grad = grad
 

@@ -22,6 +22,8 @@ SCENARIOS = [
     "ring_of_shards",
     "refused_in_pipelines",
     "nonfinite",
+    "grad_scaler",
+    "sharded_grad_scaler",
     "gradient_placed_otherwise",
 ]
 

@@ -235,16 +235,29 @@ def test_memory_is_versions_times_the_weights():
     assert total == 5 * one
 
 
-def test_a_grad_scaler_is_refused_before_anything_is_written():
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("unscale", [False, True], ids=["by the step", "by hand"])
+def test_a_grad_scaler_is_refused_before_anything_is_written(unscale, fused):
+    """It would unscale the gradients of version 0, here stepped already, and have version 1's stepped as they are."""
     module = torch.nn.Linear(4, 3)
     stash = npp.WeightStash(module, 2)
-    optimizer = npp.NAdam(module.parameters(), stash=stash)
+    optimizer = npp.NAdam(module.parameters(), stash=stash, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
+    for version in (0, 1):
+        with stash.use(version):
+            loss = module(torch.ones(2, 4)).sum()
+        (scaler.scale(loss) if version else loss).backward()
+        if version == 0:
+            optimizer.step(version=0)
     before = [p.detach().clone() for p in module.parameters()]
-    with stash.use(0):
-        loss = module(torch.ones(2, 4)).sum()
-    scaler.scale(loss).backward()
+    gradients = [p.grad.clone() for p in module.parameters()]
+    if unscale:
+        scaler.unscale_(optimizer)
     with pytest.raises(ValueError, match="GradScaler sees the gradients of one weight version only; use bfloat16"):
-        scaler.step(optimizer, version=0)
-    assert stash.newest == 0
-    assert all(torch.equal(p, q) for p, q in zip(stash.parameters(0).values(), before, strict=True))
+        scaler.step(optimizer, version=1)
+    assert stash.newest == 1
+    for p, q, g in zip(stash.parameters(1).values(), before, gradients, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p.grad, g)
+    optimizer.step(version=1)
+    assert stash.newest == 2
