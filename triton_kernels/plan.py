@@ -166,6 +166,9 @@ class TritonPlan:
         self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         return classes
 
+    def forget(self) -> None:
+        self._plan.forget()
+
     def gradient_norm(self) -> float:
         return float(self._launches.reduce(1.0, 0.0, None)[0]) if self._launches.groups else 0.0
 

@@ -65,6 +65,9 @@ class Plan(Protocol):
             ValueError: a tensor does not fit its parameter (shape, dtype, device, layout).
         """
 
+    def forget(self) -> None:
+        """Let go of the gradients collected, if the step has not been run."""
+
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients collected, reading each once; 0 where there is none."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.plan import StepClass, Tensors
+from nesterov_pp.kernels.raw import has_memory, is_writable, why_not_raw
 from nesterov_pp.kernels.rounding import Noise
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -128,6 +129,9 @@ class ReferencePlan:
         self._grads: list[Tensor | None] = []
         self._class_of: list[int] = []
 
+    def forget(self) -> None:
+        self._grads = []
+
     def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
         t = self._tensors
         grads = [p.grad for p in t.slots[grads_of]]
@@ -135,6 +139,9 @@ class ReferencePlan:
         class_of = []
         for i, grad in enumerate(grads):
             weight = t.slots[source][i]
+            if grad is None and source == target:
+                class_of.append(0)
+                continue
             beside = {
                 "next version": t.slots[target][i],
                 "gradient": grad,
@@ -149,8 +156,11 @@ class ReferencePlan:
                 if other is not None:
                     _check_beside(t.names[i], what, weight, other)
             for what, other in beside.items():
-                if what != "gradient" and other is not None:
-                    _check_written(t.names[i] if other is weight else f"the {what} of {t.names[i]}", other)
+                if other is not None:
+                    whose = t.names[i] if other is weight else f"the {what} of {t.names[i]}"
+                    _check_memory(whose, other, written=what != "gradient")
+            if grad is not None and why_not_raw(weight) is None:
+                _check_plain(f"the gradient of {t.names[i]}", grad)
             if t.exp_avg_sqs:
                 _check_alike(t.names[i], t.exp_avgs[i], t.exp_avg_sqs[i])
             if grad is None:
@@ -161,7 +171,21 @@ class ReferencePlan:
             key = (t.groups[i], steps, mu_product)
             class_of.append(classes.setdefault(key, len(classes)))
         self._slots, self._grads, self._class_of = (grads_of, source, target), grads, class_of
+        self._rehearse()
         return list(classes)
+
+    def _rehearse(self) -> None:
+        """Step no elements of tensors whose operators may refuse to: nothing has been written if they do."""
+        t, (_, source, target) = self._tensors, self._slots
+        for i, grad in enumerate(self._grads):
+            if grad is None:
+                continue
+            tensors = [t.slots[source][i], t.slots[target][i], grad, t.exp_avgs[i], *t.exp_avg_sqs[i : i + 1]]
+            if all(why_not_raw(x) is None for x in tensors):
+                continue
+            weight, weight_out, none, exp_avg, *exp_avg_sq = [x.detach().reshape(-1)[:0] for x in tensors]
+            row = Coefficients(1.0, 0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 1.0, 1.0)
+            update(weight, weight_out, none, exp_avg, exp_avg_sq[0] if exp_avg_sq else None, row)
 
     def gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([widened(grad) for grad in self._grads if grad is not None]))
@@ -244,7 +268,24 @@ def _check_alike(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         raise ValueError(f"the second moment of {name} is {exp_avg_sq.dtype}, but the first is {exp_avg.dtype}")
 
 
-def _check_written(what: str, t: Tensor) -> None:
+def _check_plain(what: str, t: Tensor) -> None:
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(f"{what} {why_not_raw(t)}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        raise ValueError(f"{what} {why_not_raw(t)}, and the parameter does not")
+
+
+def _check_memory(what: str, t: Tensor, *, written: bool) -> None:
+    if not has_memory(t):
+        raise ValueError(f"{what} has a storage smaller than its shape (resized, or freed)")
+    if not written:
+        return
+    if not is_writable(t):
+        raise ValueError(
+            f"{what} is an inference tensor, which only inference mode may write; make it outside or clone() it"
+        )
+    if t._is_zerotensor():
+        raise ValueError(f"{what} {why_not_raw(t)}")
     if not t.is_floating_point():
         raise ValueError(f"{what} is {t.dtype}; it must be of floating point")
     extent = 0

@@ -10,19 +10,25 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
-from nesterov_pp.optim import checkpoint, counts
-from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, check_capturable, check_not_captured, needs_host
-from nesterov_pp.optim.fresh import follow_layouts, fresh_state
+from nesterov_pp.kernels.raw import in_fake_mode
+from nesterov_pp.optim import counts
+from nesterov_pp.optim.device_counts import check_capturable, check_not_captured
+from nesterov_pp.optim.fresh import follow_layouts
 from nesterov_pp.optim.local import local
-from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.options import Options, check_fake, check_fused
 from nesterov_pp.optim.prepared import Prepared
-from nesterov_pp.optim.scaling import forget_scale_on_failure, gradient_scale
+from nesterov_pp.optim.scaling import forget_scale_on_failure, gradient_scale, whole_scale
+from nesterov_pp.optim.state import StatefulOptimizer, unique
+
+Slots = tuple[int, int, int]
+"""The ring slots of the gradients, of the weights read, and of those written."""
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(StatefulOptimizer):
     """An optimizer whose whole step is one pass over all its tensors.
 
     Subclasses name their state and turn a parameter group and a step count into ``Coefficients``.
@@ -30,34 +36,21 @@ class FusedOptimizer(Optimizer):
 
     # Where it is True torch.amp.GradScaler leaves unscaling to the step: it sets grad_scale and found_inf around it.
     _step_supports_amp_scaling = False
-    _adaptive: ClassVar[bool] = True
-    _has_mu_product: ClassVar[bool] = False
-    _counted_by_host = False  # a rule whose scalars are functions of a count on the host
     _ready = False  # the constructor has seen all its groups
     _warned = False
     _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
-    # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
-    _legacy: ClassVar[dict[str, Any]] = {
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-    }
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, *, fused: bool | None = None
     ) -> None:
-        self.options = options
         # With a stash the scaler would unscale one version's gradients and have another's stepped: the step refuses.
         if fused or options.stash is not None:
             self._step_supports_amp_scaling = True
         self.last_grad_norm: Tensor | None = None
-        self.backend = options.backend
-        self._prepared: Prepared | None = None
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options, fused=fused)
         if options.stash is not None:
             options.stash.leaves(self._parameters())
-        plain = [local(p) for p in self._parameters()]
+        plain = [local(p) for p in unique(self._parameters()) if p.requires_grad and not is_lazy(p)]
         self.backend = choose_backend(options.backend, plain, self._only_reference(), corrects=options.corrects)
         if options.stash is not None:
             options.stash.attach(self)
@@ -113,8 +106,16 @@ class FusedOptimizer(Optimizer):
     # torch.optim: torch.compiler.disable imports the compiler at once, which doubles the time of an import.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _one_pass(self, version: int | None, microbatches: int) -> None:
+        with self._lock:
+            try:
+                self._locked_pass(version, microbatches)
+            finally:
+                if self._prepared is not None:
+                    self._prepared.plan.forget()  # the gradients, of a step that was not run
+
+    def _locked_pass(self, version: int | None, microbatches: int) -> None:
         stash = self.options.stash
-        slots = (0, 0, 0)
+        slots: Slots = (0, 0, 0)
         if stash is not None:
             if hasattr(self, "found_inf"):
                 raise ValueError(
@@ -124,18 +125,29 @@ class FusedOptimizer(Optimizer):
             slots = stash.begin_step(version, microbatches)
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
+        if in_fake_mode():
+            check_fake(self._parameters())
         if self._capturable():
             check_capturable(self.param_groups, self.options, self.backend, has_mu_product=self._has_mu_product)
         else:
             check_not_captured(type(self).__name__)
-        grads_of, source, target = slots
         prepared, classes = self._collect(slots)
         if prepared.device_counts is None and self._overflowed():
             return
         loss_scale = getattr(self, "grad_scale", None)
-        scale, norm = gradient_scale(prepared, self.options, grads_of, microbatches, loss_scale)
+        scale, norm = gradient_scale(prepared, self.options, slots[0], microbatches, loss_scale)
         if norm is not None:
             self.last_grad_norm = norm
+        self._run(prepared, classes, slots, scale)
+        if stash is not None:
+            stash.end_step(version, microbatches)
+        for repeated in prepared.repeats:
+            again = self._plan_of(repeated)
+            self._run(again, again.collect(*slots), slots, whole_scale(prepared, self.options, scale, norm, loss_scale))
+
+    def _run(self, prepared: Prepared, classes: list[StepClass], slots: Slots, scale: float) -> None:
+        """The pass over what was collected, and the count of it."""
+        grads_of, source, target = slots
         if prepared.device_counts is not None:
             on_device, count = prepared.device_counts.next_step(
                 prepared.stepped(grads_of),
@@ -159,39 +171,56 @@ class FusedOptimizer(Optimizer):
                 prepared.plan.apply(rows, products, corrections)
             else:
                 prepared.plan.apply(rows, products)
-        prepared.masters.written(target)
-        if stash is not None:
-            stash.end_step(version, microbatches)
+        prepared.written(target)
 
-    def _collect(self, slots: tuple[int, int, int]) -> tuple[Prepared, list[StepClass]]:
+    def _collect(self, slots: Slots) -> tuple[Prepared, list[StepClass]]:
         """The parameters as they are now, with the gradients of this step checked and taken."""
-        prepared = self._prepare()
+        before = self._prepared
         try:
+            prepared = self._prepare()
             return prepared, prepared.collect(*slots)
         except ValueError:
-            if any(p.grad is not None and p.grad.is_sparse for p in prepared.leaves[slots[0]]):
-                raise RuntimeError(self._no_sparse) from None
-            if not follow_layouts(self._parameters(), self.state):
+            self._check_sparse(slots[0])
+            # What was planned before may not fit a parameter that has changed in its place since.
+            stale = before is not None and self._prepared is before
+            if not follow_layouts(self._parameters(), self.state) and not stale:
                 raise
-        return self._collect(slots)
+        self._prepared = None
+        prepared = self._prepare()
+        return prepared, prepared.collect(*slots)
 
     def _prepare(self) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, on_device):
-            new = [p for p in self._parameters() if p.grad is not None and not self.state.get(p)]
+            counted_on_device = self._prepared is not None and self._prepared.device_counts is not None
+            self._prepared = None  # what it has of the memory may be needed for the next one
+            with_gradient = [p for p in unique(self._parameters()) if p.grad is not None]
+            self._check_sparse()
+            if self.fused:
+                check_fused(with_gradient)
+            self._follow_parameters()
+            new = [p for p in with_gradient if not self.state.get(p)]
             for p in new:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(self._no_sparse)
                 self.options.check_parameter(p)
             self._init_state(new)
             if on_device:
-                counts.to_devices(self.state)
-            elif self._prepared is not None and self._prepared.device_counts is not None:
-                counts.to_host(self.state)
-            names = self._state_names()
-            self._prepared = Prepared(self.param_groups, self.state, self.options, names, only, on_device)
+                counts.to_devices(self._states())
+            elif counted_on_device:
+                counts.to_host(self._states())
+            self._prepared = self._plan_of(self.param_groups)
             self.backend = self._prepared.backend
         return self._prepared
+
+    def _plan_of(self, groups: list[dict[str, Any]]) -> Prepared:
+        only, on_device = self._only_reference(), self._counts_on_device()
+        return Prepared(groups, self.state, self.options, self._state_names(), only, on_device)
+
+    def _check_sparse(self, slot: int = 0) -> None:
+        """Refuse sparse gradients in torch's words; else they would be refused for their layout."""
+        stash = self.options.stash
+        leaves = self._parameters() if stash is None else stash.leaves(self._parameters())[slot]
+        if any(p.grad is not None and p.grad.is_sparse for p in leaves):
+            raise RuntimeError(self._no_sparse)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with a stash, those of every version."""
@@ -244,22 +273,11 @@ class FusedOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and float(found_inf) > 0.0
 
-    # ------------------------------------------------------------------ parameters and their state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict) and "params" not in param_group:
-            raise ValueError("a parameter group has no 'params'")
-        super().add_param_group(param_group)
-        parameters = self.param_groups[-1]["params"]
-        try:
-            self._check_group(parameters)
-            self._init_state([p for p in parameters if p.requires_grad])
-        except BaseException:  # out of memory too
-            del self.param_groups[-1]
-            raise
-        self._prepared = None
-        if self._ready:
-            self._warn_of_reference(stacklevel=3)
+    def _only_reference(self) -> str | None:
+        """An option in use that only the reference backend has."""
+        if self.defaults.get("differentiable"):
+            return "differentiable=True"
+        return "amsgrad=True" if any(group.get("amsgrad") for group in self.param_groups) else None
 
     def _warn_of_reference(self, stacklevel: int) -> None:
         only = self._only_reference()
@@ -267,95 +285,17 @@ class FusedOptimizer(Optimizer):
             self._warned = True
             warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=stacklevel)
 
-    def _check_group(self, parameters: list[Tensor]) -> None:
-        if len({id(p) for p in parameters}) < len(parameters):
-            raise ValueError("a parameter group has the same parameter twice; a step would count it once")
-        for p in parameters:
-            if p.requires_grad or p.is_floating_point():
-                self.options.check_parameter(p)
-        if self.options.stash is not None:
-            self.options.stash.leaves(parameters, complete=False)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
-
-        ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
-        and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
-
-        Raises:
-            ValueError: it is of other parameters or of another optimizer; nothing has been changed.
-        """
-        checkpoint.check_form(state_dict)
-        loaded: dict[str, Any] = {}
-
-        def note(_: Optimizer, state: dict[str, Any]) -> None:  # after all hooks that may change it
-            needed = [key for key in self.defaults if key not in self._legacy]
-            checkpoint.check_fits(state, self.param_groups, needed, self._state_names())
-            loaded.update(state)
-
-        handle = self.register_load_state_dict_pre_hook(note)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
-        (counts.to_devices if self._capturable() else counts.to_host)(self.state)
-        counts.lay_side_by_side(self.state)
-        for p in self._parameters():
-            if not self.options.has_master(p) and p in self.state:
-                self.state[p].pop("master_weight", None)
-        self._prepared = None
-
     @property
     def max_grad_norm(self) -> float | None:
         """The limit that the gradients' global norm is clipped to; None for no clipping."""
         return self.options.max_grad_norm
 
-    def _state_names(self) -> list[str]:
-        """What every parameter's state has."""
-        names = ["step"] + ["mu_product"] * self._has_mu_product + ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
-        return names if self.options.mean_name is None else [*names, self.options.mean_name]
-
-    def _init_state(self, parameters: list[Tensor]) -> None:
-        entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
-        for i, p in enumerate(parameters):
-            self.state[p].update({name: values[i] for name, values in entries.items()})
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _capturable(self) -> bool:
-        return any(group.get("capturable") for group in self.param_groups)
-
-    def _counts_on_device(self) -> bool:
-        """Whether steps are counted where the parameters are: as asked for, or not to wait for a ``GradScaler``."""
-        if self._capturable():
-            return True
-        scaled = hasattr(self, "found_inf") and self.backend in DEVICE_BACKENDS
-        return scaled and not self._counted_by_host and needs_host(self.options, self._parameters()) is None
-
-    def _only_reference(self) -> str | None:
-        """An option in use that only the reference backend has."""
-        if self.defaults.get("differentiable"):
-            return "differentiable=True"
-        return "amsgrad=True" if any(group.get("amsgrad") for group in self.param_groups) else None
-
-    # ------------------------------------------------------------------ copies
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.options.stash is not None:
-            raise TypeError(
-                "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
-            )
-        kept = ("options", "backend", "_step_supports_amp_scaling")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self._ready:
+            self._warn_of_reference(stacklevel=3)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._prepared = None
         self.__dict__.setdefault("last_grad_norm", None)
         self._ready = self._warned = True
-        for group in self.param_groups:
-            for key, value in self._legacy.items():
-                group.setdefault(key, value)
-        counts.to_tensors(self.state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +146,30 @@ def check_hyperparameters(
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if not _at_least_zero(momentum_decay):
         raise ValueError(f"Invalid momentum_decay value: {momentum_decay}")
+
+
+def check_fused(parameters: Sequence[Tensor]) -> None:
+    """Refuse what torch's fused optimizers refuse, in their words.
+
+    Raises:
+        RuntimeError: a parameter is not of floating point, or on a device without fused kernels.
+    """
+    from torch.optim.optimizer import _device_dtype_check_for_fused
+
+    for p in parameters:
+        _device_dtype_check_for_fused(p)
+
+
+def check_fake(parameters: Sequence[Tensor]) -> None:
+    """Refuse to step tensors with elements under ``FakeTensorMode``, where operators compute shapes alone.
+
+    Raises:
+        ValueError: a parameter with a gradient is no ``FakeTensor``.
+    """
+    from torch._subclasses import FakeTensor
+
+    if any(p.grad is not None and not isinstance(p, FakeTensor) for p in parameters):
+        raise ValueError("FakeTensorMode computes shapes alone, so a step in it takes FakeTensor parameters only")
 
 
 def scalar(value: float | Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -97,6 +98,7 @@ class Prepared:
         # When all memory has been had.
         for s, master, most in zip(states, masters, largest, strict=True):
             s.update({k: v for k, v in (("master_weight", master), ("max_exp_avg_sq", most)) if v is not None})
+        self.repeats = _repeats(groups)
         self._stateless = [p for group in groups for p in group["params"] if not state.get(p)]
         self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
 
@@ -156,14 +158,35 @@ class Prepared:
         own = [plain[i].grad for i in numbers]
         try:
             for i in numbers:
-                if is_plain(leaves[i]):
-                    plain[i].grad = materialised(leaves[i].grad, leaves[i].detach(), self._names[i])
+                grad = leaves[i].grad
+                if grad is not None and is_plain(leaves[i]):
+                    plain[i].grad = materialised(grad, leaves[i].detach(), self._names[i])
                 else:
                     plain[i].grad = local_gradient(leaves[i])
             yield
         finally:
             for i, grad in zip(numbers, own, strict=True):
                 plain[i].grad = grad
+
+
+def _repeats(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Groups of the parameters that a group has a second time, then a third, ...: torch warns of them, and steps them
+    as often, one step after the other."""
+    rounds: list[list[dict[str, Any]]] = [[]]
+    for group in groups:
+        if len({id(p) for p in group["params"]}) == len(group["params"]):
+            continue
+        seen: Counter[int] = Counter()
+        times = []
+        for p in group["params"]:
+            times.append(seen[id(p)])
+            seen[id(p)] += 1
+        for number in range(1, max(times) + 1):
+            if number == len(rounds):
+                rounds.append([])
+            chosen = [p for p, time in zip(group["params"], times, strict=True) if time == number]
+            rounds[number].append({**group, "params": chosen, "param_names": None})
+    return rounds[1:]
 
 
 def _resolve(states: list[dict[str, Any]]) -> None:
@@ -178,7 +201,11 @@ def _odd_state(names: list[str], states: list[dict[str, Any]]) -> str | None:
     """State that only torch's own operators can step."""
     for name, entries in zip(names, states, strict=True):
         for entry, value in entries.items():
-            subclass = isinstance(value, Tensor) and not is_dtensor(value) and type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            subclass = (
+                isinstance(value, Tensor)
+                and not is_dtensor(value)
+                and type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            )
             if subclass:
                 return f"a {type(value).__name__} as {entry!r} of {name}"
     return None

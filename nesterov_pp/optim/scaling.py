@@ -30,9 +30,11 @@ def gradient_scale(
         FloatingPointError: the norm is not finite, with ``on_nonfinite="raise"``.
     """
     limit, raises = options.max_grad_norm, options.on_nonfinite == "raise"
+    if loss_scale is not None:
+        loss_scale = loss_scale.detach().resolve_neg()
     if limit is None and loss_scale is None and not raises:
         return 1.0 / microbatches, None
-    if prepared.plan.on_device and not raises and not prepared.sharded:
+    if _scales_on_device(prepared, options):
         return 1.0 / microbatches, prepared.plan.scale(1.0 / microbatches, limit, loss_scale)
     scale = 1.0 / (microbatches * (1.0 if loss_scale is None else float(loss_scale)))
     if limit is None and not raises:
@@ -49,6 +51,22 @@ def gradient_scale(
     factor = 1.0 if limit is None else limit / (norm + 1e-6)
     # A norm that is NaN makes every gradient NaN, as in torch.
     return scale if factor >= 1.0 else scale * factor, torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+
+def _scales_on_device(prepared: Prepared, options: Options) -> bool:
+    return prepared.plan.on_device and options.on_nonfinite != "raise" and not prepared.sharded
+
+
+def whole_scale(
+    prepared: Prepared, options: Options, scale: float, norm: Tensor | None, loss_scale: Tensor | None
+) -> float:
+    """All that a step has multiplied its gradients by, after ``gradient_scale`` gave ``scale`` and ``norm``. Waits for a
+    device whose plan has applied a part of it."""
+    if not _scales_on_device(prepared, options):
+        return scale
+    limit = options.max_grad_norm
+    factor = 1.0 if limit is None or norm is None else min(1.0, limit / (float(norm) + 1e-6))
+    return scale * factor / (1.0 if loss_scale is None else float(loss_scale))
 
 
 def forget_scale_on_failure(optimizer: type[Optimizer]) -> None:

@@ -1,0 +1,177 @@
+"""The parameters of an optimizer and their state: what there is, what may come, and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import RLock
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from nesterov_pp.optim import checkpoint, counts
+from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, needs_host
+from nesterov_pp.optim.fresh import follow_parameters, fresh_state
+from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.prepared import Prepared
+
+
+class StatefulOptimizer(Optimizer):
+    """Keeps every parameter's state, from the constructor on, as ``torch.optim`` keeps it from the first step on."""
+
+    _adaptive: ClassVar[bool] = True
+    _has_mu_product: ClassVar[bool] = False
+    _counted_by_host = False  # a rule whose scalars are functions of a count on the host
+    # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
+    _legacy: ClassVar[dict[str, Any]] = {
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+    }
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], options: Options, *, fused: bool | None = None
+    ) -> None:
+        self.options = options
+        self.fused = bool(fused)
+        self.backend = options.backend
+        self._lock = RLock()  # one thread at a time: a step, or what changes the tensors that it goes over
+        self._prepared: Prepared | None = None
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError("a parameter group has no 'params'")
+        with self._lock:
+            super().add_param_group(param_group)
+            parameters = self.param_groups[-1]["params"]
+            try:
+                self._check_group(parameters)
+                self._init_state(unique(p for p in parameters if p.requires_grad and not is_lazy(p)))
+            except BaseException:  # out of memory too
+                del self.param_groups[-1]
+                raise
+            self._prepared = None
+
+    def _check_group(self, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if p.requires_grad and not is_lazy(p):
+                self.options.check_parameter(p)
+        stash = self.options.stash
+        if stash is not None:
+            if len(unique(parameters)) < len(parameters):
+                raise ValueError("a parameter group has the same parameter twice; with a WeightStash name it once")
+            stash.leaves(parameters, complete=False)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _capturable(self) -> bool:
+        return any(group.get("capturable") for group in self.param_groups)
+
+    def _counts_on_device(self) -> bool:
+        """Whether steps are counted where the parameters are: as asked for, or not to wait for a ``GradScaler``."""
+        if self._capturable():
+            return True
+        scaled = hasattr(self, "found_inf") and self.backend in DEVICE_BACKENDS
+        return scaled and not self._counted_by_host and needs_host(self.options, self._parameters()) is None
+
+    # ------------------------------------------------------------------ their state
+
+    def _state_names(self) -> list[str]:
+        """What every parameter's state has."""
+        names = ["step"] + ["mu_product"] * self._has_mu_product + ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
+        return names if self.options.mean_name is None else [*names, self.options.mean_name]
+
+    def _init_state(self, parameters: list[Tensor]) -> None:
+        entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
+        for i, p in enumerate(parameters):
+            self.state[p].update({name: values[i] for name, values in entries.items()})
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """The state of every parameter that has some; not what a user keeps beside it."""
+        return {p: self.state[p] for p in self._parameters() if self.state.get(p)}
+
+    def _follow_parameters(self) -> bool:
+        """Drop the state of parameters that are in no group any more, and make state anew that was never stepped and
+        does not fit its parameter any more. Returns whether parameters have been replaced."""
+        parameters = unique(self._parameters())
+        known = {id(p) for p in parameters}
+        strangers = [key for key in self.state if isinstance(key, Tensor) and id(key) not in known]
+        for key in strangers:
+            del self.state[key]
+        follow_parameters(parameters, self.state, self._state_names(), self.options, on_device=self._capturable())
+        return bool(strangers)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim`` has it. State of parameters that are in no group is dropped; those that took their places
+        have theirs from here on."""
+        with self._lock:
+            if self._follow_parameters():
+                self._prepared = None  # it has the state of those that were replaced
+                fresh = [p for p in self._parameters() if p.requires_grad and not is_lazy(p) and not self.state.get(p)]
+                self._init_state(unique(fresh))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
+
+        ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
+        and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
+
+        Raises:
+            ValueError: it is of other parameters or of another optimizer; nothing has been changed.
+        """
+        checkpoint.check_form(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def note(_: Optimizer, state: dict[str, Any]) -> None:  # after all hooks that may change it
+            needed = [key for key in self.defaults if key not in self._legacy]
+            checkpoint.check_fits(state, self.param_groups, needed, self._state_names())
+            loaded.update(state)
+
+        with self._lock, torch.inference_mode(False):
+            handle = self.register_load_state_dict_pre_hook(note)
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                handle.remove()
+            checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
+            states = self._states()
+            (counts.to_devices if self._capturable() else counts.to_host)(states)
+            counts.lay_side_by_side(states)
+            for p, entries in states.items():
+                if not self.options.has_master(p):
+                    entries.pop("master_weight", None)
+            self._prepared = None
+
+    # ------------------------------------------------------------------ copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.options.stash is not None:
+            raise TypeError(
+                "an optimizer with a WeightStash cannot be copied or pickled; save its state_dict() and the stash's"
+            )
+        kept = ("options", "backend", "fused", "_step_supports_amp_scaling")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = RLock()
+        self._prepared = None
+        for group in self.param_groups:
+            for key, value in self._legacy.items():
+                group.setdefault(key, value)
+        counts.to_tensors(self._states())
+
+
+def unique(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Each parameter once, in order: a group may have one several times, which torch warns of."""
+    return list({id(p): p for p in parameters}.values())
