@@ -8,7 +8,7 @@ from torch import Tensor
 
 def why_not_raw(t: Tensor) -> str | None:
     """What keeps a pass from going over the memory of a strided tensor itself, as the end of a sentence; or None."""
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if is_subclass(t):
         return f"is a {type(t).__name__}, which keeps its elements elsewhere"
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
         return "belongs to a transform of torch.func"
@@ -23,9 +23,18 @@ def why_not_raw(t: Tensor) -> str | None:
     return None
 
 
+def is_subclass(t: Tensor) -> bool:
+    """Whether operators ask the type of the tensor what to do. A ``Parameter`` or a type without such a say is none."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_opaque(t: Tensor) -> bool:
+    return is_subclass(t) or torch._C._functorch.is_functorch_wrapped_tensor(t) or t.is_nested or t.is_quantized
+
+
 def has_memory(t: Tensor) -> bool:
     """Whether the storage of a tensor holds all its elements; others than strided ones answer for themselves."""
-    if t.layout != torch.strided or t.is_nested or t.is_quantized or t.numel() == 0:
+    if t.layout != torch.strided or t.device.type == "meta" or _is_opaque(t) or t.numel() == 0:
         return True
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return bool((last + 1) * t.element_size() <= t.untyped_storage().nbytes())
@@ -34,6 +43,11 @@ def has_memory(t: Tensor) -> bool:
 def is_writable(t: Tensor) -> bool:
     """Whether the current mode may write the tensor: those of inference mode can be written in it alone."""
     return not t.is_inference() or torch.is_inference_mode_enabled()
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way, which keeps account of what operators write."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def in_fake_mode() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.plan import StepClass, Tensors
-from nesterov_pp.kernels.raw import has_memory, is_writable, why_not_raw
+from nesterov_pp.kernels.raw import has_memory, in_transform, is_subclass, is_writable, why_not_raw
 from nesterov_pp.kernels.rounding import Noise
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -181,7 +181,7 @@ class ReferencePlan:
             if grad is None:
                 continue
             tensors = [t.slots[source][i], t.slots[target][i], grad, t.exp_avgs[i], *t.exp_avg_sqs[i : i + 1]]
-            if all(why_not_raw(x) is None for x in tensors):
+            if not in_transform() and all(why_not_raw(x) is None for x in tensors):
                 continue
             weight, weight_out, none, exp_avg, *exp_avg_sq = [x.detach().reshape(-1)[:0] for x in tensors]
             row = Coefficients(1.0, 0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 1.0, 1.0)
@@ -269,7 +269,7 @@ def _check_alike(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
 
 
 def _check_plain(what: str, t: Tensor) -> None:
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if is_subclass(t):
         raise ValueError(f"{what} {why_not_raw(t)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
         raise ValueError(f"{what} {why_not_raw(t)}, and the parameter does not")

@@ -12,7 +12,14 @@ from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
-from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
+from nesterov_pp.optim.differentiable import step_adamw
+from nesterov_pp.optim.options import (
+    Options,
+    check_hyperparameters,
+    check_tensor_hyperparameters,
+    learning_rate,
+    two_betas,
+)
 from nesterov_pp.stash import WeightStash
 
 
@@ -74,6 +81,7 @@ class AdamW(FusedOptimizer):
         prediction: Prediction | Discrepancy | None = None,
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
+        check_tensor_hyperparameters(lr, betas, foreach=foreach, capturable=capturable)
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
@@ -104,6 +112,10 @@ class AdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults, options, fused=fused)
+
+    def _recorded(self) -> bool:
+        step_adamw(self.param_groups, self.state)
+        return True
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
-from nesterov_pp.kernels.raw import in_fake_mode
+from nesterov_pp.kernels.raw import in_fake_mode, in_transform
 from nesterov_pp.optim import counts
 from nesterov_pp.optim.device_counts import check_capturable, check_not_captured
 from nesterov_pp.optim.fresh import follow_layouts
@@ -135,6 +135,8 @@ class FusedOptimizer(StatefulOptimizer):
         if prepared.device_counts is None and self._overflowed():
             return
         loss_scale = getattr(self, "grad_scale", None)
+        if self.defaults.get("differentiable") and loss_scale is None and self.options.are_torchs and self._recorded():
+            return
         scale, norm = gradient_scale(prepared, self.options, slots[0], microbatches, loss_scale)
         if norm is not None:
             self.last_grad_norm = norm
@@ -222,6 +224,10 @@ class FusedOptimizer(StatefulOptimizer):
         if any(p.grad is not None and p.grad.is_sparse for p in leaves):
             raise RuntimeError(self._no_sparse)
 
+    def _recorded(self) -> bool:
+        """Take torch's own step, every operation of which autograd records; False for a rule that torch has not."""
+        return False
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with a stash, those of every version."""
         if self.options.stash is not None:
@@ -277,11 +283,13 @@ class FusedOptimizer(StatefulOptimizer):
         """An option in use that only the reference backend has."""
         if self.defaults.get("differentiable"):
             return "differentiable=True"
+        if in_transform():
+            return "transforms of torch.func"
         return "amsgrad=True" if any(group.get("amsgrad") for group in self.param_groups) else None
 
     def _warn_of_reference(self, stacklevel: int) -> None:
         only = self._only_reference()
-        if only is not None and self.options.backend == "auto" and not self._warned:
+        if only is not None and self.options.backend == "auto" and not self._warned and not in_transform():
             self._warned = True
             warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=stacklevel)
 

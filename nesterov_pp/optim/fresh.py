@@ -24,11 +24,11 @@ def fresh_state(
     entries: dict[str, list[Tensor]] = {}
     for name in names:
         if name == "step":
-            entries[name] = counts.side_by_side([torch.zeros((), dtype=scalar, device=d) for d in devices])
+            entries[name] = counts.side_by_side([torch.tensor(0.0, dtype=scalar, device=d) for d in devices])
         elif name == "mu_product":
             real = [p.dtype.to_real() if p.is_complex() else p.dtype for p in parameters]
             dtypes = [scalar if on_device else torch.promote_types(scalar, dtype) for dtype in real]
-            ones = [torch.ones((), dtype=t, device=d) for t, d in zip(dtypes, devices, strict=True)]
+            ones = [torch.tensor(1.0, dtype=t, device=d) for t, d in zip(dtypes, devices, strict=True)]
             entries[name] = counts.side_by_side(ones)
         else:
             entries[name] = zeros_like(parameters, [options.moment_dtype(p) for p in parameters])

@@ -12,6 +12,7 @@ from nesterov_pp.kernels import Coefficients
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
+from nesterov_pp.optim.differentiable import step_nadam
 from nesterov_pp.optim.options import Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.stash import WeightStash
 
@@ -126,6 +127,10 @@ class NAdam(FusedOptimizer):
             "differentiable": differentiable,
         }
         super().__init__(params, defaults, options, fused=fused)
+
+    def _recorded(self) -> bool:
+        step_nadam(self.param_groups, self.state)
+        return True
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class Options:
             raise ValueError(f"{option} does not go with a correction or a prediction")
 
     @property
+    def are_torchs(self) -> bool:
+        """Whether nothing is asked for that torch's own step has not."""
+        return replace(self, backend="auto") == Options()
+
+    @property
     def corrects(self) -> bool:
         """Whether the pass has a correction or a prediction in it."""
         return self.correction is not None or self.prediction is not None
@@ -131,13 +136,13 @@ def check_hyperparameters(
         raise ValueError("Tensor lr must be 1-element")
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise ValueError("lr requires a gradient, which a step does not pass on here; detach() it")
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
+    if _pair(betas) is None:
         raise ValueError(f"Invalid betas: {betas}; they must be a pair of numbers")
     if not _at_least_zero(lr):
         raise ValueError(f"Invalid learning rate: {lr}")
     if not _at_least_zero(eps):
         raise ValueError(f"Invalid epsilon value: {eps}")
-    for i, beta in enumerate(betas):
+    for i, beta in enumerate(_pair(betas) or ()):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{i}] must be 1-element")
         if not (_at_least_zero(beta) and beta < 1.0):
@@ -180,7 +185,8 @@ def scalar(value: float | Tensor) -> float:
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value.detach())
-    if isinstance(value, numbers.Real):
+    # A NumPy array of no dimensions is one, too.
+    if isinstance(value, numbers.Real) or (getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)):
         return float(value)
     raise TypeError(f"{value!r} is not a number")
 
@@ -202,12 +208,42 @@ def two_betas(values: object) -> tuple[float, float]:
     Raises:
         TypeError: they are none, or not from 0 to 1.
     """
-    if not isinstance(values, tuple | list) or len(values) != 2:
+    pair = _pair(values)
+    if pair is None:
         raise TypeError(f"{values!r} is not a pair of numbers")
-    first, second = scalar(values[0]), scalar(values[1])
+    first, second = scalar(pair[0]), scalar(pair[1])
     if not (0.0 <= first <= 1.0 and 0.0 <= second <= 1.0):
         raise TypeError(f"{values!r} are not from 0 to 1")
     return first, second
+
+
+def _pair(values: object) -> tuple[Any, Any] | None:
+    """The two elements of any sequence of two: a tuple, a list, one of a configuration, an array."""
+    if isinstance(values, str | bytes | dict | set):
+        return None
+    try:
+        pair: tuple[Any, ...] = tuple(values)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return (pair[0], pair[1]) if len(pair) == 2 else None
+
+
+def check_tensor_hyperparameters(lr: object, betas: object, *, foreach: bool | None, capturable: bool) -> None:
+    """Refuse tensors where ``torch.optim.AdamW`` refuses them, in its words.
+
+    Raises:
+        ValueError: so it does.
+    """
+    without = "as a Tensor is not supported for capturable=False and foreach=True"
+    refuses = bool(foreach) and not capturable
+    if isinstance(lr, Tensor) and refuses:
+        raise ValueError(f"lr {without}")
+    pair = _pair(betas) or ()
+    if len({isinstance(beta, Tensor) for beta in pair}) == 2:
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(pair):
+        if isinstance(beta, Tensor) and refuses:
+            raise ValueError(f"betas[{i}] {without}")
 
 
 def _at_least_zero(value: float | Tensor) -> bool:

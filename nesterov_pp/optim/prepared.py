@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
-from nesterov_pp.kernels.raw import why_not_raw
+from nesterov_pp.kernels.raw import is_subclass, why_not_raw
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
@@ -201,12 +201,7 @@ def _odd_state(names: list[str], states: list[dict[str, Any]]) -> str | None:
     """State that only torch's own operators can step."""
     for name, entries in zip(names, states, strict=True):
         for entry, value in entries.items():
-            subclass = (
-                isinstance(value, Tensor)
-                and not is_dtensor(value)
-                and type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
-            )
-            if subclass:
+            if isinstance(value, Tensor) and is_subclass(value) and not is_dtensor(value):
                 return f"a {type(value).__name__} as {entry!r} of {name}"
     return None
 

@@ -60,8 +60,10 @@ def _scales_on_device(prepared: Prepared, options: Options) -> bool:
 def whole_scale(
     prepared: Prepared, options: Options, scale: float, norm: Tensor | None, loss_scale: Tensor | None
 ) -> float:
-    """All that a step has multiplied its gradients by, after ``gradient_scale`` gave ``scale`` and ``norm``. Waits for a
-    device whose plan has applied a part of it."""
+    """All that a step has multiplied its gradients by, after ``gradient_scale`` gave ``scale`` and ``norm``.
+
+    Waits for a device whose plan has applied a part of it.
+    """
     if not _scales_on_device(prepared, options):
         return scale
     limit = options.max_grad_norm

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from threading import RLock
 from typing import Any, ClassVar
 
@@ -16,6 +18,39 @@ from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_state
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
+
+
+class States(defaultdict[Any, Any]):
+    """The state of all parameters, by parameter, which says when some of it is dropped: the plan of the steps has it
+    too, and would keep its memory until the next one."""
+
+    def __init__(self, states: Mapping[Any, Any], dropped: Callable[[], None]) -> None:
+        super().__init__(dict, states)
+        self._dropped = dropped
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        self._dropped()
+
+    def pop(self, *args: Any) -> Any:
+        self._dropped()
+        return super().pop(*args)
+
+    def popitem(self) -> Any:
+        self._dropped()
+        return super().popitem()
+
+    def clear(self) -> None:
+        self._dropped()
+        super().clear()
+
+    def copy(self) -> defaultdict[Any, Any]:
+        return defaultdict(dict, self)
+
+    __copy__ = copy
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict,), None, None, iter(self.items())
 
 
 class StatefulOptimizer(Optimizer):
@@ -41,6 +76,11 @@ class StatefulOptimizer(Optimizer):
         self._lock = RLock()  # one thread at a time: a step, or what changes the tensors that it goes over
         self._prepared: Prepared | None = None
         super().__init__(params, defaults)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and not isinstance(value, States):
+            value = States(value, _forgets_plan(weakref.ref(self)))
+        super().__setattr__(name, value)
 
     # ------------------------------------------------------------------ parameters
 
@@ -166,10 +206,19 @@ class StatefulOptimizer(Optimizer):
         super().__setstate__(state)
         self._lock = RLock()
         self._prepared = None
+        self.state = self.__dict__["state"]
         for group in self.param_groups:
             for key, value in self._legacy.items():
                 group.setdefault(key, value)
         counts.to_tensors(self._states())
+
+
+def _forgets_plan(optimizer: weakref.ref[StatefulOptimizer]) -> Callable[[], None]:
+    def forget() -> None:
+        if (owner := optimizer()) is not None:
+            owner._prepared = None
+
+    return forget
 
 
 def unique(parameters: Iterable[Tensor]) -> list[Tensor]:
