@@ -19,7 +19,7 @@ from nesterov_pp.kernels.coefficients import Coefficients
 from nesterov_pp.kernels.corrections import Correction, Kind
 from nesterov_pp.kernels.memory import zeros_like
 from nesterov_pp.kernels.plan import Plan, StepClass, Tensors
-from nesterov_pp.kernels.raw import why_not_raw
+from nesterov_pp.kernels.raw import why_never_raw
 from nesterov_pp.kernels.reference import ReferencePlan
 
 __all__ = [
@@ -97,7 +97,7 @@ def _refusal(backend: str, tensors: Iterable[Tensor]) -> str | None:
             kind = f"{str(t.layout).removeprefix('torch.')} {str(t.dtype).removeprefix('torch.')}"
             where = "on the CPU" if backend == "cpu" else "on a GPU"
             return f"it takes strided float32, float64, bfloat16 or float16 {where}, not {kind} on {t.device}"
-        odd = why_not_raw(t)
+        odd = why_never_raw(t)
         if odd is not None:
             return f"it takes plain tensors, and one {odd}"
         if not _is_dense(t):
@@ -120,7 +120,7 @@ def _is_dense(t: Tensor) -> bool:
 
 def _overlap(tensors: list[Tensor]) -> bool:
     """Whether any two of the tensors share memory, as separate parameters that are views of one tensor do."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel() and t.data_ptr())
     return any(end > begin for (_, end), (begin, _) in pairwise(spans))
 
 

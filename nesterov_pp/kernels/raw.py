@@ -8,6 +8,12 @@ from torch import Tensor
 
 def why_not_raw(t: Tensor) -> str | None:
     """What keeps a pass from going over the memory of a strided tensor itself, as the end of a sentence; or None."""
+    why = why_never_raw(t)
+    return "has a storage smaller than its shape (resized, or freed)" if why is None and not has_memory(t) else why
+
+
+def why_never_raw(t: Tensor) -> str | None:
+    """The part of it that does not change from step to step as the memory may, which FSDP frees between them."""
     if is_subclass(t):
         return f"is a {type(t).__name__}, which keeps its elements elsewhere"
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -18,8 +24,6 @@ def why_not_raw(t: Tensor) -> str | None:
         return "is negated lazily; materialise it with resolve_neg()"
     if t.is_conj():
         return "is conjugated lazily; materialise it with resolve_conj()"
-    if not has_memory(t):
-        return "has a storage smaller than its shape (resized, or freed)"
     return None
 
 
@@ -28,13 +32,16 @@ def is_subclass(t: Tensor) -> bool:
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def _is_opaque(t: Tensor) -> bool:
-    return is_subclass(t) or torch._C._functorch.is_functorch_wrapped_tensor(t) or t.is_nested or t.is_quantized
+def answers_for_itself(t: Tensor) -> bool:
+    """Whether the elements are elsewhere, in a tensor that a subclass or a transform of ``torch.func`` wraps."""
+    return is_subclass(t) or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def has_memory(t: Tensor) -> bool:
     """Whether the storage of a tensor holds all its elements; others than strided ones answer for themselves."""
-    if t.layout != torch.strided or t.device.type == "meta" or _is_opaque(t) or t.numel() == 0:
+    if t.layout != torch.strided or t.device.type == "meta" or answers_for_itself(t):
+        return True
+    if t.is_nested or t.is_quantized or t.numel() == 0:
         return True
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return bool((last + 1) * t.element_size() <= t.untyped_storage().nbytes())

@@ -65,8 +65,7 @@ def materialised(grad: Tensor, like: Tensor, name: str) -> Tensor:
         plain = torch.empty_like(like, requires_grad=False).copy_(grad)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"the gradient of {name} is a {type(grad).__name__}, which cannot update a {type(like).__name__}: "
-            f"{str(error).splitlines()[0]}"
+            f"the gradient of {name} {why_not_raw(grad)}, and cannot update the parameter: {str(error).splitlines()[0]}"
         ) from error
     if why_not_raw(plain) is not None:
         raise ValueError(f"the gradient of {name} {why_not_raw(grad)}, and the parameter does not")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
-from nesterov_pp.kernels.raw import is_subclass, why_not_raw
+from nesterov_pp.kernels.raw import answers_for_itself, is_subclass, why_not_raw
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
@@ -142,11 +142,10 @@ class Prepared:
         self.masters.written(target)
 
     def _odd_gradients(self, slot: int) -> list[int]:
-        """Which gradients of plain parameters are no plain tensors."""
+        """Which gradients of plain parameters have their elements where only their own operators find them."""
 
         def is_odd(p: Tensor) -> bool:
-            grad = p.grad
-            return grad is not None and not grad.is_sparse and why_not_raw(grad) is not None and why_not_raw(p) is None
+            return p.grad is not None and answers_for_itself(p.grad) and why_not_raw(p) is None
 
         special = set(self._special)
         return [i for i, p in enumerate(self.leaves[slot]) if i not in special and is_odd(p)]

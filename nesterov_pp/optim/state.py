@@ -44,10 +44,10 @@ class States(defaultdict[Any, Any]):
         self._dropped()
         super().clear()
 
-    def copy(self) -> defaultdict[Any, Any]:
+    def copy(self) -> Any:
         return defaultdict(dict, self)
 
-    __copy__ = copy
+    __copy__: Any = copy
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict,), None, None, iter(self.items())
