@@ -247,7 +247,10 @@ def test_bad_hyperparameters_are_refused_in_torchs_words(name, options):
         (lambda ps: npp.NAdam(ps, max_grad_norm=0.0), "max_grad_norm"),
         (lambda ps: npp.NAdam(ps, backend="gpu"), "unknown backend 'gpu'; choose one of auto, cuda"),
         (lambda ps: npp.NAdam(ps, backend="cuda"), "backend 'cuda' cannot be used: "),
-        (lambda ps: npp.NAdam([ps[0].detach().to("meta").requires_grad_()], backend="cpu"), "not strided float32 on meta"),
+        (
+            lambda ps: npp.NAdam([ps[0].detach().to("meta").requires_grad_()], backend="cpu"),
+            "not strided float32 on meta",
+        ),
         (lambda ps: npp.NAdam(ps, state_dtype=torch.float16), "Invalid state_dtype: torch.float16; choose one of None"),
         (
             lambda ps: npp.NAdam([ps[0].detach().double().requires_grad_()], state_dtype=torch.float32),
