@@ -69,7 +69,7 @@ def test_a_parameter_without_a_name_is_named_by_its_number():
     optimizer.param_groups[0]["params"].extend(net[2].parameters())
     steps(net, optimizer, 1)
     net[2].bias.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="^parameter 3 has a storage smaller"):
+    with pytest.raises(ValueError, match=r"^parameter 3 has a storage smaller"):
         optimizer.step()
 
 
@@ -283,7 +283,7 @@ def test_fused_refuses_meta_parameters_in_torchs_words(name):
     optimizer = getattr(npp, name)(net.parameters(), fused=True)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="^`fused=True` requires all the params to be floating point Tensors of"):
+    with pytest.raises(RuntimeError, match=r"^`fused=True` requires all the params to be floating point Tensors of"):
         optimizer.step()
     assert all(float(entry["step"]) == 0 for entry in optimizer.state.values())
 

@@ -290,7 +290,7 @@ def test_a_freed_parameter_is_refused(backend):
         p.grad = torch.ones(37)
     bytes_of = ps[1].untyped_storage().nbytes()
     ps[1].untyped_storage().resize_(0)  # as FSDP1 does between uses
-    with pytest.raises(ValueError, match="^parameter 1 has a storage smaller than its shape"):
+    with pytest.raises(ValueError, match=r"^parameter 1 has a storage smaller than its shape"):
         optimizer.step()
     assert torch.equal(ps[0].detach(), numbers(0))
     assert float(optimizer.state[ps[0]]["step"]) == 0
