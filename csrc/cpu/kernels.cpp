@@ -195,6 +195,27 @@ NPP_INLINE void blocks(const Pointers<Y>& p, long long n, const Scalars<T>& c, c
   if constexpr (Y::kCopies) __builtin_memcpy(from.copy, copy, count * sizeof(copy[0]));
 }
 
+// The same, with a loop of its own for each of the usual cases: no branches on scalars between the vectors.
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void usual_blocks(const Pointers<Y>& p, long long n, const Scalars<T>& c, const Noise& noise) {
+  if constexpr (Mode::kAdaptive && !Mode::kStochastic) {
+    if (!c.has_l2 && c.first.is_small) {
+      Scalars<T> known = c;
+      known.has_l2 = false;
+      known.first.is_small = true;
+      if (c.has_decay) {
+        known.has_decay = true;
+        blocks<Mode, Y, N>(p, n, known, noise);
+      } else {
+        known.has_decay = false;
+        blocks<Mode, Y, N>(p, n, known, noise);
+      }
+      return;
+    }
+  }
+  blocks<Mode, Y, N>(p, n, c, noise);
+}
+
 template <class Y, bool kAdaptive, bool kStochastic, int kBytes>
 NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   constexpr int N = kBytes / static_cast<int>(sizeof(typename Y::T));
@@ -205,12 +226,12 @@ NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
 #if NPP_X86
   const void* next = Y::kCopies ? r.copy : r.weight_out;
   if (r.streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {
-    blocks<Mode<kAdaptive, true, kStochastic>, Y, N>(p, r.count, c, r.noise);
+    usual_blocks<Mode<kAdaptive, true, kStochastic>, Y, N>(p, r.count, c, r.noise);
     _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
     return;
   }
 #endif
-  blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
+  usual_blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
 }
 
 // 32 partial sums whatever the vectors' width, so that the order of additions does not depend on it. In two vectors: an
