@@ -2,13 +2,24 @@
 //
 // [note: one update for the whole family]
 //   g = grad_scale * grad + l2 * w            clipping, unscaling, maximize and L2 decay are one scalar each
-//   m = m + (1 - beta1) (g - m)
-//   v = v + (1 - beta2) (g g - v)             adaptive rules only
+//   m = m + (1 - beta1) (g - m)               or g - beta1 (g - m)
+//   v = b v + (r v + (1 - beta2) g g)         b + r = beta2; adaptive rules only
 //   D = sqrt(v * inv_bias2) + eps             1 for the others
 //   w' = w - (decay * w + (c_grad * g + c_momentum * m) / D)
 // NAdam, AdamW and NAG differ in the scalars alone; nesterov_pp/optim/coefficients.py computes them in double.
 // `decay` is lr * weight_decay and not its complement: 1 - 2e-4 rounded to float32 is off by the same 1e-8 on every
 // step, which in a thousand steps is the largest error of all.
+//
+// [note: what is not finite]
+// As in torch, a weight that is infinite stays so, and a second moment that overflows stops its weight and no more.
+//   m: as torch's lerp, m + c (g - m) for c below 0.5 and g - (1 - c) (g - m) from there on: for c = 1 the first would
+//      lose a small g beside a large m.
+//   v: v + c (g g - v) is inf - inf once v has overflowed, and loses g g where c is near 1; b v + c g g loses neither,
+//      but beta2 rounded to float32 is off by as much as 3e-8 on every step. Hence two parts, b a little below beta2
+//      and r the rest: both above 0, so that nothing is inf - inf. g is multiplied by c first, which does not overflow
+//      early.
+//   l2, decay: 0 times an infinite w is NaN, so a 0 is left out. An infinite w does not decay.
+// Stored in float16, v overflows at 65,520; it then counts as infinite in the same step.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -18,6 +29,58 @@
 #endif
 
 namespace nesterov_pp {
+
+// A running mean, m + c (x - m).
+template <class T>
+struct Mean {
+  T weight;  // c where it is small, else 1 - c
+  bool is_small;
+
+  static NPP_HD Mean from(double complement) {
+    const bool is_small = T(complement) < T(0.5);
+    return {is_small ? T(complement) : T(1 - complement), is_small};
+  }
+  template <class V>
+  NPP_HD V of(const V& m, const V& x) const {
+    const V step = weight * (x - m);
+    if (!is_small) return x - step;
+    return m + step;
+  }
+};
+
+// A running mean of squares, (1 - c) v + c x x.
+template <class T>
+struct SquareMean {
+  T kept;  // of 1 - c, the most that is below it
+  T rest;  // of 1 - c, what is then left
+  T complement;
+
+  static NPP_HD SquareMean from(double complement) {
+    const double all = 1 - complement;
+    const T kept = T(all * (1 - 0x1p-23));
+    return {kept, T(all - double(kept)), T(complement)};
+  }
+  template <class V>
+  NPP_HD V of(const V& v, const V& x) const {
+    return kept * v + (rest * v + complement * x * x);
+  }
+};
+
+// What is computed with: the coefficients below in the dtype of the computation.
+template <class T>
+struct Scalars {
+  T grad_scale;
+  T l2;
+  T decay;
+  T c_grad;
+  T c_momentum;
+  T inv_bias2;
+  T eps;
+  Mean<T> first;
+  SquareMean<T> second;
+  bool has_l2;
+  bool has_decay;
+};
 
 // The order of the fields is that of nesterov_pp.kernels.Coefficients.
 template <class T>
@@ -33,9 +96,18 @@ struct Coefficients {
   T eps;
 
   template <class U>
-  NPP_HD Coefficients<U> as() const {
-    return {U(grad_scale), U(l2), U(beta1_complement), U(beta2_complement), U(decay), U(c_grad), U(c_momentum),
-            U(inv_bias2),  U(eps)};
+  NPP_HD Scalars<U> as() const {
+    return {U(grad_scale),
+            U(l2),
+            U(decay),
+            U(c_grad),
+            U(c_momentum),
+            U(inv_bias2),
+            U(eps),
+            Mean<U>::from(beta1_complement),
+            SquareMean<U>::from(beta2_complement),
+            U(l2) != 0,
+            U(decay) != 0};
   }
 };
 
@@ -58,48 +130,6 @@ NPP_HD V square_root(const V& x) {
   return root;
 }
 
-// Returns the new weight; m and, for adaptive rules, v are updated in place. `V` is the scalar `T` or a vector of them.
-template <bool kAdaptive, class T, class V>
-NPP_HD V update(const Coefficients<T>& c, const V& w, const V& grad, V& m, V& v) {
-  const V g = c.grad_scale * grad + c.l2 * w;
-  m = m + c.beta1_complement * (g - m);
-  V direction = c.c_grad * g + c.c_momentum * m;
-  if constexpr (kAdaptive) {
-    v = v + c.beta2_complement * (g * g - v);
-    direction = direction / (square_root(v * c.inv_bias2) + c.eps);
-  }
-  return w - (c.decay * w + direction);
-}
-
-// [note: corrections of late gradients]
-// What a step may add to the update above, with the weights `late` that the gradient was computed with and, for some, a
-// running mean beside the moments; nesterov_pp/kernels/corrections.py has the equations. The order of both is theirs.
-enum class Kind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
-
-NPP_HD constexpr bool has_mean(Kind kind) {
-  return kind == Kind::kAdaptiveDelayCompensation || kind == Kind::kGap || kind == Kind::kDiscrepancy;
-}
-NPP_HD constexpr bool compares(Kind kind) { return kind != Kind::kNone && kind != Kind::kDiscrepancy; }
-
-template <class T>
-struct Correction {
-  T strength;
-  T mean_complement;
-  T inv_bias;
-  T eps;
-  T ahead_last;
-  T ahead_momentum;
-  T ahead_mean;
-
-  template <class U>
-  NPP_HD Correction<U> as() const {
-    return {U(strength), U(mean_complement), U(inv_bias), U(eps), U(ahead_last), U(ahead_momentum), U(ahead_mean)};
-  }
-};
-
-constexpr int kCorrections = 7;
-static_assert(sizeof(Correction<double>) == kCorrections * sizeof(double), "plain row of scalars");
-
 #if defined(__CUDACC__)
 NPP_HD float absolute(float x) { return fabsf(x); }
 NPP_HD double absolute(double x) { return fabs(x); }
@@ -115,34 +145,124 @@ NPP_HD V absolute(const V& x) {
   return result;
 }
 
+template <class T, class V>
+NPP_HD V gradient_of(const Scalars<T>& c, const V& w, const V& grad) {
+  V g = c.grad_scale * grad;
+  if (c.has_l2) g = g + c.l2 * w;
+  return g;
+}
+
+template <class T, class V>
+NPP_HD V decay_of(const Scalars<T>& c, const V& w) {
+  return absolute(w) < T(__builtin_inff()) ? c.decay * w : V{};
+}
+
+// v as it will be read back from float16 where it overflows there.
+template <class V>
+NPP_HD V overflowed(const V& v) {
+  return v >= 65520.0f ? V{} + __builtin_inff() : v;
+}
+
+// Returns the new weight; m and, for adaptive rules, v are updated in place. `V` is the scalar `T` or a vector of them.
+template <bool kAdaptive, bool kHalfMoments, class T, class V>
+NPP_HD V update(const Scalars<T>& c, const V& w, const V& grad, V& m, V& v) {
+  const V g = gradient_of(c, w, grad);
+  m = c.first.of(m, g);
+  V direction = c.c_grad * g + c.c_momentum * m;
+  if constexpr (kAdaptive) {
+    v = c.second.of(v, g);
+    if constexpr (kHalfMoments) v = overflowed(v);
+    direction = direction / (square_root(v * c.inv_bias2) + c.eps);
+  }
+  if (c.has_decay) direction = decay_of(c, w) + direction;
+  return w - direction;
+}
+
+// [note: corrections of late gradients]
+// What a step may add to the update above, with the weights `late` that the gradient was computed with and, for some, a
+// running mean beside the moments; nesterov_pp/kernels/corrections.py has the equations. The order of both is theirs.
+enum class Kind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
+
+NPP_HD constexpr bool has_mean(Kind kind) {
+  return kind == Kind::kAdaptiveDelayCompensation || kind == Kind::kGap || kind == Kind::kDiscrepancy;
+}
+NPP_HD constexpr bool compares(Kind kind) { return kind != Kind::kNone && kind != Kind::kDiscrepancy; }
+
+template <class T>
+struct CorrectionScalars {
+  T strength;
+  T inv_bias;
+  T eps;
+  T ahead_last;
+  T ahead_momentum;
+  T ahead_mean;
+  Mean<T> mean;
+  SquareMean<T> square_mean;
+};
+
+template <class T>
+struct Correction {
+  T strength;
+  T mean_complement;
+  T inv_bias;
+  T eps;
+  T ahead_last;
+  T ahead_momentum;
+  T ahead_mean;
+
+  template <class U>
+  NPP_HD CorrectionScalars<U> as() const {
+    return {U(strength),
+            U(inv_bias),
+            U(eps),
+            U(ahead_last),
+            U(ahead_momentum),
+            U(ahead_mean),
+            Mean<U>::from(mean_complement),
+            SquareMean<U>::from(mean_complement)};
+  }
+};
+
+constexpr int kCorrections = 7;
+static_assert(sizeof(Correction<double>) == kCorrections * sizeof(double), "plain row of scalars");
+
+// Infinite weights are no distance apart.
+template <class V>
+NPP_HD V difference(const V& a, const V& b) {
+  return a == b ? V{} : a - b;
+}
+
 // As `update`; also updates `mean` in place, where the kind has one, and writes the predicted weights to `ahead`.
 template <Kind kKind, bool kAdaptive, class T, class V>
-NPP_HD V corrected_update(const Coefficients<T>& c, const Correction<T>& x, const V& w, const V& late, const V& grad,
+NPP_HD V corrected_update(const Scalars<T>& c, const CorrectionScalars<T>& x, const V& w, const V& late, const V& grad,
                           V& m, V& v, V& mean, V& ahead) {
-  V g = c.grad_scale * grad + c.l2 * w;
-  V decay = c.decay * w;
-  if constexpr (kKind == Kind::kDelayCompensation) g = g + x.strength * g * g * (w - late);
+  V g = gradient_of(c, w, grad), decay{};
+  if (c.has_decay) decay = decay_of(c, w);
+  // In this order a large g does not overflow where the weights are as they were.
+  if constexpr (kKind == Kind::kDelayCompensation) g = g + x.strength * g * (g * difference(w, late));
   if constexpr (kKind == Kind::kAdaptiveDelayCompensation) {
-    mean = mean + x.mean_complement * (g * g - mean);
-    g = g + x.strength / square_root(mean + x.eps) * g * g * (w - late);
+    mean = x.square_mean.of(mean, g);
+    g = g + x.strength / square_root(mean + x.eps) * g * (g * difference(w, late));
   }
   if constexpr (kKind == Kind::kGap) {
-    const V gap = T(1) + absolute(w - late) / (square_root(mean * x.inv_bias) + x.eps);
+    const V gap = T(1) + absolute(difference(w, late)) / (square_root(mean * x.inv_bias) + x.eps);
     g = g / gap;
     decay = decay / gap;
   }
-  m = m + c.beta1_complement * (g - m);
+  m = c.first.of(m, g);
   V direction = c.c_grad * g + c.c_momentum * m, momentum = m;
   if constexpr (kAdaptive) {
-    v = v + c.beta2_complement * (g * g - v);
+    v = c.second.of(v, g);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
     direction = direction / denominator;
     momentum = m / denominator;
   }
-  const V next = w - (decay + direction);
-  if constexpr (kKind == Kind::kGap) mean = mean + x.mean_complement * (direction * direction - mean);
-  if constexpr (kKind == Kind::kDiscrepancy) mean = mean + x.mean_complement * ((next - w) - mean);
-  ahead = next + (x.ahead_last * (next - w) - x.ahead_momentum * momentum + x.ahead_mean * mean);
+  const V next = w - (c.has_decay ? decay + direction : direction), last = difference(next, w);
+  if constexpr (kKind == Kind::kGap) mean = x.square_mean.of(mean, direction);
+  if constexpr (kKind == Kind::kDiscrepancy) mean = x.mean.of(mean, last);
+  V further = x.ahead_last * last - x.ahead_momentum * momentum;
+  if constexpr (kKind == Kind::kDiscrepancy) further = further + x.ahead_mean * mean;  // others' may be infinite
+  ahead = next + further;
   return next;
 }
 

@@ -15,11 +15,17 @@ from .kernels import (
     _SLOTS,
     _carry,
     _coefficients,
+    _decay,
+    _gradient,
     _load,
+    _mean,
+    _mean_scalars,
     _narrowed,
     _quotient,
     _root,
     _span,
+    _square_mean,
+    _square_mean_scalars,
     _store,
     _word,
 )
@@ -33,49 +39,58 @@ _ROW_WORDS = tl.constexpr(17)
 
 
 @triton.jit
+def _difference(a, b):
+    """Infinite weights are no distance apart."""
+    return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
 def _corrected_block(
     w, out, grad, late, ahead, m, v, mean, start, count, predicts,
-    grad_scale, l2, beta1_complement, beta2_complement, decay, c_grad, c_momentum, inv_bias2, eps,
-    strength, mean_complement, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+    grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2,
+    strength, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+    mean_weight, mean_is_small, mean_kept, mean_rest, mean_complement,
     W: tl.constexpr, M: tl.constexpr, T: tl.constexpr, KIND: tl.constexpr,
     ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
-    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T) + l2 * weight
-    decayed = decay * weight
+    g = _gradient(_load(grad + start, lanes, mask, FULL).to(T), weight, grad_scale, l2)
+    decayed = _decay(weight, decay)
     m1 = _load(m + start, lanes, mask, FULL).to(T)
     a = tl.zeros([BLOCK], T)
     if KIND >= _ADAPTIVE_COMPENSATION:
         a = _load(mean + start, lanes, mask, FULL).to(T)
     if (KIND != 0) and (KIND != _DISCREPANCY):
-        apart = weight - _load(late + start, lanes, mask, FULL).to(T)
+        apart = _difference(weight, _load(late + start, lanes, mask, FULL).to(T))
         if KIND == _COMPENSATION:
-            g = g + strength * g * g * apart
+            g = g + strength * g * (g * apart)
         if KIND == _ADAPTIVE_COMPENSATION:
-            a = a + mean_complement * (g * g - a)
-            g = g + _quotient(strength, _root(a + mean_eps)) * g * g * apart
+            a = _square_mean(a, g, mean_kept, mean_rest, mean_complement)
+            g = g + _quotient(strength, _root(a + mean_eps)) * g * (g * apart)
         if KIND == _GAP:
             gap = 1.0 + _quotient(tl.abs(apart), _root(a * inv_bias) + mean_eps)
             g = _quotient(g, gap)
             decayed = _quotient(decayed, gap)
-    m1 = m1 + beta1_complement * (g - m1)
+    m1 = _mean(m1, g, weight1, is_small)
     direction = c_grad * g + c_momentum * m1
     momentum = m1
     if ADAPTIVE:
-        v1 = _load(v + start, lanes, mask, FULL).to(T)
-        v1 = v1 + beta2_complement * (g * g - v1)
+        v1 = _square_mean(_load(v + start, lanes, mask, FULL).to(T), g, kept2, rest2, weight2)
         denominator = _root(v1 * inv_bias2) + eps
         direction = _quotient(direction, denominator)
         momentum = _quotient(m1, denominator)
         _store(v + start, lanes, _narrowed(v1, lanes, M, False), mask, FULL)
     new = weight - (decayed + direction)
+    last = _difference(new, weight)
+    further = ahead_last * last - ahead_momentum * momentum
     if KIND == _GAP:
-        a = a + mean_complement * (direction * direction - a)
+        a = _square_mean(a, direction, mean_kept, mean_rest, mean_complement)
     if KIND == _DISCREPANCY:
-        a = a + mean_complement * ((new - weight) - a)
-    predicted = new + (ahead_last * (new - weight) - ahead_momentum * momentum + ahead_mean * a)
+        a = _mean(a, last, mean_weight, mean_is_small)
+        further = further + ahead_mean * a
+    predicted = new + further
     _store(m + start, lanes, _narrowed(m1, lanes, M, False), mask, FULL)
     if KIND >= _ADAPTIVE_COMPENSATION:
         _store(mean + start, lanes, _narrowed(a, lanes, M, False), mask, FULL)
@@ -117,9 +132,10 @@ def corrected_kernel(
     m = _word(table, tensors, _EXP_AVG, tensor).to(tl.pointer_type(M)) + begin
     v = _word(table, tensors, _EXP_AVG_SQ, tensor).to(tl.pointer_type(M)) + begin
     mean = _word(table, tensors, _MEAN, tensor).to(tl.pointer_type(M)) + begin
-    g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps = _coefficients(r, factor, T, SCALED)
+    g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2 = _coefficients(r, factor, T, SCALED)
     strength = tl.load(r + 10).to(T)
-    mean_complement = tl.load(r + 11).to(T)
+    mean_weight, mean_small = _mean_scalars(tl.load(r + 11), T)
+    mean_kept, mean_rest, mean_complement = _square_mean_scalars(tl.load(r + 11), T)
     inv_bias = tl.load(r + 12).to(T)
     mean_eps = tl.load(r + 13).to(T)
     ahead_last = tl.load(r + 14).to(T)
@@ -130,16 +146,18 @@ def corrected_kernel(
         while start + BLOCK <= count:
             _corrected_block(
                 w, out, grad, late, ahead, m, v, mean, start, count, predicts,
-                g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
-                strength, mean_complement, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+                g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
+                strength, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+                mean_weight, mean_small, mean_kept, mean_rest, mean_complement,
                 W, M, T, KIND, ADAPTIVE, BLOCK, True,
             )  # fmt: skip
             start += BLOCK
     while start < count:
         _corrected_block(
             w, out, grad, late, ahead, m, v, mean, start, count, predicts,
-            g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
-            strength, mean_complement, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+            g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
+            strength, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+            mean_weight, mean_small, mean_kept, mean_rest, mean_complement,
             W, M, T, KIND, ADAPTIVE, BLOCK, False,
         )  # fmt: skip
         start += BLOCK

@@ -26,6 +26,7 @@ _BESIDE = tl.constexpr(9)
 _SLOTS = tl.constexpr(10)
 _ROW_WORDS = tl.constexpr(10)
 _CHUNK = tl.constexpr(CHUNK)
+_ALMOST_ONE = tl.constexpr(1.0 - 2.0**-23)
 
 
 @triton.jit
@@ -43,15 +44,57 @@ def _span(table, chunks, tensors):
     return tensor, begin, count, _word(table, tensors, _ROW, tensor), _word(table, tensors, _ALIGNED, tensor)
 
 
+# The forms of the two means, and why nothing is multiplied by a 0, are explained in csrc/update.h.
+
+
+@triton.jit
+def _mean_scalars(complement, T: tl.constexpr):
+    """The weight of ``_mean``, and whether it is small."""
+    is_small = complement.to(T) < 0.5
+    return tl.where(is_small, complement, 1.0 - complement).to(T), is_small
+
+
+@triton.jit
+def _mean(m, x, weight, is_small):
+    step = weight * (x - m)
+    return tl.where(is_small, m + step, x - step)
+
+
+@triton.jit
+def _square_mean_scalars(complement, T: tl.constexpr):
+    remaining = 1.0 - complement
+    kept = (remaining * _ALMOST_ONE).to(T)
+    return kept, (remaining - kept.to(tl.float64)).to(T), complement.to(T)
+
+
+@triton.jit
+def _square_mean(v, x, kept, rest, complement):
+    return kept * v + (rest * v + complement * x * x)
+
+
+@triton.jit
+def _gradient(grad, weight, grad_scale, l2):
+    g = grad_scale * grad
+    return tl.where(l2 != 0, g + l2 * weight, g)
+
+
+@triton.jit
+def _decay(weight, decay):
+    return tl.where(tl.abs(weight) < float("inf"), decay * weight, 0.0)
+
+
 @triton.jit
 def _coefficients(r, factor, T: tl.constexpr, SCALED: tl.constexpr):
-    """Those of a row, in the dtype to compute in."""
+    """Those of a row, in the dtype to compute in: grad_scale, l2, decay, c_grad, c_momentum, inv_bias2 and eps, and
+    those of the two means."""
     grad_scale = tl.load(r)
     if SCALED:
         grad_scale = grad_scale * tl.load(factor)
+    weight1, is_small = _mean_scalars(tl.load(r + 2), T)
+    kept2, rest2, weight2 = _square_mean_scalars(tl.load(r + 3), T)
     return (
-        grad_scale.to(T), tl.load(r + 1).to(T), tl.load(r + 2).to(T), tl.load(r + 3).to(T), tl.load(r + 4).to(T),
-        tl.load(r + 5).to(T), tl.load(r + 6).to(T), tl.load(r + 7).to(T), tl.load(r + 8).to(T),
+        grad_scale.to(T), tl.load(r + 1).to(T), tl.load(r + 4).to(T), tl.load(r + 5).to(T), tl.load(r + 6).to(T),
+        tl.load(r + 7).to(T), tl.load(r + 8).to(T), weight1, is_small, kept2, rest2, weight2,
     )  # fmt: skip
 
 
@@ -131,16 +174,15 @@ def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
 @triton.jit
 def _step_block(
     w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-    grad_scale, l2, beta1_complement, beta2_complement, decay, c_grad, c_momentum, inv_bias2, eps,
+    grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
-    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T) + l2 * weight
-    m1 = _load(m + start, lanes, mask, FULL).to(T)
-    m1 = m1 + beta1_complement * (g - m1)
+    g = _gradient(_load(grad + start, lanes, mask, FULL).to(T), weight, grad_scale, l2)
+    m1 = _mean(_load(m + start, lanes, mask, FULL).to(T), g, weight1, is_small)
     direction = c_grad * g + c_momentum * m1
     if STOCHASTIC:
         first, second = _random_words(key0, key1, number, step, begin + start, BLOCK)
@@ -148,11 +190,12 @@ def _step_block(
         first = tl.zeros([BLOCK], tl.uint32)
         second = first
     if ADAPTIVE:
-        v1 = _load(v + start, lanes, mask, FULL).to(T)
-        v1 = v1 + beta2_complement * (g * g - v1)
+        v1 = _square_mean(_load(v + start, lanes, mask, FULL).to(T), g, kept2, rest2, weight2)
+        if tl.float16 == M:  # what overflows there is infinite in this step too
+            v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
         direction = _quotient(direction, _root(v1 * inv_bias2) + eps)
         _store(v + start, lanes, _narrowed(v1, second & 0xFFFF, M, STOCHASTIC), mask, FULL)
-    weight = weight - (decay * weight + direction)
+    weight = weight - (_decay(weight, decay) + direction)
     _store(m + start, lanes, _narrowed(m1, first >> 16, M, STOCHASTIC), mask, FULL)
     _store(out + start, lanes, _narrowed(weight, first & 0xFFFF, W, STOCHASTIC), mask, FULL)
     if COPIES:
@@ -194,20 +237,20 @@ def step_kernel(
     number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
     key0 = key0.to(tl.uint32)
     key1 = key1.to(tl.uint32)
-    g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps = _coefficients(r, factor, T, SCALED)
+    g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2 = _coefficients(r, factor, T, SCALED)
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
             _step_block(
                 w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-                g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
+                g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
                 W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, True,
             )  # fmt: skip
             start += BLOCK
     while start < count:
         _step_block(
             w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-            g0, l2, b1, b2, decay, c_grad, c_momentum, inv_bias2, eps,
+            g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
             W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, False,
         )  # fmt: skip
         start += BLOCK

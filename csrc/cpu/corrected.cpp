@@ -32,7 +32,7 @@ NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
 }
 
 template <Kind kKind, bool kAdaptive, class W, class M, int N, class T>
-NPP_INLINE void block(const Pointers<W, M>& p, const Coefficients<T>& c, const Correction<T>& x) {
+NPP_INLINE void block(const Pointers<W, M>& p, const Scalars<T>& c, const CorrectionScalars<T>& x) {
   using V = typename Element<W, N>::Value;
   const V w = load<W, N>(p.w);
   V m = load<M, N>(p.m), v{}, mean{}, late{}, ahead;

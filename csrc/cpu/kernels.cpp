@@ -109,7 +109,7 @@ NPP_INLINE void store_next(void* to, const Stored& stored) {
 
 // 2 N elements of bfloat16, of which a lane holds an even and an odd one.
 template <class Mode, class Y, int N, class T>
-NPP_INLINE void block_of_pairs(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
+NPP_INLINE void block_of_pairs(const Pointers<Y>& p, long long i, const Scalars<T>& c, const Noise& noise) {
   using P = BFloat16Pairs<N>;
   typename P::Stored ws, gs, ms, vs{};
   __builtin_memcpy(&ws, p.w, sizeof(ws));
@@ -117,8 +117,8 @@ NPP_INLINE void block_of_pairs(const Pointers<Y>& p, long long i, const Coeffici
   __builtin_memcpy(&ms, p.m, sizeof(ms));
   if constexpr (Mode::kAdaptive) __builtin_memcpy(&vs, p.v, sizeof(vs));
   auto m1 = P::first(ms), m2 = P::second(ms), v1 = P::first(vs), v2 = P::second(vs);
-  const auto next1 = update<Mode::kAdaptive>(c, P::first(ws), P::first(gs), m1, v1);
-  const auto next2 = update<Mode::kAdaptive>(c, P::second(ws), P::second(gs), m2, v2);
+  const auto next1 = update<Mode::kAdaptive, false>(c, P::first(ws), P::first(gs), m1, v1);
+  const auto next2 = update<Mode::kAdaptive, false>(c, P::second(ws), P::second(gs), m2, v2);
   if constexpr (Mode::kStochastic) {
     const auto words = random_words<N>(noise, i, counting<N>(1));
     ws = P::join(next1, next2, words.a & 0xffffU, words.c & 0xffffU);
@@ -135,14 +135,14 @@ NPP_INLINE void block_of_pairs(const Pointers<Y>& p, long long i, const Coeffici
 }
 
 template <class Mode, class Y, int N, class T>
-NPP_INLINE void block_of_lanes(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
+NPP_INLINE void block_of_lanes(const Pointers<Y>& p, long long i, const Scalars<T>& c, const Noise& noise) {
   using W = typename Y::W;
   using G = typename Y::G;
   using M = typename Y::M;
   using U = typename Lanes<N>::U;
   auto m = load<M, N>(p.m);
   auto v = Mode::kAdaptive ? load<M, N>(p.v) : m;
-  const auto next = update<Mode::kAdaptive>(c, load<W, N>(p.w), load<G, N>(p.grad), m, v);
+  const auto next = update<Mode::kAdaptive, kSame<M, Half>>(c, load<W, N>(p.w), load<G, N>(p.grad), m, v);
   U weight_noise{}, m_noise{}, v_noise{};
   if constexpr (Mode::kStochastic) {
     const auto words = random_words<N>(noise, i, counting<N>(2));
@@ -164,7 +164,7 @@ NPP_INLINE void block_of_lanes(const Pointers<Y>& p, long long i, const Coeffici
 
 // N lanes from element i of the run on.
 template <class Mode, class Y, int N, class T>
-NPP_INLINE void block(const Pointers<Y>& p, long long i, const Coefficients<T>& c, const Noise& noise) {
+NPP_INLINE void block(const Pointers<Y>& p, long long i, const Scalars<T>& c, const Noise& noise) {
   if constexpr (Y::kPairs)
     block_of_pairs<Mode, Y, N>(p, i, c, noise);
   else
@@ -172,7 +172,7 @@ NPP_INLINE void block(const Pointers<Y>& p, long long i, const Coefficients<T>& 
 }
 
 template <class Mode, class Y, int N, class T>
-NPP_INLINE void blocks(const Pointers<Y>& p, long long n, const Coefficients<T>& c, const Noise& noise) {
+NPP_INLINE void blocks(const Pointers<Y>& p, long long n, const Scalars<T>& c, const Noise& noise) {
   constexpr int kElements = N * Y::kSpread;
   long long i = 0;
   for (; i + kElements <= n; i += kElements) block<Mode, Y, N>(p.at(i), i, c, noise);
@@ -195,6 +195,27 @@ NPP_INLINE void blocks(const Pointers<Y>& p, long long n, const Coefficients<T>&
   if constexpr (Y::kCopies) __builtin_memcpy(from.copy, copy, count * sizeof(copy[0]));
 }
 
+// The same, with a loop of its own for each of the usual cases: no branches on scalars between the vectors.
+template <class Mode, class Y, int N, class T>
+NPP_INLINE void usual_blocks(const Pointers<Y>& p, long long n, const Scalars<T>& c, const Noise& noise) {
+  if constexpr (Mode::kAdaptive && !Mode::kStochastic) {
+    if (!c.has_l2 && c.first.is_small) {
+      Scalars<T> known = c;
+      known.has_l2 = false;
+      known.first.is_small = true;
+      if (c.has_decay) {
+        known.has_decay = true;
+        blocks<Mode, Y, N>(p, n, known, noise);
+      } else {
+        known.has_decay = false;
+        blocks<Mode, Y, N>(p, n, known, noise);
+      }
+      return;
+    }
+  }
+  blocks<Mode, Y, N>(p, n, c, noise);
+}
+
 template <class Y, bool kAdaptive, bool kStochastic, int kBytes>
 NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
   constexpr int N = kBytes / static_cast<int>(sizeof(typename Y::T));
@@ -205,12 +226,12 @@ NPP_INLINE void pass(const Run& r, const Coefficients<double>& coefficients) {
 #if NPP_X86
   const void* next = Y::kCopies ? r.copy : r.weight_out;
   if (r.streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {
-    blocks<Mode<kAdaptive, true, kStochastic>, Y, N>(p, r.count, c, r.noise);
+    usual_blocks<Mode<kAdaptive, true, kStochastic>, Y, N>(p, r.count, c, r.noise);
     _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
     return;
   }
 #endif
-  blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
+  usual_blocks<Mode<kAdaptive, false, kStochastic>, Y, N>(p, r.count, c, r.noise);
 }
 
 // 32 partial sums whatever the vectors' width, so that the order of additions does not depend on it. In two vectors: an

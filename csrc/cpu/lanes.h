@@ -80,15 +80,10 @@ struct Element<BFloat16, N> {
   // The upper halves hold the result, the lower ones what was rounded away.
   NPP_INLINE U rounded(const Value& x) {
     const U u = bits_of<U>(x);
-    return unless_nan(u, u + 0x7fffU + ((u >> 16) & 1U));
+    return unless_nan(x, u + 0x7fffU + ((u >> 16) & 1U));
   }
-  NPP_INLINE U rounded(const Value& x, const U& noise) {
-    const U u = bits_of<U>(x);
-    return unless_nan(u, u + noise);
-  }
-  NPP_INLINE U unless_nan(const U& u, const U& result) {
-    return choose_lanes(bits_of<U>((u & 0x7fffffffU) > 0x7f800000U), U{} + 0x7fc00000U, result);
-  }
+  NPP_INLINE U rounded(const Value& x, const U& noise) { return unless_nan(x, bits_of<U>(x) + noise); }
+  NPP_INLINE U unless_nan(const Value& x, const U& result) { return x == x ? result : U{} + 0x7fc00000U; }
 };
 
 // 2 N bfloat16 as they lie in N lanes of 32 bits, taken apart into even and odd ones by shift and mask: changing the

@@ -52,8 +52,8 @@ NPP_HD CorrectedPointers<P> corrected_pointers_of(const Launch& l, const Span& s
 
 // N elements from element i of the pointers on.
 template <class P, int N>
-NPP_HD void corrected_elements(const CorrectedPointers<P>& p, int64_t i, const Coefficients<typename P::T>& c,
-                               const Correction<typename P::T>& x) {
+NPP_HD void corrected_elements(const CorrectedPointers<P>& p, int64_t i, const Scalars<typename P::T>& c,
+                               const CorrectionScalars<typename P::T>& x) {
   using T = typename P::T;
   using W = typename P::W;
   using M = typename P::M;

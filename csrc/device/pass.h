@@ -102,7 +102,7 @@ NPP_HD void store(S* to, const Pack<S, N>& pack) {
 
 // The coefficients of a row in the dtype to compute in.
 template <class T>
-NPP_HD Coefficients<T> coefficients_of(const Launch& l, const double* r) {
+NPP_HD Scalars<T> coefficients_of(const Launch& l, const double* r) {
   const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
   return Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();
 }
@@ -177,7 +177,7 @@ NPP_HD S narrowed(T value, unsigned int noise) {
 
 // N elements from element i of the pointers on, which is element `first` of the tensor.
 template <class P, int N>
-NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const Coefficients<typename P::T>& c,
+NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const Scalars<typename P::T>& c,
                           const Launch& l, unsigned int number, unsigned int step) {
   using T = typename P::T;
   using W = typename P::W;
@@ -196,7 +196,7 @@ NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const 
 #endif
   for (int j = 0; j < N; ++j) {
     T mj = widened(m.values[j]), vj = widened(v.values[j]);
-    const T next = update<P::kAdaptive>(c, T(widened(w.values[j])), T(widened(grad.values[j])), mj, vj);
+    const T next = update<P::kAdaptive, kSame<M, Half>>(c, T(widened(w.values[j])), T(widened(grad.values[j])), mj, vj);
     m.values[j] = narrowed<M, P::kStochastic>(mj, bits[j].m);
     if constexpr (P::kAdaptive) v.values[j] = narrowed<M, P::kStochastic>(vj, bits[j].v);
     w.values[j] = narrowed<W, P::kStochastic>(next, bits[j].weight);

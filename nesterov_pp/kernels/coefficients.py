@@ -12,9 +12,11 @@ class Coefficients(NamedTuple):
 
         g  = grad_scale * grad + l2 * w
         m  = m + beta1_complement * (g - m)
-        v  = v + beta2_complement * (g * g - v)             adaptive rules only
-        D  = sqrt(v * inv_bias2) + eps                      1 for the others
+        v  = (1 - beta2_complement) * v + beta2_complement * g * g    adaptive rules only
+        D  = sqrt(v * inv_bias2) + eps                                1 for the others
         w' = w - (decay * w + (c_grad * g + c_momentum * m) / D)
+
+    How ``m`` and ``v`` are rounded, and what becomes of numbers that are not finite, is in ``csrc/update.h``.
     """
 
     grad_scale: float

@@ -30,13 +30,16 @@ class Correction(NamedTuple):
     Around the update of ``Coefficients``, with the weights ``s`` that the gradient was computed with::
 
         g  = g + strength * g g (w - s)                                   delay compensation
-        a  = a + mean_complement * (g g - a)                              adaptive delay compensation,
+        a  = (1 - mean_complement) a + mean_complement g g                adaptive delay compensation,
         g  = g + strength / sqrt(a + eps) * g g (w - s)                       both with the plain g
         G  = 1 + |w - s| / (sqrt(a * inv_bias) + eps)                     gap: g and decay are divided by G
-        a  = a + mean_complement * (direction direction - a)              gap, after the update; direction is the
+        a  = (1 - mean_complement) a + mean_complement direction^2        gap, after the update; direction is the
                                                                               quotient that is taken from w
         a  = a + mean_complement * ((w' - w) - a)                         discrepancy, after the update
-        x  = w' + (ahead_last * (w' - w) - ahead_momentum * m / D + ahead_mean * a)
+        x  = w' + (ahead_last * (w' - w) - ahead_momentum * m / D)
+        x  = x + ahead_mean * a                                           discrepancy
+
+    A difference of two infinite weights of one sign is 0.
     """
 
     strength: float = 0.0

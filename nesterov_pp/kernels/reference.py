@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -38,19 +39,20 @@ def update(
     source = weight if master is None else master
     dtype = torch.float32 if source.dtype in _LOW else source.dtype
     w, m = source.to(dtype), exp_avg.to(dtype)
-    g = c.grad_scale * grad.to(dtype) + c.l2 * w
-    m = m + c.beta1_complement * (g - m)
+    g = _gradient(grad, w, c)
+    m = _mean(m, g, c.beta1_complement)
     direction = c.c_grad * g + c.c_momentum * m
     if exp_avg_sq is not None:
-        v = exp_avg_sq.to(dtype)
-        v = v + c.beta2_complement * (g * g - v)
+        v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
         _store(exp_avg_sq, v, noise, 2)
+        if exp_avg_sq.dtype == torch.float16:  # what overflows there is infinite in this step too
+            v = torch.where(exp_avg_sq.isinf(), math.inf, v)
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
             max_exp_avg_sq.copy_(v)
         direction = direction / ((v * c.inv_bias2).sqrt() + c.eps)
     _store(exp_avg, m, noise, 1)
-    w = w - (c.decay * w + direction)
+    w = w - (_decay(w, c) + direction)
     if master is None:
         _store(weight_out, w, noise, 0)
     else:
@@ -77,35 +79,68 @@ def corrected_update(
     dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
     w, s, m = weight.to(dtype), late.to(dtype), exp_avg.to(dtype)
     a = torch.zeros_like(w) if mean is None else mean.to(dtype)
-    g = c.grad_scale * grad.to(dtype) + c.l2 * w
-    decay = c.decay * w
+    g, decay = _gradient(grad, w, c), _decay(w, c)
     if kind == Kind.DELAY_COMPENSATION:
-        g = g + x.strength * g * g * (w - s)
+        g = g + x.strength * g * (g * _difference(w, s))
     elif kind == Kind.ADAPTIVE_DELAY_COMPENSATION:
-        a = a + x.mean_complement * (g * g - a)
-        g = g + x.strength / (a + x.eps).sqrt() * g * g * (w - s)
+        a = _mean_of_squares(a, g, x.mean_complement)
+        g = g + x.strength / (a + x.eps).sqrt() * g * (g * _difference(w, s))
     elif kind == Kind.GAP:
-        gap = 1.0 + (w - s).abs() / ((a * x.inv_bias).sqrt() + x.eps)
+        gap = 1.0 + _difference(w, s).abs() / ((a * x.inv_bias).sqrt() + x.eps)
         g, decay = g / gap, decay / gap
-    m = m + c.beta1_complement * (g - m)
+    m = _mean(m, g, c.beta1_complement)
     direction, momentum = c.c_grad * g + c.c_momentum * m, m
     if exp_avg_sq is not None:
-        v = exp_avg_sq.to(dtype)
-        v = v + c.beta2_complement * (g * g - v)
+        v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
         exp_avg_sq.copy_(v)
         denominator = (v * c.inv_bias2).sqrt() + c.eps
         direction, momentum = direction / denominator, m / denominator
     exp_avg.copy_(m)
     after = w - (decay + direction)
+    last = _difference(after, w)
+    further = x.ahead_last * last - x.ahead_momentum * momentum
     if kind == Kind.GAP:
-        a = a + x.mean_complement * (direction * direction - a)
+        a = _mean_of_squares(a, direction, x.mean_complement)
     elif kind == Kind.DISCREPANCY:
-        a = a + x.mean_complement * ((after - w) - a)
+        a = _mean(a, last, x.mean_complement)
+        further = further + x.ahead_mean * a
     if mean is not None:
         mean.copy_(a)
     if ahead is not None:
-        ahead.copy_(after + (x.ahead_last * (after - w) - x.ahead_momentum * momentum + x.ahead_mean * a))
+        ahead.copy_(after + further)
     weight_out.copy_(after)
+
+
+# The parts of the update, with the scalars rounded as csrc/update.h has them; why in this form: its notes.
+
+
+def _gradient(grad: Tensor, w: Tensor, c: Coefficients) -> Tensor:
+    g = c.grad_scale * grad.to(w.dtype)
+    return g + c.l2 * w if _rounded(c.l2, w.dtype) != 0.0 else g
+
+
+def _decay(w: Tensor, c: Coefficients) -> Tensor:
+    return torch.where(w.isfinite(), c.decay * w, 0.0)
+
+
+def _mean(m: Tensor, x: Tensor, complement: float) -> Tensor:
+    if _rounded(complement, m.dtype) < 0.5:
+        return m + complement * (x - m)
+    return x - (1.0 - complement) * (x - m)
+
+
+def _mean_of_squares(v: Tensor, x: Tensor, complement: float) -> Tensor:
+    remaining = 1.0 - complement
+    kept = _rounded(remaining * (1.0 - 2.0**-23), v.dtype)
+    return kept * v + ((remaining - kept) * v + complement * x * x)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a == b, 0.0, a - b)
+
+
+def _rounded(x: float, dtype: torch.dtype) -> float:
+    return ctypes.c_float(x).value if dtype == torch.float32 else x
 
 
 def widened(grad: Tensor) -> Tensor:

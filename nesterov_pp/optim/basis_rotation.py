@@ -105,7 +105,8 @@ class BasisRotation(Optimizer):
         sides = _sides(p, group)
         if sides:
             _refresh(state, grad, sides, group, first=t == 1)
-        v = state["exp_avg_sq"].lerp_(_rotate(grad, state).square(), 1.0 - beta2)
+        rotated = _rotate(grad, state)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)  # as torch: inf stays inf
         direction = _rotate(m, state) / (v.sqrt() + group["eps"])
         size = group["lr"] * (1.0 - beta2**t) ** 0.5 / (1.0 - beta1**t)
         p.mul_(1.0 - group["lr"] * group["weight_decay"])

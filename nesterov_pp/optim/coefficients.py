@@ -62,7 +62,12 @@ def adamw(
     weight_decay: float,
     scale: float = 1.0,
 ) -> Coefficients:
-    """AdamW (arXiv 1711.05101) as torch defines it: ``c_grad = 0``, ``c_momentum = lr / (1 - beta1^t)``."""
+    """AdamW (arXiv 1711.05101) as torch defines it: ``c_grad = 0``, ``c_momentum = lr / (1 - beta1^t)``.
+
+    With the root ``s`` of ``1 - beta2^t`` taken from the denominator, ``c_momentum m / (sqrt(v) / s + eps)``, into the
+    other scalars: a ``v`` next to the largest number would overflow if it were divided before its root is taken.
+    """
+    root = (1.0 - beta2**t) ** 0.5
     return Coefficients(
         grad_scale=scale,
         l2=0.0,
@@ -70,9 +75,9 @@ def adamw(
         beta2_complement=1.0 - beta2,
         decay=lr * weight_decay,
         c_grad=0.0,
-        c_momentum=lr / (1.0 - beta1**t),
-        inv_bias2=1.0 / (1.0 - beta2**t),
-        eps=eps,
+        c_momentum=lr * root / (1.0 - beta1**t),
+        inv_bias2=1.0,
+        eps=eps * root,
     )
 
 
