@@ -276,6 +276,14 @@ class FusedOptimizer(Optimizer):
         if self.options.stash is not None:
             self.options.stash.leaves(parameters, complete=False)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Parameters that something put others in the place of before their first step have no entry."""
+        kept = {id(p) for p in self._parameters()}
+        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in kept]:
+            if float(self.state[p].get("step", 1.0)) == 0.0:
+                del self.state[p]
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
 
