@@ -178,6 +178,7 @@ class FusedOptimizer(Optimizer):
     def _prepare(self) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, on_device):
+            self._forget_replaced()
             new = [p for p in self._parameters() if p.grad is not None and not self.state.get(p)]
             for p in new:
                 if p.grad is not None and p.grad.is_sparse:
@@ -278,10 +279,7 @@ class FusedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Parameters that something put others in the place of before their first step have no entry."""
-        kept = {id(p) for p in self._parameters()}
-        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in kept]:
-            if float(self.state[p].get("step", 1.0)) == 0.0:
-                del self.state[p]
+        self._forget_replaced()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -328,6 +326,13 @@ class FusedOptimizer(Optimizer):
         entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
         for i, p in enumerate(parameters):
             self.state[p].update({name: values[i] for name, values in entries.items()})
+
+    def _forget_replaced(self) -> None:
+        """Drop the state, and with it the parameters, that are in no group any more and were never stepped."""
+        kept = {id(p) for p in self._parameters()}
+        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in kept]:
+            if float(self.state[p].get("step", 1.0)) == 0.0:
+                del self.state[p]
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -90,6 +90,7 @@ def test_masters_put_in_the_place_of_parameters_before_their_first_step(name, st
         for t in range(3 * stepped):
             give([flat], t)
             optimizer.step()
+            assert list(optimizer.state) == [flat]
         saved = optimizer.state_dict()
         assert saved["state"].keys() == ({0} if stepped else set())
         make([flat.detach().clone().requires_grad_()]).load_state_dict(saved)
