@@ -27,8 +27,8 @@ using nesterov_pp::Tensors;
 
 namespace {
 
-// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then the dict
-// of every parameter's state followed by its values. Compares pointers; looks nothing up.
+// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then the
+// dict of every parameter's state followed by its values. Compares pointers; looks nothing up.
 bool holds(const py::list& groups, const py::dict& state, const py::list& known) {
   const Py_ssize_t size = PyList_GET_SIZE(known.ptr());
   Py_ssize_t next = 0;
@@ -165,6 +165,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::arg("grads_of"), py::arg("source"), py::arg("target"))
       .def("forget", &Plan::forget)
+      .def_property_readonly("steps_run", &Plan::steps_run)
       .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_parameter", &Plan::nonfinite_parameter)
       .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"),

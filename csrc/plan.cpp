@@ -253,6 +253,7 @@ void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_pro
     steps_.write(i, classes_[k].step + 1);
     if (!mu_products_.empty()) mu_products_.write(i, mu_products[k]);
   });
+  ++steps_run_;
   forget();
 }
 

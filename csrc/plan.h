@@ -66,6 +66,9 @@ class Plan {
   // Lets go of the gradients collected, of a step that is not to be run.
   void forget();
 
+  // How many steps have been run: for a caller who was interrupted between one and what he does after it.
+  int64_t steps_run() const { return steps_run_; }
+
   // Euclidean norm of all gradients collected, reading each once.
   virtual double gradient_norm();
 
@@ -92,6 +95,7 @@ class Plan {
   const std::optional<uint64_t> seed_;
   const at::Device device_;  // of all parameters
 
+  int64_t steps_run_ = 0;
   bool collected_ = false;
   // Of the step collected.
   size_t from_ = 0, to_ = 0;  // slots

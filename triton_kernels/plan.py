@@ -166,6 +166,10 @@ class TritonPlan:
         self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         return classes
 
+    @property
+    def steps_run(self) -> int:
+        return int(self._plan.steps_run)
+
     def forget(self) -> None:
         self._plan.forget()
 

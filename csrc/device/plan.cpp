@@ -162,6 +162,7 @@ void DevicePlan::apply_rows(const at::Tensor& rows) {
          " of shape ", rows.sizes(), " on ", rows.device());
   launch(rows);
   for (size_t i = 0; i < t_.names.size(); ++i) note_written(i);
+  ++steps_run_;
   forget();
 }
 

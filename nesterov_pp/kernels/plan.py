@@ -65,6 +65,10 @@ class Plan(Protocol):
             ValueError: a tensor does not fit its parameter (shape, dtype, device, layout).
         """
 
+    @property
+    def steps_run(self) -> int:
+        """How many steps have been run: for a caller who was interrupted between one and what he does after it."""
+
     def forget(self) -> None:
         """Let go of the gradients collected, if the step has not been run."""
 

@@ -163,6 +163,7 @@ class ReferencePlan:
         self._slots = (0, 0, 0)
         self._grads: list[Tensor | None] = []
         self._class_of: list[int] = []
+        self.steps_run = 0
 
     def forget(self) -> None:
         self._grads = []
@@ -284,6 +285,7 @@ class ReferencePlan:
             t.steps[i].add_(1)
             if t.mu_products:
                 t.mu_products[i].fill_(mu_products[k])
+        self.steps_run += 1
         self._grads = []
 
 

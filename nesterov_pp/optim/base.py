@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, overload
 
@@ -23,6 +24,7 @@ from nesterov_pp.optim.options import Options, check_fake, check_fused
 from nesterov_pp.optim.prepared import Prepared
 from nesterov_pp.optim.scaling import forget_scale_on_failure, gradient_scale, whole_scale
 from nesterov_pp.optim.state import StatefulOptimizer, unique
+from nesterov_pp.optim.uninterrupted import uninterrupted
 
 Slots = tuple[int, int, int]
 """The ring slots of the gradients, of the weights read, and of those written."""
@@ -140,16 +142,33 @@ class FusedOptimizer(StatefulOptimizer):
         scale, norm = gradient_scale(prepared, self.options, slots[0], microbatches, loss_scale)
         if norm is not None:
             self.last_grad_norm = norm
-        self._run(prepared, classes, slots, scale)
-        if stash is not None:
-            stash.end_step(version, microbatches)
+        with nullcontext() if stash is None and prepared.device_counts is None else uninterrupted():
+            self._run(prepared, classes, slots, scale, None if stash is None else (version, microbatches))
         for repeated in prepared.repeats:
             again = self._plan_of(repeated)
             self._run(again, again.collect(*slots), slots, whole_scale(prepared, self.options, scale, norm, loss_scale))
 
-    def _run(self, prepared: Prepared, classes: list[StepClass], slots: Slots, scale: float) -> None:
-        """The pass over what was collected, and the count of it."""
-        grads_of, source, target = slots
+    def _run(
+        self,
+        prepared: Prepared,
+        classes: list[StepClass],
+        slots: Slots,
+        scale: float,
+        of_ring: tuple[int | None, int] | None = None,
+    ) -> None:
+        """The pass over what was collected, and the count of it; ``of_ring``: the version and the microbatches of a
+        step of the stash."""
+        stash, run_before = self.options.stash, prepared.plan.steps_run
+        try:
+            self._pass(prepared, classes, slots, scale)
+            prepared.written(slots[2])
+        finally:
+            # Weights, moments and counts are those of the next version from the pass on, whatever comes between.
+            if stash is not None and of_ring is not None and prepared.plan.steps_run > run_before:
+                stash.end_step(*of_ring)
+
+    def _pass(self, prepared: Prepared, classes: list[StepClass], slots: Slots, scale: float) -> None:
+        grads_of, source, _ = slots
         if prepared.device_counts is not None:
             on_device, count = prepared.device_counts.next_step(
                 prepared.stepped(grads_of),
@@ -173,7 +192,6 @@ class FusedOptimizer(StatefulOptimizer):
                 prepared.plan.apply(rows, products, corrections)
             else:
                 prepared.plan.apply(rows, products)
-        prepared.written(target)
 
     def _collect(self, slots: Slots) -> tuple[Prepared, list[StepClass]]:
         """The parameters as they are now, with the gradients of this step checked and taken."""

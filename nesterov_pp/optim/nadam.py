@@ -41,9 +41,10 @@ class NAdam(FusedOptimizer):
             backends (False). Each replay is one step; a tensor ``lr`` on the device may change between them. With a
             stash capture one graph for each of its versions, in turn, and replay them in turn.
         fused: have ``torch.amp.GradScaler`` leave unscaling to the pass, which does not rewrite gradients, and count
-            steps on a GPU instead of waiting for the scaler's verdict. Hooks, and whoever clips from outside, then meet
-            scaled gradients, and skipped steps are called all the same, as with ``torch.optim.Adam(fused=True)``
-            (None: the scaler unscales the gradients and skips steps itself, as with ``torch.optim.NAdam``).
+            steps on a GPU instead of waiting for the scaler's verdict. Hooks, and whoever reads or clips gradients from
+            outside, then meet scaled ones, and skipped steps are called all the same; frameworks treat it as they do
+            ``torch.optim.Adam(fused=True)`` (None: the scaler unscales the gradients and skips steps itself, as with
+            ``torch.optim.NAdam``).
         differentiable: let autograd record the step; takes the reference backend and says so (False).
         stash: ring of weight versions to read from and write to (None: in place).
         max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;

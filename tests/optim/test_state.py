@@ -77,6 +77,28 @@ def test_state_taken_away_starts_afresh(name, way):
     assert_same_as_torch(name, scenario)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_masters_put_in_the_place_of_parameters_before_their_first_step(name, stepped):
+    """As wrappers for half precision do: one flat float32 tensor for all parameters of a group."""
+    results = []
+    for make in (TORCH[name], OURS[name]):
+        optimizer = make(parameters(torch.bfloat16))
+        whole = optimizer.param_groups[0]["params"]
+        flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in whole]))
+        optimizer.param_groups[0]["params"] = [flat]
+        for t in range(3 * stepped):
+            give([flat], t)
+            optimizer.step()
+            assert list(optimizer.state) == [flat]
+        saved = optimizer.state_dict()
+        # Ours have state before the first step.
+        assert saved["state"].keys() == ({0} if stepped or make is OURS[name] else set())
+        make([flat.detach().clone().requires_grad_()]).load_state_dict(saved)
+        results.append(flat.detach())
+    torch.testing.assert_close(results[1], results[0], **MANY_STEPS[torch.float32])
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_own_entries_in_the_state_are_left_alone_and_saved(name):
     ps = parameters()
