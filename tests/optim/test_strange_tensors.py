@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from backends import BACKENDS
+from strange import Wrapped, conjugated, cut_short, fake, freed, in_inference_mode, left_by_a_transform, masked, negated
 from tolerances import MANY_STEPS
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 import nesterov_pp as npp
 
@@ -21,39 +21,8 @@ CLOSE = MANY_STEPS[torch.float32]
 SHARED = ["NAdam", "AdamW"]
 
 
-class Wrapped(torch.Tensor):
-    """A tensor that only looks like one: its elements are those of another, which its operators take."""
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Wrapped:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def inner(t: Any) -> Any:
-            return t.inner if isinstance(t, Wrapped) else t
-
-        return func(*tree_map(inner, args), **tree_map(inner, kwargs or {}))
-
-
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape or (37,), generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def negated(t: torch.Tensor) -> torch.Tensor:
-    """The same values under the negative bit."""
-    lazy = torch._neg_view(t.detach().clone().neg_())
-    assert lazy.is_neg()
-    return lazy
-
-
-def conjugated(t: torch.Tensor) -> torch.Tensor:
-    lazy = t.detach().clone().conj().resolve_conj().conj()
-    assert lazy.is_conj()
-    return lazy
 
 
 def snapshot(ps: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> Any:
@@ -113,14 +82,9 @@ GRADIENTS = {
     "wrapped": lambda t, i: Wrapped(numbers(t * 7 + i)) if i else numbers(t),
     "copied on write": lambda t, i: torch._lazy_clone(numbers(t + i)),
     "expanded": lambda t, i: numbers(t + i, 1).expand(37),
-    "in inference mode": lambda t, i: in_inference_mode(lambda: numbers(t + i)),
+    "in inference mode": lambda t, i: in_inference_mode(numbers(t + i)),
     "that require gradients": lambda t, i: numbers(t + i).requires_grad_() * 2,
 }
-
-
-def in_inference_mode(make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    with torch.inference_mode():
-        return make()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,42 +152,14 @@ def test_state_under_a_bit(dtype, entry, backend):
     torch.testing.assert_close(*ends, check_dtype=False, **CLOSE)
 
 
-def freed(t: torch.Tensor) -> torch.Tensor:
-    t.untyped_storage().resize_(0)
-    return t
-
-
-def masked() -> torch.Tensor:
-    from torch.masked import masked_tensor
-
-    return masked_tensor(torch.ones(37), torch.arange(37) % 2 == 0)
-
-
-def fake() -> torch.Tensor:
-    with FakeTensorMode():
-        return torch.ones(37)
-
-
-def left_by_a_transform() -> torch.Tensor:
-    kept = []
-    torch.func.vmap(lambda x: (kept.append(x), x)[1])(torch.ones(3, 37))
-    return kept[0]
-
-
 REFUSED = {
     "freed": (lambda: freed(torch.ones(37)), "has a storage smaller than its shape"),
-    "cut short": (lambda: cut_short(), "has a storage smaller than its shape"),
-    "masked": (masked, "is a MaskedTensor, .* and cannot update the parameter"),
-    "fake": (fake, "is a FakeTensor, .* and cannot update the parameter"),
-    "of a transform": (left_by_a_transform, "belongs to a transform of torch.func"),
+    "cut short": (lambda: cut_short(torch.ones(37)), "has a storage smaller than its shape"),
+    "masked": (lambda: masked(torch.ones(37)), "is a MaskedTensor, .* and cannot update the parameter"),
+    "fake": (lambda: fake(torch.ones(37)), "is a FakeTensor, .* and cannot update the parameter"),
+    "of a transform": (lambda: left_by_a_transform(torch.ones(37)), "belongs to a transform of torch.func"),
     "on meta": (lambda: torch.ones(37, device="meta"), "meta"),
 }
-
-
-def cut_short() -> torch.Tensor:
-    t = torch.ones(37)
-    t.untyped_storage().resize_(36 * 4)
-    return t
 
 
 def set_gradient(p: torch.Tensor, grad: torch.Tensor) -> None:
@@ -261,7 +197,7 @@ def test_gradients_that_cannot_be_are_refused(make, sentence, backend):
     [
         (lambda: freed(torch.zeros(37)), "has a storage smaller than its shape"),
         (lambda: torch._efficientzerotensor(37), "is a tensor of zeros without memory"),
-        (lambda: in_inference_mode(lambda: torch.zeros(37)), "is an inference tensor"),
+        (lambda: in_inference_mode(torch.zeros(37)), "is an inference tensor"),
     ],
     ids=["freed", "zeros without memory", "in inference mode"],
 )
