@@ -37,9 +37,13 @@ class Mine(nn.Parameter):
 
 
 def values(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random numbers not near 0, whose squares float16 has, too."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=wide)
+    parts = torch.view_as_real(drawn) if dtype.is_complex else drawn
+    parts += 0.25 * parts.sign()
+    return drawn.to(dtype)
 
 
 def negated(t: Tensor) -> Tensor:
@@ -94,6 +98,11 @@ def in_inference_mode(t: Tensor) -> Tensor:
         return t.clone()
 
 
+def made_in_inference_mode(t: Tensor) -> nn.Parameter:
+    with torch.inference_mode():
+        return nn.Parameter(t.clone())
+
+
 def fake(t: Tensor) -> Tensor:
     with FakeTensorMode():
         return torch.empty(t.shape, dtype=t.dtype)
@@ -124,7 +133,7 @@ PARAMETERS: dict[str, Callable[[Tensor], nn.Parameter]] = {
     "frozen": lambda t: nn.Parameter(t, requires_grad=False),
     "freed": lambda t: freed(nn.Parameter(t)),  # type: ignore[dict-item]
     "cut short": lambda t: cut_short(nn.Parameter(t)),  # type: ignore[dict-item]
-    "of inference mode": lambda t: nn.Parameter(in_inference_mode(t)),
+    "of inference mode": lambda t: made_in_inference_mode(t),
     "on meta": lambda t: nn.Parameter(t.to("meta")),
     "sparse": lambda t: nn.Parameter(t.to_sparse()),
     "of integers": lambda t: nn.Parameter(torch.ones(t.shape, dtype=torch.int32), requires_grad=False),
@@ -183,7 +192,7 @@ STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "fake": _replace("exp_avg", fake),
     "of inference mode": _replace("exp_avg_sq", in_inference_mode),
     "on meta": _replace("exp_avg", lambda t: t.to("meta")),
-    "of another shape": _replace("exp_avg", lambda t: torch.zeros(7)),
+    "of another shape": _replace("exp_avg", lambda t: torch.ones(7)),
     "of integers": _replace("exp_avg", lambda t: t.real.to(torch.int32)),
     "many steps": _replace("step", lambda t: torch.ones(3)),
     "no first moment": lambda entries: entries.pop("exp_avg", None),

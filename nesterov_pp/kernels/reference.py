@@ -221,7 +221,11 @@ class ReferencePlan:
                 continue
             weight, weight_out, none, exp_avg, *exp_avg_sq = [x.detach().reshape(-1)[:0] for x in tensors]
             row = Coefficients(1.0, 0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 1.0, 1.0)
-            update(weight, weight_out, none, exp_avg, exp_avg_sq[0] if exp_avg_sq else None, row)
+            try:
+                update(weight, weight_out, none, exp_avg, exp_avg_sq[0] if exp_avg_sq else None, row)
+            except (TypeError, AssertionError, NotImplementedError) as error:
+                what = f"{t.names[i]} cannot be stepped with its gradient and state"
+                raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
 
     def gradient_norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([widened(grad) for grad in self._grads if grad is not None]))
