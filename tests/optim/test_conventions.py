@@ -272,8 +272,8 @@ def test_bad_arguments_give_one_clear_sentence(make, sentence):
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
-        (lambda o, ps: o.state[ps[1]].__setitem__("exp_avg", torch.zeros(6)), "first moment of parameter 1 has shape"),
-        (lambda o, ps: o.state[ps[1]].__setitem__("exp_avg_sq", torch.zeros(6)), "second moment of parameter 1"),
+        (lambda o, ps: o.state[ps[1]].__setitem__("exp_avg", torch.ones(6)), "first moment of parameter 1 has shape"),
+        (lambda o, ps: o.state[ps[1]].__setitem__("exp_avg_sq", torch.ones(6)), "second moment of parameter 1"),
         (lambda o, ps: setattr(ps[2], "data", torch.zeros(3)), "of parameter 2 has shape"),
     ],
 )
