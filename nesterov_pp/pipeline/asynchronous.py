@@ -154,7 +154,7 @@ class AsyncPipeline:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
             self._average = GradientAverage(leaves, self._links.twins, bucket_bytes)
         self._engine = TorchStage(
-            Recomputed(self.module, self.stash) if recompute else self.module,
+            Recomputed(self.module) if recompute else self.module,
             self.stage,
             self.stages,
             self.device,
@@ -357,7 +357,8 @@ class AsyncPipeline:
             if self._average is not None and completes:
                 self._average.expect(self._version(m) % self.stash.versions)
             loss = self._losses.pop(m, None)
-            gradients = self._engine.backward(m, loss)
+            with self._versions.during_backward(self._version(m), self.recipe.backward):
+                gradients = self._engine.backward(m, loss)
         if self._links.gradients_out is not None:
             self._links.gradients_out.send(m, gradients)
         if self._average is not None and completes:

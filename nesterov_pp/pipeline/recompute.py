@@ -8,29 +8,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nesterov_pp.stash import WeightStash
-
 
 class Recomputed(nn.Module):
-    """Runs ``module`` without keeping its activations; backward runs it again with the same weights and dropout.
+    """Runs ``module`` without keeping its activations; backward runs it again with the same dropout.
 
-    The weights are those of the ring's version that is in use at the forward.
+    Of a module in a ``WeightStash`` it runs with the same weights too: a backward binds the version of its forward.
     """
 
-    def __init__(self, module: nn.Module, stash: WeightStash) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self._stash = module, stash
+        self.module = module
 
     def forward(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.module(*inputs)
-        stash = self._stash
-        version = stash.in_use
-
-        def run(*again: Any) -> Any:
-            with stash.use(version):
-                output = self.module(*again)
-            stash.release(version)
-            return output
-
-        return checkpoint(run, *inputs, use_reentrant=False)
+        return checkpoint(self.module, *inputs, use_reentrant=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,15 @@ class Versions:
             return
         with self._as_it_was(version), self._stash.use(self._stash.newest, backward=backward):
             yield
-        self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
+        if self._stash.in_flight(self._stash.newest):
+            self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
+
+    def during_backward(self, version: int, backward: Backward) -> AbstractContextManager[None]:
+        """The module computes with the version of the microbatch whose backward is run, should it run again in it.
+
+        A ring binds it too, but for compiled code that does not run as one.
+        """
+        return nullcontext() if backward == "newest" else self._stash.bind(version, backward=backward)
 
     def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""

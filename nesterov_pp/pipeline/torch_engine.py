@@ -168,7 +168,8 @@ class TorchStage:
         return _messages(self._stage.get_bwd_send_ops(chunk))
 
     def _allocate(self, kind: str, infos: tuple[Any, ...]) -> None:
-        for info, meta in zip(infos, self._metas[kind], strict=False):
+        # A chunk for which torch has no entries has nothing to receive.
+        for info, meta in zip(infos, self._metas[kind] if infos else (), strict=True):
             if meta is not None:
                 info.buffer = torch.empty_like(meta, device=self._stage.device, requires_grad=meta.requires_grad)
 

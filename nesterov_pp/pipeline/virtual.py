@@ -107,8 +107,7 @@ class VirtualPipeline:
         self.stashes = [
             build_stash(recipe, m, n + 1) for m, n in zip(self.stages, self.delay_model.largest, strict=True)
         ]
-        pairs = zip(self.stages, self.stashes, strict=True)
-        self._forwards = [Recomputed(module, stash) if recompute else module for module, stash in pairs]
+        self._forwards = [Recomputed(module) if recompute else module for module in self.stages]
         self._autocast = autocast
         self.places = [Placement(i, len(self.stages), tau) for i, tau in enumerate(self.delays, start=1)]
         self.optimizers: list[StageOptimizer | None] = [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nesterov_pp.kernels import zeros_like
 
@@ -21,6 +21,7 @@ def check_stashable(named: dict[str, nn.Parameter]) -> None:
     """Raises: ValueError: one of them cannot be kept in a ring."""
     first_with: dict[int, str] = {}
     for name, p in named.items():
+        _check_memory(name, p)
         dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
         if p.layout != torch.strided or not dense:
             raise ValueError(f"{name} is not a dense strided tensor, so it cannot be kept in a WeightStash")
@@ -38,6 +39,29 @@ def check_stashable(named: dict[str, nn.Parameter]) -> None:
             )
 
 
+def _check_memory(name: str, p: nn.Parameter) -> None:
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # is there if it has been used
+    if is_lazy(p):
+        cause = "not initialised yet, as lazy modules are until their first forward; run one"
+    elif fake is not None and isinstance(p, fake.FakeTensor):
+        cause = "a FakeTensor, which has no values; build the module outside of FakeTensorMode"
+    elif p.is_meta:
+        cause = (
+            "on the meta device, where there are no values; materialise the module with to_empty(), load its weights"
+        )
+    elif p.numel() and p.layout == torch.strided and not _storage(p).nbytes():
+        cause = "without memory, because its storage was resized to nothing; give it back"
+    else:
+        return
+    raise ValueError(f"{name} is {cause}, then build the WeightStash")
+
+
+def _storage(p: nn.Parameter) -> torch.UntypedStorage:
+    """Of a DTensor, that of the shard."""
+    here: torch.Tensor = p.to_local() if hasattr(p, "to_local") else p
+    return here.untyped_storage()
+
+
 def new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
     """Zeros, each laid out in memory as its parameter, with the parameter's attributes."""
     leaves = []
@@ -46,18 +70,3 @@ def new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
         leaf.__dict__.update(p.__dict__)
         leaves.append(leaf)
     return leaves
-
-
-def places_of(module: nn.Module, index: dict[int, int]) -> list[tuple[Any, Any, int]]:
-    """Where the module keeps its parameters: (container, key, parameter index), tied ones in several places."""
-    places: list[tuple[Any, Any, int]] = []
-    for submodule in module.modules():
-        for key, p in submodule._parameters.items():
-            if p is not None and id(p) in index:
-                places.append((submodule._parameters, key, index[id(p)]))
-        # Recurrent layers read their weights from a list of their own.
-        if isinstance(submodule, nn.RNNBase):
-            for k, p in enumerate(submodule._flat_weights):
-                if p is not None and id(p) in index:
-                    places.append((submodule._flat_weights, k, index[id(p)]))
-    return places

@@ -11,7 +11,6 @@ bumped, so autograd raises where it would have used the wrong weights.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -19,8 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves, places_of
+from nesterov_pp.stash.bindings import Binding, Bindings
+from nesterov_pp.stash.bound import BESIDE, Bound
+from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves
 from nesterov_pp.stash.linearise import linearised_elsewhere
+from nesterov_pp.stash.position import Position
+from nesterov_pp.stash.saved import check_saved
+from nesterov_pp.stash.watch import detach
 
 Backward = Literal["stashed", "newest", "beside"]
 Beside = Literal["stepped", "backward"]
@@ -44,10 +48,15 @@ class WeightStash:
     Outside ``use`` the module is bound to the newest version. ``module.parameters()`` gives the leaves of the version
     that is bound. Not safe to use from several threads at once.
 
+    While a backward runs, the module is bound to the version of its forward, for ``torch.utils.checkpoint``, which runs
+    parts of the module again then. Parameters may be frozen and unfrozen at any time, from the next version on, and
+    replaced by like ones (``load_state_dict(assign=True)``), whose values become those of the newest version.
+
     Raises:
         ValueError: ``versions`` is below 1, ``beside`` is something else, or a parameter cannot be kept in a ring: it
-            shares memory with another one, overlaps itself, or carries hooks (register them afterwards, on each of
-            ``parameters(version)``); or ``versions`` is above 1 and ``fully_shard`` keeps the module's weights.
+            has no values yet (the meta device, lazy modules), shares memory with another one, overlaps itself, or
+            carries hooks (register them afterwards, on each of ``parameters(version)``); or ``versions`` is above 1
+            and ``fully_shard`` keeps the module's weights.
     """
 
     def __init__(self, module: nn.Module, versions: int, *, beside: Beside | None = None) -> None:
@@ -67,32 +76,37 @@ class WeightStash:
             )
         self.versions = versions
         self.beside = beside
-        self.newest = 0
         self._names = list(named)
         first = list(named.values())
         self._slots = [first] + [new_leaves(first) for _ in range(versions - 1)]
         self._beside = new_leaves(first) if beside is not None else []
         with torch.no_grad():
-            for leaf, p in zip(self._beside, first, strict=False):
+            for leaf, p in zip(self._beside, first if self._beside else [], strict=True):
                 leaf.copy_(p)
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
-        self._places = places_of(module, {id(p): i for i, p in enumerate(first)})
-        self._in_flight: Counter[int] = Counter()
-        self._entered: list[int] = []
-        self._bound_slot = 0
+        self._position = Position(versions)
+        self._bound = Bound(module, self._names, self._slots, self._beside, self._gathered)
+        self._bindings = Bindings(self._position, self._bound)
         self._owner: weakref.ref[Any] | None = None
+        weakref.finalize(self, detach, self._bindings.watch.attach(module)).atexit = False
 
     # ------------------------------------------------------------------ versions
 
     @property
+    def newest(self) -> int:
+        """The version that the last step wrote; 0 before the first."""
+        return self._position.newest
+
+    @property
     def oldest(self) -> int:
         """The oldest version that the ring still holds."""
-        return max(0, self.newest - self.versions + 1)
+        return self._position.oldest
 
     @property
     def in_use(self) -> int:
-        """The version that the module is bound to: that of the innermost ``use``, else the newest."""
-        return self._entered[-1] if self._entered else self.newest
+        """The version that the module is bound to: that of the innermost ``use`` or backward, else the newest."""
+        version = self._bindings.version
+        return self.newest if version == BESIDE else version
 
     @property
     def names(self) -> list[str]:
@@ -105,16 +119,16 @@ class WeightStash:
         Raises:
             ValueError: the version is not in the ring.
         """
-        return dict(zip(self._names, self._slots[self._slot_of(version)], strict=True))
+        return dict(zip(self._names, self._slots[self._position.slot_of(version)], strict=True))
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights that are stepped, by name: those of the newest version, unless the ring holds predictions."""
-        leaves = self._beside if self.beside == "stepped" else self._slots[self.newest % self.versions]
+        leaves = self._beside if self.beside == "stepped" else self._slots[self._position.newest_slot]
         return dict(zip(self._names, leaves, strict=True))
 
     def in_flight(self, version: int) -> int:
         """How many microbatches used the version and have not been stepped or released."""
-        return self._in_flight[version]
+        return self._position.in_flight(version)
 
     def release(self, version: int) -> None:
         """Give up one microbatch in flight on the version: its gradient will never be stepped.
@@ -122,17 +136,18 @@ class WeightStash:
         Raises:
             ValueError: no microbatch is in flight on it.
         """
-        self._slot_of(version)
-        if self._in_flight[version] < 1:
+        self._position.slot_of(version)
+        if self.in_flight(version) < 1:
             raise ValueError(f"version {version} has no microbatch in flight")
-        self._retire(version, 1)
+        self._position.count(version, -1)
 
     @contextmanager
     def use(self, version: int, *, backward: Backward = "stashed") -> Iterator[None]:
         """Run the module with the weights of ``version`` inside the block.
 
-        With gradients enabled the block counts as one microbatch in flight until ``optimizer.step(version=version)``
-        takes its gradient, or ``release(version)`` gives it up. Blocks nest.
+        A block in which the module runs forward with gradients counts as one microbatch in flight until
+        ``optimizer.step(version=version)`` takes its gradient, or ``release(version)`` gives it up. One with nothing
+        but a backward does not count. Blocks nest.
 
         Args:
             version: between ``oldest`` and ``newest``.
@@ -143,34 +158,41 @@ class WeightStash:
                 be replaced, so autocast is refused.
 
         Raises:
-            ValueError: the version is not in the ring; or weights are to be replaced under autocast.
+            ValueError: the version is not in the ring; weights are to be replaced under autocast; or something was done
+                to the module's parameters that the ring cannot follow.
+            RuntimeError: (from a backward) a backward inside the block is of a forward with another version; or the
+                module is to run again in a backward that is not "stashed", which takes what no version has.
         """
         if backward not in ("stashed", "newest", "beside"):
             raise ValueError(f"backward must be 'stashed', 'newest' or 'beside', not {backward!r}")
         if backward == "beside" and self.beside != "backward":
             raise ValueError("backward='beside' needs a WeightStash built with beside='backward'")
-        slot = self._slot_of(version)
+        self._settle()
+        slot = self._position.slot_of(version)
+        self._bound.follow(self._position.newest_slot, thorough=True)
         hooks: AbstractContextManager[Any] = nullcontext()
         if backward != "stashed" and torch.is_grad_enabled():
             hooks = linearised_elsewhere(
                 self._slots[slot],
-                lambda: self._beside if backward == "beside" else self._slots[self.newest % self.versions],
+                lambda: self._beside if backward == "beside" else self._slots[self._position.newest_slot],
                 backward=backward,
                 gathered=self._gathered,
             )
-        counted = torch.is_grad_enabled()
-        self._in_flight[version] += counted
-        self._entered.append(version)
-        self._bind(slot)
-        try:
-            with hooks:
-                yield
-        except BaseException:
-            self._retire(version, int(counted))
-            raise
-        finally:
-            self._entered.pop()
-            self._rebind()
+        # What runs in a backward runs for the second time.
+        counts = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        with self._bindings.block(Binding(version, backward), counts=counts), hooks:
+            yield
+
+    def bind(self, version: int, *, backward: Backward = "stashed") -> AbstractContextManager[None]:
+        """Bind the module to a version inside the block, for a backward: ``use`` that never counts as a microbatch.
+
+        Raises:
+            ValueError: as ``use``.
+        """
+        self._settle()
+        self._position.slot_of(version)
+        self._bound.follow(self._position.newest_slot, thorough=True)
+        return self._bindings.block(Binding(version, backward))
 
     @contextmanager
     def use_stepped(self) -> Iterator[None]:
@@ -178,13 +200,9 @@ class WeightStash:
         if self.beside != "stepped":
             yield
             return
-        before = self._bound_slot
-        with torch.no_grad():
-            self._bind_leaves(self._beside)
-            try:
-                yield
-            finally:
-                self._bind_leaves(self._slots[before])
+        self._settle()
+        with torch.no_grad(), self._bindings.block(Binding(BESIDE, "stashed")):
+            yield
 
     def gather_gradients(self, versions: Sequence[int]) -> int:
         """Add the gradients of several versions up on the newest of them, which is returned, with what is in flight.
@@ -194,7 +212,7 @@ class WeightStash:
         Raises:
             ValueError: one of the versions is not in the ring.
         """
-        slots = {version: self._slots[self._slot_of(version)] for version in sorted(set(versions))}
+        slots = {version: self._slots[self._position.slot_of(version)] for version in sorted(set(versions))}
         newest = max(slots)
         for version, leaves in slots.items():
             if version == newest:
@@ -203,7 +221,7 @@ class WeightStash:
                 if leaf.grad is not None:
                     onto.grad = leaf.grad if onto.grad is None else onto.grad.add_(leaf.grad)
                 leaf.grad = None
-            self._in_flight[newest] += self._in_flight.pop(version, 0)
+        self._position.move([version for version in slots if version != newest], newest)
         return newest
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -257,35 +275,32 @@ class WeightStash:
     def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
         """Check a step that takes the gradients of ``version``; returns its slots (gradients, source, target).
 
-        ``None`` stands for the newest version, where that is not ambiguous. Changes nothing.
+        ``None`` stands for the newest version, where that is not ambiguous. Takes over what was done to the module's
+        parameters; changes nothing else.
 
         Raises:
             ValueError: the version is not in the ring; the step would overwrite a version that other microbatches in
-                flight need; or no version was named while only an older one has gradients.
+                flight need; no version was named while only an older one has gradients; or something was done to the
+                module's parameters that the ring cannot follow.
         """
+        self._settle()
+        self._bound.follow(self._position.newest_slot)
         if version is None:
             version = self._implied_version()
-        grads_of = self._slot_of(version)
-        leaving = self.newest + 1 - self.versions
-        waiting = self._in_flight[leaving] - (microbatches if leaving == version else 0)
-        if leaving >= 0 and waiting > 0:
-            raise ValueError(
-                f"this step would overwrite version {leaving}, which {waiting} microbatch(es) in flight still need; "
-                f"step or release them first, or keep more than {self.versions} versions"
-            )
-        return grads_of, self.newest % self.versions, (self.newest + 1) % self.versions
+        grads_of = self._position.slot_of(version)
+        self._bindings.tally(version)
+        self._position.check_step(version, microbatches)
+        self._bound.drop_frozen_gradients(grads_of)
+        self._position.begin_step()
+        return grads_of, self._position.newest_slot, (self.newest + 1) % self.versions
 
     def end_step(self, version: int | None, microbatches: int) -> None:
-        """Count the step that ``begin_step`` checked: its gradients are taken, and the next version is the newest."""
-        version = self.newest if version is None else version
-        target = (self.newest + 1) % self.versions
-        for slot in (self._slots[version % self.versions], self._slots[target]):
-            for leaf in slot:
-                leaf.grad = None
-        self._retire(version, microbatches)
-        self._in_flight.pop(self.newest + 1 - self.versions, None)
-        self.newest += 1
-        self._rebind()
+        """Count the step that ``begin_step`` checked: its gradients are taken, and the next version is the newest.
+
+        Whatever cuts this call short, the same call finishes it; once it is finished, it does nothing.
+        """
+        self._position.end_step(version, microbatches)
+        self._settle()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -293,7 +308,12 @@ class WeightStash:
         """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies.
 
         Where there are weights outside the ring, they are under ``"beside"``.
+
+        Raises:
+            ValueError: something was done to the module's parameters that the ring cannot follow.
         """
+        self._settle()
+        self._bound.follow(self._position.newest_slot, thorough=True)
         live = range(self.oldest, self.newest + 1)
         state: dict[str, Any] = {
             "newest": self.newest,
@@ -308,53 +328,25 @@ class WeightStash:
         """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
 
         Raises:
-            ValueError: the state is of a ring of another length or of other parameters; nothing is changed.
+            ValueError: the state is of a ring of another length or of other parameters, or something was done to the
+                module's parameters that the ring cannot follow; nothing is changed.
         """
-        newest, weights = _parts_of(state)
-        if len(weights) != min(newest + 1, self.versions):
-            raise ValueError(
-                f"the saved ring holds {len(weights)} versions at version {newest}; "
-                f"this one keeps {self.versions} and needs {min(newest + 1, self.versions)}"
-            )
-        beside = [state["beside"]] if "beside" in state else []
-        if bool(beside) != (self.beside is not None) or not all(isinstance(saved, dict) for saved in beside):
-            raise ValueError("one of the saved ring and this one has weights outside the ring, and the other has none")
-        for saved in weights + beside:
-            if list(saved) != self._names:
-                unlike = sorted(set(saved) ^ set(self._names)) or ["the order"]
-                raise ValueError(f"the saved ring is of another module: {', '.join(unlike[:3])} differ")
-            for name, leaf in zip(self._names, self._slots[0], strict=True):
-                if not isinstance(saved[name], Tensor):
-                    raise ValueError(f"{name} was saved as {type(saved[name]).__name__}, not as a tensor")
-                if saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
-                    raise ValueError(
-                        f"{name} was saved as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
-                        f"but is {leaf.dtype} of shape {tuple(leaf.shape)} here"
-                    )
-        self.newest = newest
-        self._in_flight.clear()
+        self._settle()
+        like = dict(zip(self._names, self._slots[0], strict=True))
+        newest, weights, beside = check_saved(state, like, self.versions, has_beside=self.beside is not None)
+        self._bound.follow(self._position.newest_slot, thorough=True)
+        self._position.load(newest)
         for version, saved in enumerate(weights, start=self.oldest):
+            self._bound.tell(version % self.versions)
             for name, leaf in self.parameters(version).items():
                 leaf.copy_(saved[name])
                 leaf.grad = None
-        for saved in beside:
+        if beside is not None:
             for name, leaf in zip(self._names, self._beside, strict=True):
-                leaf.copy_(saved[name])
-        self._rebind()
+                leaf.copy_(beside[name])
+        self._bindings.rebind()
 
     # ------------------------------------------------------------------ inside
-
-    def _slot_of(self, version: int) -> int:
-        if not isinstance(version, int):
-            raise ValueError(f"version must be a whole number, not {version!r}")
-        if version > self.newest or version < 0:
-            raise ValueError(f"version {version} does not exist; the newest is {self.newest}")
-        if version < self.oldest:
-            raise ValueError(
-                f"version {version} has left the ring, which holds versions {self.oldest} to {self.newest}; "
-                f"keep more than {self.versions} versions to reach further back"
-            )
-        return version % self.versions
 
     def _implied_version(self) -> int:
         def has_gradient(version: int) -> bool:
@@ -368,34 +360,12 @@ class WeightStash:
             )
         return self.newest
 
-    def _retire(self, version: int, microbatches: int) -> None:
-        left = self._in_flight[version] - microbatches
-        if left > 0:
-            self._in_flight[version] = left
-        else:
-            del self._in_flight[version]
-
-    def _rebind(self) -> None:
-        self._bind(max(self.in_use, self.oldest) % self.versions)
-
-    def _bind(self, slot: int) -> None:
-        if slot == self._bound_slot:
-            return
-        self._bind_leaves(self._slots[slot])
-        self._bound_slot = slot
-
-    def _bind_leaves(self, leaves: Sequence[Tensor]) -> None:
-        for container, key, i in self._places:
-            container[key] = leaves[i]
-
-
-def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:
-    newest = state.get("newest") if isinstance(state, dict) else None
-    weights = state.get("weights") if isinstance(state, dict) else None
-    whole = isinstance(newest, int) and newest >= 0 and isinstance(weights, list)
-    if not whole or not all(isinstance(saved, dict) for saved in weights or []):
-        raise ValueError(
-            "load_state_dict takes what WeightStash.state_dict() returned: a dict with 'newest', a version from 0, and "
-            "'weights', a list of dicts"
-        )
-    return newest, weights  # type: ignore[return-value]
+    def _settle(self) -> None:
+        """Do what follows from the position, where that was cut short."""
+        for slot in self._position.to_clear:
+            for leaf in self._slots[slot]:
+                leaf.grad = None
+        if self._position.to_clear:
+            self._bound.tell(self._position.newest_slot)
+            self._position.cleared()
+        self._bindings.rebind()

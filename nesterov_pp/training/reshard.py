@@ -117,7 +117,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         names = _names(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
             raise UserError(f"{old.method} keeps more than one state a parameter; its runs cannot be regrouped")
-        besides.update(zip(names, stash.get("beside", {}).values(), strict=False))
+        if "beside" in stash:
+            besides.update(zip(names, stash["beside"].values(), strict=True))
         weights.update(zip(names, newest.values(), strict=True))
         moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
@@ -129,7 +130,7 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         assert optimizer is not None
         names = _names(stash.names, layers)
         ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
-        beside = dict(zip(stash.names, (besides[name] for name in names if besides), strict=False))
+        beside = dict(zip(stash.names, (besides[name] for name in names), strict=True)) if besides else {}
         kept = {"beside": beside} if beside else {}
         stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions), **kept})
         own = optimizer.state_dict()

@@ -68,7 +68,7 @@ def test_an_overwritten_version_never_gives_a_silently_wrong_gradient(kind, comp
     except RuntimeError as error:
         raised = str(error)
     if raised is not None:
-        assert "modified by an inplace operation" in raised
+        assert ("modified by an inplace operation" if compiled else "version 0, which has left the ring") in raised
     else:
         torch.testing.assert_close(x.grad, gradients(frozen, data(0))[0], rtol=1e-12, atol=1e-12)
     assert raised is not None or kind == "embedding", "every other layer needs its weights to go backward"

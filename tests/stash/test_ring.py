@@ -145,8 +145,10 @@ def test_misuse_gives_one_clear_sentence_and_changes_nothing():
         optimizer.step(version=5)
 
     def overwrite() -> None:
-        with stash.use(3), stash.use(4):
-            pass
+        with stash.use(3):
+            module(data(0))
+            with stash.use(4):
+                module(data(0))
         stash.parameters(5)["weight"].grad = torch.ones_like(module.weight)
         optimizer.step(version=5)
 

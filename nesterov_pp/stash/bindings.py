@@ -1,0 +1,185 @@
+"""What binds the module of a ring to a version: blocks, and backwards that are running."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from nesterov_pp.stash.bound import BESIDE, Bound
+from nesterov_pp.stash.position import Position
+from nesterov_pp.stash.watch import Ending, Watch
+
+
+def _nodes() -> int:
+    """How many nodes of autograd this thread has made."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+class Binding:
+    """That the module computes with a version for a while.
+
+    Attributes:
+        version: of the weights; BESIDE for those outside the ring.
+        backward: as in ``WeightStash.use``.
+        task: autograd's number of the backward; None for a block.
+        counted: the block counts as a microbatch in flight.
+        ran_backward: a backward of this version ran inside the block.
+        nodes: how many nodes of autograd there were before the block.
+    """
+
+    def __init__(self, version: int, backward: str, task: int | None = None) -> None:
+        self.version, self.backward, self.task = version, backward, task
+        self.counted = self.ran_backward = False
+        self.nodes = _nodes()
+
+
+class Bindings:
+    """Binds the module to the version of the innermost block or backward, else to the newest."""
+
+    def __init__(self, position: Position, bound: Bound) -> None:
+        self._position, self._bound = position, bound
+        self._all: list[Binding] = []
+        self.watch = Watch(self)
+
+    @property
+    def version(self) -> int:
+        """The version that the module is bound to."""
+        return self._all[-1].version if self._all else self._position.newest
+
+    def rebind(self, *, follow: bool = True) -> None:
+        """Bind the module as it should be.
+
+        Raises:
+            ValueError: with ``follow``, where something was done to its parameters that the ring cannot follow.
+        """
+        position, version = self._position, self.version
+        slot = BESIDE if version == BESIDE else max(version, position.oldest) % position.versions
+        self._bound.bind(slot, position.newest_slot, follow=follow)
+
+    @contextmanager
+    def block(self, binding: Binding, *, counts: bool = False) -> Iterator[None]:
+        """The module is bound as ``binding`` says; with ``counts`` a forward in the block is a microbatch in flight."""
+        outer = self._innermost_block()
+        if outer is not None and self.watch.ran_compiled:
+            self._tally(outer)
+        self.watch.ran_compiled = False
+        failed = True
+        try:
+            self._all.append(binding)
+            self.rebind()
+            yield
+            if counts:
+                self._tally(binding)
+            failed = False
+        finally:
+            if failed:
+                self.watch.forget()
+                if binding.counted:
+                    self._position.count(binding.version, -1)
+            if outer is not None:
+                outer.nodes += _nodes() - binding.nodes
+            self._remove(binding)
+            self.rebind(follow=not failed)
+
+    def tally(self, version: int) -> None:
+        """Count what ran in the blocks of a version so far."""
+        for binding in self._all:
+            if binding.task is None and binding.version == version:
+                self._tally(binding)
+
+    # ------------------------------------------------------------------ for the hooks
+
+    def ran_forward(self) -> tuple[int, str, int] | None:
+        """Count the microbatch of a forward with gradients; returns what its backward begins with, if anything."""
+        block = self._innermost_block()
+        if block is None:
+            return (self._position.newest, "stashed", self._position.loads) if self._bound.binds_own() else None
+        if block.version == BESIDE:
+            return None
+        if not block.counted:
+            block.counted = True
+            self._position.count(block.version, 1)
+        return (block.version, block.backward, self._position.loads) if self._bound.binds_own() else None
+
+    def begin_backward(self, version: int, backward: str, loads: int) -> None:
+        """Bind the version of a forward until the backward that is running ends.
+
+        Raises:
+            RuntimeError: the version is not there any more, or a block binds the module to another one.
+        """
+        position, block = self._position, self._innermost_block()
+        if loads != position.loads:
+            raise RuntimeError(
+                "this backward is of a forward from before the WeightStash was loaded; run that forward again"
+            )
+        if backward == "stashed" and not position.oldest <= version <= position.newest:
+            raise RuntimeError(
+                f"this backward is of a forward with version {version}, which has left the ring of versions "
+                f"{position.oldest} to {position.newest}; step it earlier, or keep more than {position.versions}"
+            )
+        if block is not None and block.version not in (version, BESIDE):
+            raise RuntimeError(
+                f"this backward is of a forward with version {version}, but runs inside a block of version "
+                f"{block.version}; run it inside `with stash.use({version}):`, or outside of any block"
+            )
+        if block is not None:
+            block.ran_backward = True
+        task = torch._C._current_graph_task_id()
+        binding = next((b for b in self._all if b.task == task), None)
+        if binding is None:
+            binding = Binding(version, backward, task)
+            # Autograd drops its callbacks at the end of a backward, and when it fails.
+            ending = Ending(partial(_end, weakref.ref(self), binding))
+            torch.autograd.Variable._execution_engine.queue_callback(ending)
+            self._all.append(binding)
+        binding.version, binding.backward = version, backward
+        self.rebind()
+
+    def check_recomputed(self) -> None:
+        """See that a forward in the middle of a backward computes what the first one did.
+
+        Raises:
+            RuntimeError: it does not, or nothing says with which version it should.
+        """
+        newest = self._position.newest
+        if not self._all:
+            if newest > 0:
+                raise RuntimeError(
+                    "a part of the module runs again in a backward, as torch.utils.checkpoint makes it do, and it is "
+                    "not known with which version; run this backward inside `with stash.use(version):`"
+                )
+            return
+        binding = self._all[-1]
+        if binding.backward == "beside" or (binding.backward == "newest" and binding.version != newest):
+            raise RuntimeError(
+                f"a part of the module runs again in a backward, as torch.utils.checkpoint makes it do, but "
+                f"backward={binding.backward!r} needs the activations that version {binding.version} left; "
+                'do without checkpointing, or use backward="stashed"'
+            )
+
+    # ------------------------------------------------------------------ inside
+
+    def _innermost_block(self) -> Binding | None:
+        return next((binding for binding in reversed(self._all) if binding.task is None), None)
+
+    def _tally(self, block: Binding) -> None:
+        """Count a block as a microbatch, if something ran forward in it that no hook has seen."""
+        compiled, self.watch.ran_compiled = self.watch.ran_compiled, False
+        unseen = not block.ran_backward and _nodes() > block.nodes
+        if not block.counted and (compiled or unseen):
+            block.counted = True
+            self._position.count(block.version, 1)
+
+    def _remove(self, binding: Binding) -> None:
+        self._all = [b for b in self._all if b is not binding]
+
+
+def _end(bindings: weakref.ref[Bindings], binding: Binding) -> None:
+    own = bindings()
+    if own is not None:
+        own._remove(binding)
+        own.rebind(follow=False)

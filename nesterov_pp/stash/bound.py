@@ -1,0 +1,145 @@
+"""What the module of a ring computes with, and what its owner changes while it is in the ring.
+
+[note: what a ring takes over]
+The parameters that a module shows are those of one version, so what is done to them has to be done to the ring. Frozen
+and unfrozen: from the next version on; gradients of earlier versions that still arrive are dropped, and the weight is
+carried along. Replaced by a like one: its values become those of the newest version. All else cannot be followed, and
+is refused at the next ``use`` or step rather than undone in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from nesterov_pp.stash.places import Places, described, likeness
+
+_trains = attrgetter("requires_grad")
+BESIDE = -1
+"""Stands for the weights outside the ring, where a slot is asked for."""
+
+
+class Bound:
+    """Binds a module to the leaves of one slot or another.
+
+    Args:
+        module: the module, bound to slot 0.
+        names: of the parameters in the ring.
+        slots: the leaves of every slot.
+        beside: those outside the ring, if any.
+        gathered: ``fully_shard`` keeps some of them, and binds others while the module runs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        slots: Sequence[Sequence[nn.Parameter]],
+        beside: Sequence[nn.Parameter],
+        gathered: bool,
+    ) -> None:
+        self._names, self._slots, self._beside = names, slots, beside
+        self._gathered = gathered
+        self._places = Places(module, slots[0])
+        self._like = [likeness(p) for p in slots[0]]
+        self._slot: int | None = 0
+        # Whether each parameter wants gradients from the next version on, and whether the leaves of a slot were told to.
+        self._trained = [True] * len(names)
+        self._told = [[True] * len(names) for _ in slots]
+
+    @property
+    def trained(self) -> list[bool]:
+        """For each parameter, whether the next version of it wants gradients."""
+        return self._trained
+
+    def leaves(self, slot: int) -> Sequence[nn.Parameter]:
+        """Those of a slot."""
+        return self._beside if slot == BESIDE else self._slots[slot]
+
+    def bind(self, slot: int, newest: int, *, follow: bool = True) -> None:
+        """Make the module compute with a slot.
+
+        Raises:
+            ValueError: as ``follow``, which comes first.
+        """
+        if slot == self._slot:
+            return
+        if follow:
+            self.follow(newest)
+        self._slot = None  # neither the one nor the other, if what comes next is cut short
+        self._places.bind(self.leaves(slot))
+        self._slot = slot
+
+    def binds_own(self) -> bool:
+        """Whether the module has the ring's leaves, not others that somebody put there for a while."""
+        return self._gathered or self._slot is None or self._places.holds_first(self.leaves(self._slot))
+
+    def follow(self, newest: int, *, thorough: bool = False) -> None:
+        """Take over what was done to the module's parameters. ``newest`` is the slot of the newest version.
+
+        Raises:
+            ValueError: it cannot be; nothing has been changed.
+        """
+        if self._slot is None:
+            return
+        leaves = self.leaves(self._slot)
+        if not self._gathered:
+            found = self._places.replacements(leaves)
+            if found and self._slot != newest:
+                raise ValueError(
+                    f"{self._names[min(found)]} was replaced while the module was bound to other weights than the "
+                    "newest; replace parameters outside of any block"
+                )
+            self._places.check_others(leaves)
+            if thorough:
+                self._check_likeness(leaves)
+            if found:
+                self._take_over(found, newest)
+        if self._slot != BESIDE and list(map(_trains, leaves)) != self._told[self._slot]:
+            self._freeze_as(leaves, self._told[self._slot], newest)
+
+    def tell(self, slot: int) -> None:
+        """Let the leaves of the next version want gradients, or not, as its parameters are to."""
+        if self._told[slot] != self._trained:
+            for leaf, trains in zip(self._slots[slot], self._trained, strict=True):
+                leaf.requires_grad_(trains)
+            self._told[slot] = list(self._trained)
+
+    def drop_frozen_gradients(self, slot: int) -> None:
+        """Of parameters that were frozen since the forward."""
+        if not all(self._trained):
+            for leaf, trains in zip(self._slots[slot], self._trained, strict=True):
+                if not trains:
+                    leaf.grad = None
+
+    def _check_likeness(self, leaves: Sequence[nn.Parameter]) -> None:
+        now = [likeness(leaf) for leaf in leaves]
+        if now != self._like:
+            i = next(i for i, (one, other) in enumerate(zip(now, self._like, strict=True)) if one != other)
+            dtype, device, shape = self._like[i]
+            raise ValueError(
+                f"{self._names[i]} has become a {described(leaves[i])} in the version that the module is bound to, but "
+                f"was built as {dtype} of shape {tuple(shape)} on {device}; "
+                "convert or move a module before its WeightStash is built"
+            )
+
+    @torch.no_grad()
+    def _take_over(self, found: dict[int, nn.Parameter], newest: int) -> None:
+        for i, p in found.items():
+            for leaves in (self._slots[newest], self._beside):
+                if leaves:
+                    leaves[i].copy_(p)
+            leaf = self._slots[newest][i]
+            if p.grad is not None:
+                leaf.grad = p.grad if leaf.grad is None else leaf.grad + p.grad
+            leaf.requires_grad_(p.requires_grad)
+        self._places.bind(self._slots[newest])
+
+    def _freeze_as(self, leaves: Sequence[nn.Parameter], told: list[bool], newest: int) -> None:
+        for i, leaf in enumerate(leaves):
+            if leaf.requires_grad != told[i]:
+                self._trained[i] = told[i] = self._told[newest][i] = leaf.requires_grad
+                self._slots[newest][i].requires_grad_(leaf.requires_grad)

@@ -1,0 +1,170 @@
+"""Where a module keeps the parameters of a ring, and what others have done there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from operator import getitem, is_, setitem
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class _Place(NamedTuple):
+    """An entry ``key`` of a submodule's parameters, which holds parameter ``index`` of the ring."""
+
+    module: nn.Module
+    key: str
+    index: int
+    name: str
+
+
+class Places:
+    """Binds a module to one list of leaves or another, and finds what was put in their place.
+
+    Args:
+        module: the module.
+        first: its parameters that are in the ring; one that is tied has several places.
+    """
+
+    def __init__(self, module: nn.Module, first: Sequence[nn.Parameter]) -> None:
+        self._module = module
+        index = {id(p): i for i, p in enumerate(first)}
+        self._all = [
+            _Place(submodule, key, index[id(p)], f"{prefix}.{key}" if prefix else key)
+            for prefix, submodule in module.named_modules()
+            for key, p in submodule._parameters.items()
+            if p is not None and id(p) in index
+        ]
+        self._containers = [place.module._parameters for place in self._all]
+        self._keys = [place.key for place in self._all]
+        self._order = [place.index for place in self._all]
+        # Recurrent layers read their weights from a list of their own, which Module.to makes anew.
+        self._lists = [
+            (submodule, k, index[id(p)])
+            for submodule in module.modules()
+            if isinstance(submodule, nn.RNNBase)
+            for k, p in enumerate(submodule._flat_weights)
+            if p is not None and id(p) in index
+        ]
+        self._note_structure()
+
+    def bind(self, leaves: Sequence[Tensor]) -> None:
+        """Make the module compute with ``leaves``."""
+        deque(map(setitem, self._containers, self._keys, map(leaves.__getitem__, self._order)), maxlen=0)
+        for submodule, k, i in self._lists:
+            submodule._flat_weights[k] = leaves[i]
+
+    def holds_first(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether ``leaves`` are bound, to judge by the first place."""
+        return not self._all or self._containers[0].get(self._keys[0]) is leaves[self._order[0]]
+
+    def replacements(self, leaves: Sequence[Tensor]) -> dict[int, nn.Parameter]:
+        """What stands where ``leaves`` were bound and is none of them, by index.
+
+        Raises:
+            ValueError: it is nothing that a ring could take over.
+        """
+        try:
+            now = list(map(getitem, self._containers, self._keys))
+            if all(map(is_, now, map(leaves.__getitem__, self._order))):
+                return {}
+        except KeyError:
+            pass
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        kept: dict[int, str] = {}
+        for place in self._all:
+            entry = place.module._parameters.get(place.key)
+            leaf = leaves[place.index]
+            if entry is leaf:
+                kept[place.index] = place.name
+                continue
+            _check_replacement(place, entry, leaf)
+            assert entry is not None
+            name, other = found.setdefault(place.index, (place.name, entry))
+            if other is not entry and not torch.equal(other, entry):
+                raise ValueError(
+                    f"{place.name} and {name} are one parameter in two places, and were replaced by two that differ; "
+                    "put the same Parameter into both"
+                )
+        for i, (name, _) in found.items():
+            if i in kept:
+                raise ValueError(
+                    f"{name} was replaced, but not {kept[i]}, which was the same parameter when the WeightStash was "
+                    "built; put the same Parameter into both places, or untie them and build a new WeightStash"
+                )
+        return {i: entry for i, (_, entry) in found.items()}
+
+    def check_others(self, leaves: Sequence[Tensor]) -> None:
+        """See that nothing else in the module is to be trained. ``leaves`` are those that are bound.
+
+        Raises:
+            ValueError: a parameter that is not in the ring wants gradients, or one of the ring is not in the module.
+        """
+        others = map(dict.get, self._others, self._other_keys)
+        if any(p.requires_grad for p in others if p is not None):
+            self._look_again(leaves)
+        same = all(map(is_, map(dict.get, self._parents, self._child_keys), self._children))
+        if not same or [*map(len, self._entries), *map(len, self._parts)] != self._counts:
+            self._look_again(leaves)
+            self._note_structure()
+
+    def _look_again(self, leaves: Sequence[Tensor]) -> None:
+        own = set(map(id, leaves)) | set(map(id, map(dict.get, self._containers, self._keys)))
+        there = set()
+        for name, p in self._module.named_parameters():
+            there.add(id(p))
+            if id(p) not in own and p.requires_grad:
+                raise ValueError(
+                    f"{name} wants gradients, but is not in the WeightStash, which would never train it: it was frozen "
+                    "or absent when the stash was built; build the stash with it trainable, and freeze it afterwards"
+                )
+        for place in self._all:
+            if id(leaves[place.index]) not in there:
+                raise ValueError(
+                    f"{place.name} is no longer a parameter of the module, but its WeightStash trains it; "
+                    "build a new WeightStash on the module as it is"
+                )
+
+    def _note_structure(self) -> None:
+        own = {(id(container), key) for container, key in zip(self._containers, self._keys, strict=True)}
+        modules = list(self._module.modules())
+        others = [(m._parameters, key) for m in modules for key in m._parameters if (id(m._parameters), key) not in own]
+        self._others, self._other_keys = [c for c, _ in others], [key for _, key in others]
+        children = [(m._modules, key, child) for m in modules for key, child in m._modules.items()]
+        self._parents, self._child_keys = [c for c, _, _ in children], [key for _, key, _ in children]
+        self._children = [child for _, _, child in children]
+        self._entries, self._parts = [m._parameters for m in modules], [m._modules for m in modules]
+        self._counts = [*map(len, self._entries), *map(len, self._parts)]
+
+
+def _check_replacement(place: _Place, entry: Tensor | None, leaf: Tensor) -> None:
+    if parametrize.is_parametrized(place.module, place.key):
+        raise ValueError(
+            f"{place.name} was parametrized after the WeightStash was built, which holds it as it was; "
+            "parametrize first, then build the stash"
+        )
+    if entry is None:
+        raise ValueError(
+            f"{place.name} was taken out of the module, but its WeightStash trains it; "
+            "build a new WeightStash on the module as it is"
+        )
+    unlike = likeness(entry) != likeness(leaf) or entry.layout != leaf.layout
+    if unlike or not isinstance(entry, nn.Parameter) or hasattr(entry, "to_local") != hasattr(leaf, "to_local"):
+        raise ValueError(
+            f"{place.name} was replaced by a {described(entry)}; "
+            f"a WeightStash takes over only what is like its other versions, a {described(leaf)}"
+        )
+
+
+def likeness(t: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    """What all versions of a parameter have in common."""
+    return t.dtype, t.device, t.shape
+
+
+def described(t: Tensor) -> str:
+    """A tensor, for people."""
+    kind = "Parameter" if isinstance(t, nn.Parameter) else "tensor that is no Parameter"
+    return f"{str(t.dtype).removeprefix('torch.')} {kind} of shape {tuple(t.shape)} on {t.device}"

@@ -1,0 +1,121 @@
+"""Which versions a ring holds, and the microbatches that use them.
+
+[note: why a position is one object]
+A step that is cut short, by Ctrl-C or for want of memory, must not leave weights of one version under the number of
+another. So all that a step changes of the ring itself is in one immutable ``_State``, and counting a step is one
+assignment. What follows from it, gradients to clear and what the module is bound to, is done afterwards, and done again
+by whoever comes next if it was cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class _State(NamedTuple):
+    """``in_flight`` has the microbatches of each version; it is never changed in place."""
+
+    newest: int = 0
+    in_flight: Mapping[int, int] = MappingProxyType({})
+    to_clear: tuple[int, ...] = ()
+    loads: int = 0
+
+    def counting(self, version: int, microbatches: int) -> _State:
+        """With so many more microbatches in flight on a version, or fewer."""
+        left = {**self.in_flight, version: self.in_flight.get(version, 0) + microbatches}
+        return self._replace(in_flight={v: n for v, n in left.items() if n > 0})
+
+
+class Position:
+    """Where a ring of ``versions`` slots is. Version ``v`` lives in slot ``v % versions``."""
+
+    def __init__(self, versions: int) -> None:
+        self.versions = versions
+        self._state = _State()
+        self._next = 0
+
+    @property
+    def newest(self) -> int:
+        return self._state.newest
+
+    @property
+    def oldest(self) -> int:
+        return max(0, self.newest - self.versions + 1)
+
+    @property
+    def newest_slot(self) -> int:
+        return self.newest % self.versions
+
+    @property
+    def loads(self) -> int:
+        """How often the ring was loaded."""
+        return self._state.loads
+
+    @property
+    def to_clear(self) -> tuple[int, ...]:
+        """Slots whose gradients the last step has taken, and which have not been cleared."""
+        return self._state.to_clear
+
+    def slot_of(self, version: int) -> int:
+        """Raises: ValueError: the version is not in the ring."""
+        if not isinstance(version, int):
+            raise ValueError(f"version must be a whole number, not {version!r}")
+        if version > self.newest or version < 0:
+            raise ValueError(f"version {version} does not exist; the newest is {self.newest}")
+        if version < self.oldest:
+            raise ValueError(
+                f"version {version} has left the ring, which holds versions {self.oldest} to {self.newest}; "
+                f"keep more than {self.versions} versions to reach further back"
+            )
+        return version % self.versions
+
+    def in_flight(self, version: int) -> int:
+        """Microbatches that used a version and have not been stepped."""
+        return self._state.in_flight.get(version, 0)
+
+    def count(self, version: int, microbatches: int) -> None:
+        """So many more microbatches are in flight on a version, or fewer."""
+        self._state = self._state.counting(version, microbatches)
+
+    def move(self, versions: list[int], to: int) -> None:
+        """The microbatches in flight on ``versions`` are on another one from now on."""
+        state = self._state
+        for version in versions:
+            moved = state.in_flight.get(version, 0)
+            state = state.counting(version, -moved).counting(to, moved)
+        self._state = state
+
+    def check_step(self, version: int, microbatches: int) -> None:
+        """Raises: ValueError: a step would overwrite a version that other microbatches in flight need."""
+        leaving = self.newest + 1 - self.versions
+        waiting = self.in_flight(leaving) - (microbatches if leaving == version else 0)
+        if leaving >= 0 and waiting > 0:
+            raise ValueError(
+                f"this step would overwrite version {leaving}, which {waiting} microbatch(es) in flight still need; "
+                f"step or release them first, or keep more than {self.versions} versions"
+            )
+
+    def begin_step(self) -> None:
+        """What ``end_step`` counts next is the step to the version after the newest."""
+        self._next = self.newest + 1
+
+    def end_step(self, version: int | None, microbatches: int) -> None:
+        """Count the step that ``begin_step`` announced, once, however often this is called."""
+        state = self._state
+        if state.newest >= self._next:
+            return
+        taken = state.newest if version is None else version
+        counted = state.counting(taken, -microbatches)
+        left = {v: n for v, n in counted.in_flight.items() if v > self._next - self.versions}
+        slots = (taken % self.versions, self._next % self.versions)
+        self._state = counted._replace(newest=self._next, in_flight=left, to_clear=slots)
+
+    def cleared(self) -> None:
+        """Gradients that were taken have been cleared."""
+        self._state = self._state._replace(to_clear=())
+
+    def load(self, newest: int) -> None:
+        """Go on at another version, with no microbatch in flight."""
+        self._state, self._next = _State(newest=newest, loads=self.loads + 1), newest

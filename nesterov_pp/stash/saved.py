@@ -1,0 +1,63 @@
+"""What a ring was saved as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def check_saved(
+    state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_beside: bool
+) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
+    """The parts of a saved ring: its newest version, the weights, oldest first, and those outside the ring.
+
+    Args:
+        state: what ``WeightStash.state_dict`` returned.
+        like: the parameters of one version here.
+        versions: the length of the ring here.
+        has_beside: whether it has weights outside.
+
+    Raises:
+        ValueError: it is of a ring of another length or of other parameters.
+    """
+    newest, weights = _parts_of(state)
+    if len(weights) != min(newest + 1, versions):
+        raise ValueError(
+            f"the saved ring holds {len(weights)} versions at version {newest}; "
+            f"this one keeps {versions} and needs {min(newest + 1, versions)}"
+        )
+    beside = state.get("beside")
+    if ("beside" in state) != has_beside or (has_beside and not isinstance(beside, dict)):
+        raise ValueError("one of the saved ring and this one has weights outside the ring, and the other has none")
+    for saved in weights if beside is None else [*weights, beside]:
+        _check_weights(saved, like)
+    return newest, weights, beside
+
+
+def _check_weights(saved: dict[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    names: Sequence[str] = list(like)
+    if list(saved) != names:
+        unlike = sorted(set(saved) ^ set(names)) or ["the order"]
+        raise ValueError(f"the saved ring is of another module: {', '.join(unlike[:3])} differ")
+    for name, leaf in like.items():
+        if not isinstance(saved[name], Tensor):
+            raise ValueError(f"{name} was saved as {type(saved[name]).__name__}, not as a tensor")
+        if saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
+            raise ValueError(
+                f"{name} was saved as {saved[name].dtype} of shape {tuple(saved[name].shape)}, "
+                f"but is {leaf.dtype} of shape {tuple(leaf.shape)} here"
+            )
+
+
+def _parts_of(state: object) -> tuple[int, list[dict[str, Tensor]]]:
+    newest = state.get("newest") if isinstance(state, dict) else None
+    weights = state.get("weights") if isinstance(state, dict) else None
+    whole = isinstance(newest, int) and newest >= 0 and isinstance(weights, list)
+    if not whole or not all(isinstance(saved, dict) for saved in weights or []):
+        raise ValueError(
+            "load_state_dict takes what WeightStash.state_dict() returned: a dict with 'newest', a version from 0, and "
+            "'weights', a list of dicts"
+        )
+    return newest, weights  # type: ignore[return-value]

@@ -1,0 +1,110 @@
+"""Hooks of a ring on its module: which forwards run, and which version the backward of each belongs to.
+
+[note: why a backward binds the version of its forward]
+Autograd remembers the leaves of a forward, so an ordinary backward needs no binding. Activation checkpointing runs parts
+of the forward again, in the middle of backward, and such a forward reads the weights from the module as any other: the
+newest, which are not those of the microbatch. Nothing in the gradient shows it. So a forward leaves a hook on the
+autograd node of each of its outputs, which runs before any node within: it binds the version of the forward until
+this backward ends. One backward through forwards of several versions binds them in turn, because autograd takes nodes
+in the reverse order of their making. What has no such hook (the module's parts, called one by one inside reentrant
+checkpoints, say) finds no version bound when it runs again, and that is an error instead.
+
+Compiled code has no hooks of this kind and needs none: what it computes again takes the weights as inputs, saved with
+the forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from nesterov_pp.stash.bindings import Bindings
+
+
+class Watch:
+    """The hooks. They belong to one ring and one module: a copy of the module has hooks that do nothing.
+
+    Attributes:
+        ran_compiled: the module ran in compiled code, with gradients, since this was last set to False.
+    """
+
+    def __init__(self, bindings: Bindings | None = None) -> None:
+        self._bindings = None if bindings is None else weakref.ref(bindings)
+        self._outermost: nn.Module | None = None
+        self.ran_compiled = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, ()
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        """Hook the module and all parts of it that have parameters somewhere; returns the handles."""
+        parts = [part for part in module.modules() if part is module or next(part.parameters(), None) is not None]
+        before = [part.register_forward_pre_hook(self.before) for part in parts]
+        return before + [part.register_forward_hook(self.after, always_call=True) for part in parts]
+
+    def before(self, module: nn.Module, _: Any) -> None:
+        """Raises: RuntimeError: this is a forward that runs again, and which version it ran with is not known."""
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self.ran_compiled = True
+            return
+        bindings = None if self._bindings is None else self._bindings()
+        if bindings is None:
+            return
+        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            bindings.check_recomputed()
+        elif self._outermost is None:
+            self._outermost = module
+
+    def after(self, module: nn.Module, _: Any, output: Any) -> None:
+        """Count the forward, and have its version bound in its backward."""
+        if torch.compiler.is_compiling() or self._outermost is not module:
+            return
+        self._outermost = None
+        bindings = None if self._bindings is None else self._bindings()
+        ran = bindings.ran_forward() if bindings is not None and torch.is_grad_enabled() else None
+        if ran is None:
+            return
+        begin = partial(self._begin_backward, *ran)
+        for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+            node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+            # What the module only passes on may belong to an earlier forward of it.
+            if node is not None and self not in node.metadata:
+                node.metadata[self] = True
+                node.register_prehook(begin)
+
+    def forget(self) -> None:
+        """A forward did not get to its end."""
+        self._outermost = None
+
+    def _begin_backward(self, version: int, backward: str, loads: int, _: Any) -> None:
+        bindings = None if self._bindings is None else self._bindings()
+        if bindings is not None and not torch.compiler.is_compiling():
+            bindings.begin_backward(version, backward, loads)
+
+
+class Ending:
+    """Does something once when autograd calls it or drops it."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+
+    def __call__(self) -> None:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
+
+    __del__ = __call__
+
+
+def detach(handles: Iterable[Any]) -> None:
+    """Remove hooks."""
+    for handle in handles:
+        handle.remove()
