@@ -46,7 +46,7 @@ class Bound:
         self._places = Places(module, slots[0])
         self._like = [likeness(p) for p in slots[0]]
         self._slot: int | None = 0
-        # Whether each parameter wants gradients from the next version on, and whether the leaves of a slot were told to.
+        # Whether each parameter wants gradients from the next version on, and whether the leaves of each slot do.
         self._trained = [True] * len(names)
         self._told = [[True] * len(names) for _ in slots]
 

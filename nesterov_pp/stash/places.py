@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import getitem, is_, setitem
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize
 
 
 class _Place(NamedTuple):
-    """An entry ``key`` of a submodule's parameters, which holds parameter ``index`` of the ring."""
+    """An entry ``key`` of a submodule's parameters, which holds parameter ``number`` of the ring."""
 
     module: nn.Module
     key: str
-    index: int
+    number: int
     name: str
 
 
@@ -40,7 +40,7 @@ class Places:
         ]
         self._containers = [place.module._parameters for place in self._all]
         self._keys = [place.key for place in self._all]
-        self._order = [place.index for place in self._all]
+        self._order = [place.number for place in self._all]
         # Recurrent layers read their weights from a list of their own, which Module.to makes anew.
         self._lists = [
             (submodule, k, index[id(p)])
@@ -53,7 +53,8 @@ class Places:
 
     def bind(self, leaves: Sequence[Tensor]) -> None:
         """Make the module compute with ``leaves``."""
-        deque(map(setitem, self._containers, self._keys, map(leaves.__getitem__, self._order)), maxlen=0)
+        now: Iterable[Any] = map(leaves.__getitem__, self._order)
+        deque(map(setitem, self._containers, self._keys, now), maxlen=0)
         for submodule, k, i in self._lists:
             submodule._flat_weights[k] = leaves[i]
 
@@ -77,13 +78,13 @@ class Places:
         kept: dict[int, str] = {}
         for place in self._all:
             entry = place.module._parameters.get(place.key)
-            leaf = leaves[place.index]
+            leaf = leaves[place.number]
             if entry is leaf:
-                kept[place.index] = place.name
+                kept[place.number] = place.name
                 continue
             _check_replacement(place, entry, leaf)
             assert entry is not None
-            name, other = found.setdefault(place.index, (place.name, entry))
+            name, other = found.setdefault(place.number, (place.name, entry))
             if other is not entry and not torch.equal(other, entry):
                 raise ValueError(
                     f"{place.name} and {name} are one parameter in two places, and were replaced by two that differ; "
@@ -122,7 +123,7 @@ class Places:
                     "or absent when the stash was built; build the stash with it trainable, and freeze it afterwards"
                 )
         for place in self._all:
-            if id(leaves[place.index]) not in there:
+            if id(leaves[place.number]) not in there:
                 raise ValueError(
                     f"{place.name} is no longer a parameter of the module, but its WeightStash trains it; "
                     "build a new WeightStash on the module as it is"

@@ -332,9 +332,9 @@ class WeightStash:
                 module's parameters that the ring cannot follow; nothing is changed.
         """
         self._settle()
+        self._bound.follow(self._position.newest_slot, thorough=True)
         like = dict(zip(self._names, self._slots[0], strict=True))
         newest, weights, beside = check_saved(state, like, self.versions, has_beside=self.beside is not None)
-        self._bound.follow(self._position.newest_slot, thorough=True)
         self._position.load(newest)
         for version, saved in enumerate(weights, start=self.oldest):
             self._bound.tell(version % self.versions)

@@ -1,13 +1,13 @@
 """Hooks of a ring on its module: which forwards run, and which version the backward of each belongs to.
 
 [note: why a backward binds the version of its forward]
-Autograd remembers the leaves of a forward, so an ordinary backward needs no binding. Activation checkpointing runs parts
-of the forward again, in the middle of backward, and such a forward reads the weights from the module as any other: the
-newest, which are not those of the microbatch. Nothing in the gradient shows it. So a forward leaves a hook on the
-autograd node of each of its outputs, which runs before any node within: it binds the version of the forward until
-this backward ends. One backward through forwards of several versions binds them in turn, because autograd takes nodes
-in the reverse order of their making. What has no such hook (the module's parts, called one by one inside reentrant
-checkpoints, say) finds no version bound when it runs again, and that is an error instead.
+Autograd remembers the leaves of a forward, so an ordinary backward needs no binding. Activation checkpointing runs
+parts of the forward again, in the middle of backward, and such a forward reads the weights from the module as any
+other: the newest, which are not those of the microbatch. Nothing in the gradient shows it. So a forward leaves a hook
+on the autograd node of each of its outputs, which runs before any node within: it binds the version of the forward
+until this backward ends. One backward through forwards of several versions binds them in turn, because autograd takes
+nodes in the reverse order of their making. What has no such hook (the module's parts, called one by one inside
+reentrant checkpoints, say) finds no version bound when it runs again, and that is an error instead.
 
 Compiled code has no hooks of this kind and needs none: what it computes again takes the weights as inputs, saved with
 the forward.
@@ -74,7 +74,7 @@ class Watch:
             return
         begin = partial(self._begin_backward, *ran)
         for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
-            node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+            node: Any = tensor.grad_fn if isinstance(tensor, Tensor) else None
             # What the module only passes on may belong to an earlier forward of it.
             if node is not None and self not in node.metadata:
                 node.metadata[self] = True

@@ -22,6 +22,15 @@ REENTRANT: list[bool | None] = [None, False, True]
 """How blocks are checkpointed: not at all, or with ``use_reentrant``."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Stage(nn.Module):
     """Three blocks, each checkpointed; the second as a function that reads its weight from the module."""
 
@@ -169,7 +178,10 @@ def test_a_backward_inside_a_block_of_another_version_is_refused(reentrant: bool
     with stash.use(0):
         loss = objective(stage(data(0).requires_grad_()))
     stepped(stash, optimizer)
-    with stash.use(1), pytest.raises(RuntimeError, match=r"forward with version 0, but runs inside a block of version 1"):
+    with (
+        stash.use(1),
+        pytest.raises(RuntimeError, match=r"forward with version 0, but runs inside a block of version 1"),
+    ):
         loss.backward()
     assert bound_to_the_newest(stage, stash)
 
@@ -231,7 +243,9 @@ def test_parts_that_run_by_themselves(reentrant: bool) -> None:
     expected = [x.grad, *(leaf.grad for leaf in other.parameters(0).values())]
     stage, stash, x, loss = loss_of(reentrant)
     if reentrant:
-        with pytest.raises(RuntimeError, match=r"not known with which version; run this backward inside `with stash.use"):
+        with pytest.raises(
+            RuntimeError, match=r"not known with which version; run this backward inside `with stash.use"
+        ):
             loss.backward(retain_graph=True)
         assert bound_to_the_newest(stage, stash)
         with stash.use(0):
@@ -262,9 +276,9 @@ def test_a_backward_that_is_not_stashed_refuses_to_run_again(reentrant: bool) ->
 @pytest.mark.parametrize("method", [name for name, recipe in recipes().items() if recipe.backward != "stashed"])
 def test_methods_that_are_not_stashed_refuse_checkpointed_stages(method: str) -> None:
     pipe = VirtualPipeline([Stage(False, blocks=1) for _ in range(3)], F.mse_loss, method, lr=0.01)
+    steps = (pipe.step(data(m).requires_grad_(), data(m + 100)) for m in range(20))
     with pytest.raises(RuntimeError, match="runs again in a backward"):
-        for m in range(20):
-            pipe.step(data(m).requires_grad_(), data(m + 100))
+        list(steps)
 
 
 def test_only_forwards_are_microbatches_in_flight() -> None:
@@ -329,6 +343,7 @@ def test_compiled_whole(fresh_compiler: None, checkpointed: bool | None) -> None
     torch.testing.assert_close(gradients(checkpointed, True), gradients(None, False), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 def test_compiled_blocks_in_eager_checkpoints(fresh_compiler: None) -> None:
     """What runs again is compiled, and takes the weights that the eager stage around it has bound."""
     stage, stash, optimizer = ring(False, 3, lr=0.5)
