@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nesterov_pp.optim.basis_rotation import BasisRotation
+from nesterov_pp.optim.uninterrupted import uninterrupted
 from nesterov_pp.stash import Beside, WeightStash
 
 Build = Callable[[dict[str, nn.Parameter]], list[Optimizer]]
@@ -28,6 +29,7 @@ class StepsCopies:
     writes the next version as ``x = w' + s (w' - w)``; s is the groups' ``"horizon"``, 0 where they have none.
 
     A step takes several passes over memory. It is for rules that are no element-wise pass anyhow: matrix products.
+    Ctrl-C waits until the step is done.
 
     Args:
         params: ignored but for their number: the ring's are stepped.
@@ -71,6 +73,7 @@ class StepsCopies:
         named = stash.weights()
         self._weights = list(named.values())
         self._inner = _BASES[base](named, lr, momentum, options)
+        self._half_way = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -82,8 +85,18 @@ class StepsCopies:
 
     @torch.no_grad()
     def step(self, *, version: int | None = None, microbatches: int = 1) -> None:
-        """Take the gradients of a version, the sum over ``microbatches``, and write the next version."""
+        """Take the gradients of a version, the sum over ``microbatches``, and write the next version.
+
+        Raises:
+            ValueError: as ``WeightStash.begin_step``.
+            RuntimeError: an earlier step failed in the middle, and no state was loaded since.
+        """
         stash = self._stash
+        if self._half_way:
+            raise RuntimeError(
+                "an earlier step failed half way, with some of the weights stepped and others not; "
+                "load the states of the stash and of its optimizer before another one"
+            )
         source, _, target = stash.begin_step(version, microbatches)
         slots = stash.leaves(self._leaves())
         for w, leaf in zip(self._weights, slots[source], strict=True):
@@ -92,12 +105,15 @@ class StepsCopies:
             nn.utils.clip_grad_norm_(self._weights, self.max_grad_norm)
         ahead = float(self.param_groups[0].get("horizon", 0.0))
         before = [w.clone() for w in self._weights] if ahead else []
-        for inner in self._inner:
-            inner.step()
-        for i, (w, out) in enumerate(zip(self._weights, slots[target], strict=True)):
-            out.copy_(w + ahead * (w - before[i]) if ahead else w)
-            w.grad = None
-        stash.end_step(version, microbatches)
+        with uninterrupted():
+            self._half_way = True
+            for inner in self._inner:
+                inner.step()
+            for i, (w, out) in enumerate(zip(self._weights, slots[target], strict=True)):
+                out.copy_(w + ahead * (w - before[i]) if ahead else w)
+                w.grad = None
+            stash.end_step(version, microbatches)
+            self._half_way = False
 
     def state_dict(self) -> dict[str, Any]:
         """``{"inner": [the state of each optimizer]}``."""
@@ -107,6 +123,7 @@ class StepsCopies:
         """Go on where ``state_dict`` was taken."""
         for inner, saved in zip(self._inner, state_dict["inner"], strict=True):
             inner.load_state_dict(saved)
+        self._half_way = False
 
     def _leaves(self) -> list[nn.Parameter]:
         return list(self._stash.parameters(self._stash.newest).values())

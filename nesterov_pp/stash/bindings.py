@@ -68,6 +68,8 @@ class Bindings:
             self._tally(outer)
         self.watch.ran_compiled = False
         failed = True
+        # Leaves the block for us where that is cut short itself.
+        ending = Ending(partial(_end, weakref.ref(self), binding))
         try:
             self._all.append(binding)
             self.rebind()
@@ -84,6 +86,7 @@ class Bindings:
                 outer.nodes += _nodes() - binding.nodes
             self._remove(binding)
             self.rebind(follow=not failed)
+            del ending
 
     def tally(self, version: int) -> None:
         """Count what ran in the blocks of a version so far."""

@@ -91,15 +91,13 @@ class Watch:
 
 
 class Ending:
-    """Does something once when autograd calls it or drops it."""
+    """Does something when it is called, and when it is dropped."""
 
     def __init__(self, act: Callable[[], None]) -> None:
-        self._act: Callable[[], None] | None = act
+        self._act = act
 
     def __call__(self) -> None:
-        act, self._act = self._act, None
-        if act is not None:
-            act()
+        self._act()
 
     __del__ = __call__
 
