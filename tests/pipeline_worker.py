@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from toy import microbatch, model
+from torch.utils.checkpoint import checkpoint
+from toy import Block, microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
 
@@ -35,12 +37,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "synchronous": {"method": "gpipe"},
     "synchronous-1": {"method": "gpipe-1"},
     "recomputed": {"recompute": True},
+    "checkpointed": {"checkpoint": True},
     "far-ahead": {"receive_ahead": 3},
     "not-ahead": {"receive_ahead": 0},
     "jitter": {},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
-ONLY_ASYNC = ("recompute", "receive_ahead")
+ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint")
 
 
 TWO_REPLICAS: dict[str, dict[str, Any]] = {
@@ -78,9 +81,12 @@ def rate(m: int) -> float:
 
 
 def run(world: World, name: str) -> dict[str, Any]:
-    options = SCENARIOS[name]
+    options = dict(SCENARIOS[name])
     total = UPDATES * k_of(options)
     modules = model(world.size, dropout=0.1, dtype=torch.float32)
+    if "checkpoint" in options:
+        del options["checkpoint"]
+        checkpoint_blocks(modules)
     pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **BASE, **options)
     if name == "jitter":
         slow_down(pipe.module, random.Random(world.rank))
@@ -237,6 +243,12 @@ def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
     losses = [float(pipe.step(*microbatch(m))) for m in range(60)]
     weights = [list(stage.parameters()) for stage in pipe.stages]
     return {"losses": losses, "outputs": pipe.predict(microbatch(-1)[0]), "weights": weights}
+
+
+def checkpoint_blocks(modules: list[nn.Module]) -> None:
+    """Blocks keep no activations, by ``torch.utils.checkpoint`` inside the stages."""
+    for block in (part for module in modules for part in module.modules() if isinstance(part, Block)):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def slow_down(module: nn.Module, draw: random.Random) -> None:

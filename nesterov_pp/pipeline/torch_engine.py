@@ -96,12 +96,18 @@ class TorchStage:
         """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged.
 
         Raises:
-            ValueError: other than floating-point tensors are to be exchanged, and this torch cannot.
+            ValueError: other than floating-point tensors are to be exchanged, and this torch cannot; or the stage has
+                reentrant checkpoints, and this torch cannot.
         """
         buffers = [(b, b.clone()) for b in self._module.buffers()]
         try:
             self._schedule.prepare(inputs, targets)
         except RuntimeError as error:
+            if "When use_reentrant=True" in str(error):
+                raise ValueError(
+                    f"a stage of torch {torch.__version__} takes no reentrant activation checkpoints; "
+                    "use torch.utils.checkpoint with use_reentrant=False, or recompute=True"
+                ) from None
             if "only Tensors of floating point" not in str(error):
                 raise
             raise ValueError(

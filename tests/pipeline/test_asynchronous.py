@@ -30,7 +30,10 @@ from tolerances import MANY_STEPS
 PLAYED = {
     2: list(SCENARIOS),
     3: ["nesterov", "no-stash", "three-per-update"],
-    4: ["nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"],
+    4: [
+        *("nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"),
+        "checkpointed",
+    ],
 }
 """Scenarios by the number of processes."""
 

@@ -25,7 +25,7 @@ STASH = nesterov_pp.stash.__path__[0]
 
 
 class Interrupted:
-    """Raises KeyboardInterrupt at the n-th line (from 0) that runs in the ring's files, counting from when it begins."""
+    """Raises KeyboardInterrupt at the n-th line (from 0) that runs in the ring's files."""
 
     def __init__(self, n: int) -> None:
         self.left, self.raised = n, False
@@ -91,7 +91,7 @@ def passed(stash: WeightStash, optimizer: npp.NAdam) -> tuple[int, int]:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("again", ["the same call", "what comes next"])
 def test_a_step_that_is_cut_short_anywhere(frozen: bool, again: str) -> None:
-    """At every line of ``end_step``. Finished by the same call, or, once it is counted, by whatever asks the ring next."""
+    """At every line of ``end_step``. The same call finishes it, or, once it is counted, whatever asks the ring next."""
     module, stash, optimizer = ring(frozen)
     stash.end_step(*passed(stash, optimizer))
     expected = everything(module, stash)
@@ -121,18 +121,17 @@ def test_a_step_that_is_cut_short_anywhere(frozen: bool, again: str) -> None:
     assert lines > 20
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a finalizer that is cut short
 def test_a_block_that_is_cut_short_anywhere_binds_nothing() -> None:
     """Inside ``use``, before and after what runs in it."""
     lines = cut = 0
     while True:
         module, stash, optimizer = ring()
         try:
-            with Interrupted(lines) as interrupted:
-                with stash.use(1):
-                    sys.settrace(None)
-                    module(data(0))
-                    sys.settrace(interrupted._trace)
-                    sys._getframe().f_trace = None
+            with Interrupted(lines) as interrupted, stash.use(1):
+                sys.settrace(None)
+                module(data(0))
+                sys.settrace(interrupted._trace)
         except KeyboardInterrupt:
             cut += 1
         sys.settrace(None)
@@ -221,7 +220,7 @@ def test_an_optimizer_of_torch_that_fails_half_way_is_not_gone_on_with() -> None
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step()
     optimizer._inner[1].step = step  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="an earlier step failed half way.*load the states of the stash and of its"):
+    with pytest.raises(RuntimeError, match=r"an earlier step failed half way.*load the states of the stash and of its"):
         optimizer.step()
     assert stash.newest == 0
     stash.load_state_dict(ring_saved)
