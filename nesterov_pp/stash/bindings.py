@@ -86,7 +86,7 @@ class Bindings:
                 outer.nodes += _nodes() - binding.nodes
             self._remove(binding)
             self.rebind(follow=not failed)
-            del ending
+            ending.done = True
 
     def tally(self, version: int) -> None:
         """Count what ran in the blocks of a version so far."""

@@ -361,11 +361,12 @@ class WeightStash:
         return self.newest
 
     def _settle(self) -> None:
-        """Do what follows from the position, where that was cut short."""
+        """Do what follows from the last step, where that has not been done."""
+        if not self._position.to_clear:
+            return
         for slot in self._position.to_clear:
             for leaf in self._slots[slot]:
                 leaf.grad = None
-        if self._position.to_clear:
-            self._bound.tell(self._position.newest_slot)
-            self._position.cleared()
+        self._bound.tell(self._position.newest_slot)
         self._bindings.rebind()
+        self._position.cleared()

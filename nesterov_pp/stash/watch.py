@@ -91,13 +91,15 @@ class Watch:
 
 
 class Ending:
-    """Does something when it is called, and when it is dropped."""
+    """Does something when it is called, or else when it is dropped."""
 
     def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
+        self._act, self.done = act, False
 
     def __call__(self) -> None:
-        self._act()
+        if not self.done:
+            self._act()
+            self.done = True
 
     __del__ = __call__
 
