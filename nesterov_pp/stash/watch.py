@@ -44,24 +44,34 @@ class Watch:
         return Watch, ()
 
     def attach(self, module: nn.Module) -> list[Any]:
-        """Hook the module and all parts of it that have parameters somewhere; returns the handles."""
-        parts = [part for part in module.modules() if part is module or next(part.parameters(), None) is not None]
-        before = [part.register_forward_pre_hook(self.before) for part in parts]
-        return before + [part.register_forward_hook(self.after, always_call=True) for part in parts]
+        """Hook the module and all parts of it that have parameters somewhere; returns the handles.
+
+        Layers that have no parts, of which there are many, are only checked.
+        """
+        handles = []
+        for part in module.modules():
+            if part is module or (part._modules and next(part.parameters(), None) is not None):
+                handles.append(part.register_forward_pre_hook(self.before))
+                handles.append(part.register_forward_hook(self.after, always_call=True))
+            elif part._parameters:
+                handles.append(part.register_forward_pre_hook(self.check))
+        return handles
 
     def before(self, module: nn.Module, _: Any) -> None:
+        """Raises: RuntimeError: as ``check``."""
+        self.check(module, _)
+        if self._outermost is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self._outermost = module
+
+    def check(self, _: nn.Module, __: Any) -> None:
         """Raises: RuntimeError: this is a forward that runs again, and which version it ran with is not known."""
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 self.ran_compiled = True
-            return
-        bindings = None if self._bindings is None else self._bindings()
-        if bindings is None:
-            return
-        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
-            bindings.check_recomputed()
-        elif self._outermost is None:
-            self._outermost = module
+        elif torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            bindings = None if self._bindings is None else self._bindings()
+            if bindings is not None:
+                bindings.check_recomputed()
 
     def after(self, module: nn.Module, _: Any, output: Any) -> None:
         """Count the forward, and have its version bound in its backward."""
