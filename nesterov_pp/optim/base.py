@@ -212,7 +212,6 @@ class FusedOptimizer(StatefulOptimizer):
     def _prepare(self) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, on_device):
-            counted_on_device = self._prepared is not None and self._prepared.device_counts is not None
             self._prepared = None  # what it has of the memory may be needed for the next one
             with_gradient = [p for p in unique(self._parameters()) if p.grad is not None]
             self._check_sparse()
@@ -223,10 +222,7 @@ class FusedOptimizer(StatefulOptimizer):
             for p in new:
                 self.options.check_parameter(p)
             self._init_state(new)
-            if on_device:
-                counts.to_devices(self._states())
-            elif counted_on_device:
-                counts.to_host(self._states())
+            (counts.to_devices if on_device else counts.to_host)(self._states())
             self._prepared = self._plan_of(self.param_groups)
             self.backend = self._prepared.backend
         return self._prepared

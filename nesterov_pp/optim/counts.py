@@ -61,11 +61,11 @@ def to_devices(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def to_host(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Bring back what loading moved to the parameters' device: a step reads counts without waiting for it."""
+    """Bring back what was counted on the parameters' device, or loaded there: a step reads counts without waiting."""
     for entry in state.values():
         for name in COUNTS:
             value = entry.get(name)
-            if isinstance(value, Tensor) and value.device.type != "cpu":
+            if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
                 entry[name] = value.cpu()
 
 
