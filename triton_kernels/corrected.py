@@ -16,7 +16,6 @@ from .kernels import (
     _carry,
     _coefficients,
     _decay,
-    _gradient,
     _load,
     _mean,
     _mean_scalars,
@@ -56,7 +55,10 @@ def _corrected_block(
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
-    g = _gradient(_load(grad + start, lanes, mask, FULL).to(T), weight, grad_scale, l2)
+    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T)
+    # A choice for the whole block, which takes fewer registers here; in _step_block one by element does.
+    if l2 != 0:
+        g = g + l2 * weight
     decayed = _decay(weight, decay)
     m1 = _load(m + start, lanes, mask, FULL).to(T)
     a = tl.zeros([BLOCK], T)

@@ -49,15 +49,14 @@ def _span(table, chunks, tensors):
 
 @triton.jit
 def _mean_scalars(complement, T: tl.constexpr):
-    """The weight of ``_mean``, and whether it is small."""
+    """The weight of ``_mean``, below 0 where it is taken from ``x``, and whether it is added to ``m``."""
     is_small = complement.to(T) < 0.5
-    return tl.where(is_small, complement, 1.0 - complement).to(T), is_small
+    return tl.where(is_small, complement, complement - 1.0).to(T), is_small
 
 
 @triton.jit
 def _mean(m, x, weight, is_small):
-    step = weight * (x - m)
-    return tl.where(is_small, m + step, x - step)
+    return tl.where(is_small, m, x) + weight * (x - m)
 
 
 @triton.jit
@@ -70,12 +69,6 @@ def _square_mean_scalars(complement, T: tl.constexpr):
 @triton.jit
 def _square_mean(v, x, kept, rest, complement):
     return kept * v + (rest * v + complement * x * x)
-
-
-@triton.jit
-def _gradient(grad, weight, grad_scale, l2):
-    g = grad_scale * grad
-    return tl.where(l2 != 0, g + l2 * weight, g)
 
 
 @triton.jit
@@ -181,7 +174,8 @@ def _step_block(
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
-    g = _gradient(_load(grad + start, lanes, mask, FULL).to(T), weight, grad_scale, l2)
+    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T)
+    g = tl.where(l2 != 0, g + l2 * weight, g)
     m1 = _mean(_load(m + start, lanes, mask, FULL).to(T), g, weight1, is_small)
     direction = c_grad * g + c_momentum * m1
     if STOCHASTIC:
