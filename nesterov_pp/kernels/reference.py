@@ -344,7 +344,7 @@ def _scalar(name: str, what: str, t: Tensor) -> float:
         raise ValueError(
             f"the {what} of {name} must be one number in a tensor, not of shape {tuple(t.shape)} on {t.device}"
         )
-    value = float(t)
+    value = float(t.detach())
     if not (math.isfinite(value) and value >= 0.0):
         raise ValueError(f"the {what} of {name} must be a finite number from 0 on, not {value:g}")
     return value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from backends import BACKENDS
@@ -288,3 +290,51 @@ def test_what_does_not_fit_is_named_and_nothing_changes(backend, break_it, sente
     assert sentence in str(error.value)
     assert all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
     assert float(optimizer.state[ps[0]]["step"]) == 0
+
+
+class Pair(Sequence):
+    """A sequence of its own kind, as configurations have them."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __getitem__(self, i):
+        return self.values[i]
+
+    def __len__(self):
+        return len(self.values)
+
+
+@pytest.mark.parametrize("name", ["NAdam", "AdamW"])
+@pytest.mark.parametrize("betas", [[0.8, 0.9], Pair(0.8, 0.9)], ids=["list", "sequence"])
+def test_betas_of_any_pair_and_numbers_of_numpy(betas, name):
+    results = []
+    for module in (npp, torch.optim):
+        ps = parameters()
+        optimizer = getattr(module, name)(ps, lr=np.array(0.1), betas=betas)
+        for t in range(4):
+            give_gradients(ps, t)
+            if t == 2:
+                optimizer.param_groups[0].update(betas=np.array([0.7, 0.95]), lr=np.float32(0.05))
+            optimizer.step()
+        results.append([p.detach() for p in ps])
+    torch.testing.assert_close(*results, **MANY_STEPS[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": torch.tensor(0.1), "foreach": True},
+        {"betas": (0.9, torch.tensor(0.99))},
+        {"betas": (torch.tensor(0.9), 0.99)},
+        {"betas": (torch.tensor(0.9), torch.tensor(0.99)), "foreach": True},
+    ],
+    ids=str,
+)
+def test_tensors_that_adamw_refuses_as_torch_does(options):
+    errors = []
+    for module in (npp, torch.optim):
+        with pytest.raises(ValueError) as error:
+            module.AdamW(parameters(), **options)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]

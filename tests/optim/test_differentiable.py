@@ -202,3 +202,29 @@ def test_amsgrad_of_a_group_is_warned_of_too(way):
         train(parameters())
     assert len(said) == 1
     assert said[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:differentiable=True takes the slower")
+def test_gradients_reach_all_of_the_state():
+    """The product of the momenta and the largest second moment too."""
+
+    def through(module, name: str, **options) -> tuple[torch.Tensor, ...]:
+        start = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
+        product = torch.tensor(0.5, dtype=torch.float64).requires_grad_()
+        second = torch.linspace(0.5, 2, 5, dtype=torch.float64).requires_grad_()
+        p = start.clone()
+        optimizer = getattr(module, name)([p], lr=0.1, differentiable=True, **options)
+        p.grad = 2 * start
+        optimizer.state[p].update(
+            step=torch.tensor(3.0), exp_avg=start * 0.1, exp_avg_sq=second.clone(), max_exp_avg_sq=second * 2
+        )
+        if name == "NAdam":
+            optimizer.state[p]["mu_product"] = product.clone()
+        optimizer.step()
+        inputs = (start, second, product) if name == "NAdam" else (start, second)
+        return torch.autograd.grad((p**2).sum(), inputs)
+
+    for name, options in (("NAdam", {}), ("AdamW", {"amsgrad": True}), ("AdamW", {})):
+        ours, theirs = through(npp, name, **options), through(torch.optim, name, **options)
+        torch.testing.assert_close(ours, theirs)
+        assert all(gradient.abs().sum() > 0 for gradient in ours)
