@@ -252,6 +252,25 @@ def test_state_of_a_subclass_is_stepped_by_its_own_operators(backend):
     torch.testing.assert_close(*ends, **CLOSE)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", SHARED)
+def test_parameters_of_a_subclass_are_stepped_by_its_own_operators(name, backend):
+    """As quantised weights are: here two tensors that look like one, beside an ordinary parameter."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    ends = []
+    for which in (backend, None):
+        p, q = nn.Parameter(TwoTensor(numbers(0), numbers(1))), nn.Parameter(numbers(2))
+        cls, extra = (getattr(torch.optim, name), {}) if which is None else (getattr(npp, name), {"backend": which})
+        optimizer = cls([p, q], lr=1e-2, **extra)
+        for t in range(3):
+            p.grad, q.grad = TwoTensor(numbers(3 + t), numbers(6 + t)), numbers(9 + t)
+            optimizer.step()
+        first = optimizer.state[p]["exp_avg"]
+        ends.append([p.detach().a, p.detach().b, q.detach(), first.a, first.b])
+    torch.testing.assert_close(*ends, **CLOSE)
+
+
 # ---------------------------------------------------------------------- modes
 
 
