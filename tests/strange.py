@@ -156,7 +156,6 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "left by a transform": lambda g, p: left_by_a_transform(g),
     "in inference mode": lambda g, p: in_inference_mode(g),
     "copied on write": lambda g, p: torch._lazy_clone(g),
-    "the parameter itself": lambda g, p: p.detach(),
     "requiring gradients": lambda g, p: g.requires_grad_() * 1,
     "freed": lambda g, p: freed(g),
     "cut short": lambda g, p: cut_short(g),
@@ -170,7 +169,7 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
 
 def _replace(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], None]:
     def act(entries: dict[str, Any]) -> None:
-        if name in entries:
+        if isinstance(entries.get(name), Tensor) and not entries[name].is_meta:
             entries[name] = make(entries[name].clone())
 
     return act

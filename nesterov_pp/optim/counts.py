@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.raw import in_fake_mode
+from nesterov_pp.kernels.raw import has_memory, in_fake_mode
 
 COUNTS = ("step", "mu_product")
 
@@ -25,7 +25,7 @@ def side_by_side(numbers: Sequence[Tensor]) -> list[Tensor]:
     if in_fake_mode():
         return result  # which only knows the values of numbers that were never moved
     for kind in {(t.dtype, t.device) for t in numbers}:
-        chosen = [i for i, t in enumerate(numbers) if (t.dtype, t.device) == kind and t.numel() == 1]
+        chosen = [i for i, t in enumerate(numbers) if (t.dtype, t.device) == kind and t.numel() == 1 and has_memory(t)]
         together = torch.stack([numbers[i].detach().reshape(()) for i in chosen]) if chosen else torch.empty(0)
         for i, view in zip(chosen, together.unbind(), strict=True):
             result[i] = view.view_as(numbers[i])

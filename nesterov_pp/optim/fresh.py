@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from nesterov_pp.kernels import zeros_like
+from nesterov_pp.kernels.raw import has_memory, is_subclass
 from nesterov_pp.optim import counts
 from nesterov_pp.optim.options import Options
 
@@ -67,6 +68,8 @@ def _has_outgrown(p: Tensor, entries: Mapping[str, Any], options: Options) -> bo
 def _is_untouched(entries: Mapping[str, Any]) -> bool:
     """Whether a parameter's state is that from before its first step."""
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    if not all(map(has_memory, tensors.values())):
+        return False
     counted = tensors.pop("step", None)
     if counted is None or (counted.device.type != "meta" and float(counted) != 0.0):
         return False
@@ -80,7 +83,8 @@ def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, A
     changed = False
     for p in parameters:
         for name, value in state.get(p, {}).items():
-            strided = isinstance(value, Tensor) and value.layout == p.layout == torch.strided
+            plain = isinstance(value, Tensor) and has_memory(value) and (not is_subclass(value) or is_subclass(p))
+            strided = plain and value.layout == p.layout == torch.strided
             if strided and value.shape == p.shape and value.stride() != p.stride():
                 moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
                 changed |= moved.stride() != value.stride()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from nesterov_pp.kernels.raw import why_not_raw
+from nesterov_pp.kernels.raw import has_memory, why_not_raw
 from nesterov_pp.kernels.reference import widened
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def local(t: Tensor) -> Tensor:
     if is_dtensor(t):
         t = t.to_local().detach()
     if is_resolved(t):
+        if not has_memory(t):
+            raise ValueError(
+                f"a tensor of shape {tuple(t.shape)} has a storage smaller than its shape (resized, or freed)"
+            )
         t = t.detach().resolve_conj().resolve_neg()
     if t.is_complex():
         t = torch.view_as_real(t.detach())

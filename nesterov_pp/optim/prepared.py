@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
-from nesterov_pp.kernels.raw import answers_for_itself, is_subclass, why_not_raw
+from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
@@ -192,7 +192,7 @@ def _resolve(states: list[dict[str, Any]]) -> None:
     """Have no state that is negated or conjugated lazily: its values lie in memory from here on."""
     for entries in states:
         for name, value in entries.items():
-            if isinstance(value, Tensor) and is_resolved(value):
+            if isinstance(value, Tensor) and is_resolved(value) and has_memory(value):
                 entries[name] = value.resolve_conj().resolve_neg()
 
 
@@ -225,6 +225,10 @@ def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: 
 
 def _master(state: dict[str, Any], p: Tensor) -> Tensor:
     found: Tensor | None = state.get("master_weight")
+    if found is None and not has_memory(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} has a storage smaller than its shape (resized, or freed)"
+        )
     return p.detach().to(torch.float32, memory_format=torch.preserve_format) if found is None else found
 
 

@@ -24,6 +24,7 @@ from nesterov_pp.kernels.raw import has_memory, is_subclass
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 SHAPES = [(), (0,), (1,), (17,), (3, 5), (2, 3, 4, 5)]
 STEP = 0.25  # a step's size, beside which the tolerance of the lowest precision is small
+EPS = 1e-4  # which float16 has, in which torch computes
 CLOSE = {
     torch.float32: {"rtol": 1e-3, "atol": 1e-3},
     torch.complex64: {"rtol": 1e-3, "atol": 1e-3},
@@ -61,7 +62,7 @@ def specs() -> st.SearchStrategy[Spec]:
 
 def build(cls: Any, extra: dict[str, Any], chosen: list[Spec]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     ps = [PARAMETERS[spec.kind](values(i, spec.shape, spec.dtype)) for i, spec in enumerate(chosen)]
-    return ps, cls(ps, lr=STEP, **extra)
+    return ps, cls(ps, lr=STEP, eps=EPS, **extra)
 
 
 def prepare(t: int, chosen: list[Spec], ps: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -94,6 +95,9 @@ def unchanged(before: Any, after: Any) -> bool:
     if isinstance(before, torch.Tensor):
         return isinstance(after, torch.Tensor) and torch.equal(before.nan_to_num(7.5), after.nan_to_num(7.5))
     if isinstance(before, dict):
+        step = before.get("step")
+        if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.any():
+            return True  # never stepped: it may follow its parameter
         return all(unchanged(before[k], after.get(k)) for k in before)
     if isinstance(before, list):
         return all(map(unchanged, before, after))
