@@ -171,21 +171,19 @@ class Prepared:
 def _repeats(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Groups of the parameters that a group has a second time, then a third, ...: torch warns of them, and steps them
     as often, one step after the other."""
-    rounds: list[list[dict[str, Any]]] = [[]]
-    for group in groups:
+    rounds: list[list[dict[str, Any]]] = []
+    for k, group in enumerate(groups):
         if len({id(p) for p in group["params"]}) == len(group["params"]):
             continue
         seen: Counter[int] = Counter()
-        times = []
         for p in group["params"]:
-            times.append(seen[id(p)])
+            time = seen[id(p)]
             seen[id(p)] += 1
-        for number in range(1, max(times) + 1):
-            if number == len(rounds):
-                rounds.append([])
-            chosen = [p for p, time in zip(group["params"], times, strict=True) if time == number]
-            rounds[number].append({**group, "params": chosen, "param_names": None})
-    return rounds[1:]
+            if time > len(rounds):  # all groups, so that each keeps its number and with it its hyper-parameters
+                rounds.append([{**g, "params": [], "param_names": None} for g in groups])
+            if time > 0:
+                rounds[time - 1][k]["params"].append(p)
+    return rounds
 
 
 def _resolve(states: list[dict[str, Any]]) -> None:

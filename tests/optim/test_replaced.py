@@ -90,6 +90,20 @@ def test_the_same_parameter_twice_is_stepped_twice_with_torchs_warning(name, bac
     assert ends[0][-2] == 9
 
 
+def test_a_parameter_twice_in_a_later_group_is_stepped_by_that_groups_rates():
+    ends = []
+    for module in (npp, torch.optim):
+        ps = list(model().parameters())
+        with pytest.warns(UserWarning, match="duplicate"):
+            optimizer = module.NAdam([{"params": ps[:2], "lr": 1.0}, {"params": [ps[2], ps[3], ps[2]], "lr": 1e-2}])
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.step()
+        ends.append([p.detach() for p in ps])
+    torch.testing.assert_close(*ends, **CLOSE)
+
+
 def test_the_same_parameter_twice_is_clipped_once():
     ends = []
     for twice in (False, True):
