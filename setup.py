@@ -101,7 +101,7 @@ def extension() -> Extension:
     if os.environ.get("NPP_WERROR") == "1":
         flags.append("-Werror")
         cuda_flags += ["-Werror", "all-warnings"]
-    sources = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/device/*.cpp")]
+    sources = [file for folder in ("plan", "cpu", "device", "torch") for file in glob(f"csrc/{folder}/*.cpp")]
     if CUDA is not None:
         sources += [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
         flags.append("-DNPP_CUDA")

@@ -27,7 +27,7 @@ SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
-KINDS = ("predicted", "compensated", "compensated adaptively", "gap", "discrepancy")
+FORMS = ("step, no second moment", "step", "step, sign", "corrected step")  # in the order of Form in csrc/spec.h
 
 
 class MissingToolError(RuntimeError):
@@ -99,7 +99,7 @@ def check_host_code(folder: Path) -> None:
     system = [argument for folder in folders for argument in ("-isystem", folder)]
     standard = "-std=c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "-std=c++17"
     flags = [standard, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DNPP_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
-    for source in [*sorted(SOURCES.glob("cuda/*.cpp")), SOURCES / "bindings.cpp"]:
+    for source in [*sorted(SOURCES.glob("cuda/*.cpp")), SOURCES / "torch" / "bindings.cpp"]:
         _run([*shlex.split(os.environ.get("CXX", "c++")), *flags, *system, source])
 
 
@@ -138,21 +138,15 @@ def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTUR
 def readable(mangled: str) -> str:
     """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"."""
     name = _run(["c++filt", mangled]).replace("nesterov_pp::", "").strip()
-    corrected = re.search(r"CorrectedPass<(\w+), (\w+), (true|false), \(Kind\)(\d)>", name)
-    if corrected is not None:
-        weight, moment = (DTYPES[t] for t in corrected.groups()[:2])
-        shown = weight if weight == moment else f"{weight}, {moment} moments"
-        rule = "" if corrected.group(3) == "true" else ", no second moment"
-        return f"corrected, {KINDS[int(corrected.group(4))]}: {shown}{rule}"
-    step = re.search(r"Pass<(\w+), (\w+), (\w+), (true|false), (true|false)>", name)
+    step = re.search(r"Pass<(\w+), (\w+), (\w+), \(Form\)(\d), (true|false)>", name)
     if step is None:
         reduction = re.search(r"(\w+)_kernel(?:<(\w+)>)?", name)
         kind, dtype = reduction.groups() if reduction else (name, None)
         return kind if dtype is None else f"{kind}: {DTYPES[dtype]}"
     weight, grad, moment = (DTYPES[t] for t in step.groups()[:3])
     shown = weight if weight == grad == moment else f"{weight} weights, {grad} gradients, {moment} moments"
-    adaptive = "" if step.group(4) == "true" else ", no second moment"
-    return f"step: {shown}{adaptive}{', stochastic rounding' if step.group(5) == 'true' else ''}"
+    rounding = ", stochastic rounding" if step.group(5) == "true" else ""
+    return f"{FORMS[int(step.group(4))]}: {shown}{rounding}"
 
 
 def problems(kernels: list[Kernel]) -> list[str]:
@@ -161,7 +155,7 @@ def problems(kernels: list[Kernel]) -> list[str]:
     found = []
     for kernel in kernels:
         few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic", kernel.name)
-        most = 64 if few or not kernel.name.startswith(("step", "corrected")) else 128
+        most = 64 if few or "step" not in kernel.name else 128
         loads, stores = _streams(kernel.name)
         wrong = {
             f"spills registers ({kernel.spills} times)": kernel.spills > 0,
@@ -176,15 +170,13 @@ def problems(kernels: list[Kernel]) -> list[str]:
 
 def _streams(name: str) -> tuple[int, int]:
     """How many tensors a pass reads and writes."""
-    adaptive = "no second moment" not in name
-    if name.startswith("step"):
-        return 3 + adaptive, 2 + adaptive  # w, g, m and v are read, w, m and v written
-    if name.startswith("corrected"):
-        compares = any(f"{kind}:" in name for kind in ("compensated", "compensated adaptively", "gap"))
-        mean = any(f"{kind}:" in name for kind in ("compensated adaptively", "gap", "discrepancy"))
-        # The late weights and a running mean are read too, the mean and what is predicted written.
-        return 3 + adaptive + compares + mean, 3 + adaptive + mean
-    return int(name.startswith("squares")), 0
+    if "step" not in name:
+        return int(name.startswith("squares")), 0
+    second = ", no second moment" not in name and ", sign" not in name
+    # w, g, m and v are read, w, m and v written; with a correction the late weights and a running mean are read too,
+    # the mean and what is predicted written.
+    corrects = 2 * name.startswith("corrected")
+    return 3 + second + corrects, 2 + second + corrects
 
 
 def table(kernels: list[Kernel]) -> str:

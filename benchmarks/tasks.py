@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.kernels import Normaliser
 from nesterov_pp.pipeline import VirtualPipeline, find_recipe
 
 RATES = {True: (3e-4, 1e-3, 3e-3), False: (0.03, 0.1, 0.3)}
@@ -90,7 +91,7 @@ def train(task: Task, method: str, lr: float, seed: int, microbatches: int, prec
 def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int) -> Row:
     """One method: every rate with the first seed, the best with the others."""
     begin = time.perf_counter()
-    adaptive = bool(getattr(find_recipe(method).rule, "_adaptive", True))
+    adaptive = getattr(find_recipe(method).rule, "_normaliser", Normaliser.RMS) == Normaliser.RMS
 
     def run(lr: float, seed: int) -> dict[str, float]:
         return task.judge(train(task, method, lr, seed, microbatches, precision))

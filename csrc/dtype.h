@@ -32,6 +32,16 @@ struct Compute<double> {
   using type = double;
 };
 
+// The name of a stored type.
+template <class S>
+constexpr Dtype kDtype = Dtype::kFloat;
+template <>
+constexpr Dtype kDtype<double> = Dtype::kDouble;
+template <>
+constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
+template <>
+constexpr Dtype kDtype<Half> = Dtype::kHalf;
+
 template <class A, class B>
 constexpr bool kSame = false;
 template <class A>

@@ -5,7 +5,7 @@
 // Philox-4x32-10 (Salmon et al., SC 2011) turns a 128-bit counter into four words. Elements 2b and 2b + 1 of a tensor
 // share the counter (b, b >> 32, tensor, step) with the seed as key: the even one takes the first two words, the odd
 // one the others. Of an element's two words the lower half of the first rounds its weight, the upper half its first
-// moment, and the lower half of the second its second moment.
+// moment, the lower half of the second its second moment, and the upper half a correction's running mean.
 #pragma once
 
 #include "update.h"

@@ -1,12 +1,16 @@
-// The arithmetic of one optimizer step, for one element. Every C++ and CUDA driver calls this and nothing else.
+// The arithmetic of one optimizer step, for one element. Every C++ and CUDA pass calls this and nothing else.
 //
 // [note: one update for the whole family]
 //   g = grad_scale * grad + l2 * w            clipping, unscaling, maximize and L2 decay are one scalar each
-//   m = m + (1 - beta1) (g - m)               or g - beta1 (g - m)
-//   v = b v + (r v + (1 - beta2) g g)         b + r = beta2; adaptive rules only
-//   D = sqrt(v * inv_bias2) + eps             1 for the others
-//   w' = w - (decay * w + (c_grad * g + c_momentum * m) / D)
-// NAdam, AdamW and NAG differ in the scalars alone; nesterov_pp/optim/coefficients.py computes them in double.
+//   m' = m + (1 - beta1) (g - m)              or g - beta1 (g - m)
+//   v' = b v + (r v + (1 - beta2) g g)        b + r = beta2; rules normalised by rms only
+//   w' = w - (decay * w + direction)
+// The direction is what the rule's normaliser makes of the momentum:
+//   none:  c_grad * g + c_momentum * m'
+//   rms:   the same over D = sqrt(v' * inv_bias2) + eps
+//   sign:  sign(c_grad * g + c_momentum * m) * inv_bias2; m is the one before the step, and inv_bias2 holds its size
+// NAdam, AdamW, NAG and Lion differ in normaliser and scalars alone; nesterov_pp/optim/coefficients.py computes these
+// in double.
 // `decay` is lr * weight_decay and not its complement: 1 - 2e-4 rounded to float32 is off by the same 1e-8 on every
 // step, which in a thousand steps is the largest error of all.
 //
@@ -95,6 +99,8 @@ struct Coefficients {
   T inv_bias2;
   T eps;
 
+  static NPP_HD Coefficients from(const double* r) { return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}; }
+
   template <class U>
   NPP_HD Scalars<U> as() const {
     return {U(grad_scale),
@@ -163,30 +169,35 @@ NPP_HD V overflowed(const V& v) {
   return v >= 65520.0f ? V{} + __builtin_inff() : v;
 }
 
-// Returns the new weight; m and, for adaptive rules, v are updated in place. `V` is the scalar `T` or a vector of them.
-template <bool kAdaptive, bool kHalfMoments, class T, class V>
-NPP_HD V update(const Scalars<T>& c, const V& w, const V& grad, V& m, V& v) {
-  const V g = gradient_of(c, w, grad);
-  m = c.first.of(m, g);
-  V direction = c.c_grad * g + c.c_momentum * m;
-  if constexpr (kAdaptive) {
-    v = c.second.of(v, g);
-    if constexpr (kHalfMoments) v = overflowed(v);
-    direction = direction / (square_root(v * c.inv_bias2) + c.eps);
-  }
-  if (c.has_decay) direction = decay_of(c, w) + direction;
-  return w - direction;
+// What divides the momentum, or what becomes of it. The order is that of nesterov_pp.kernels.Normaliser.
+enum class Normaliser : int { kNone, kRms, kSign };
+
+// Of NaN it is NaN, for what is wrong is to be seen.
+template <class V>
+NPP_HD V sign_of(const V& x) {
+  const V zero{}, one = zero + 1.0f;
+  const V some = x > zero ? one : x;
+  return x < zero ? -one : some;
 }
 
 // [note: corrections of late gradients]
-// What a step may add to the update above, with the weights `late` that the gradient was computed with and, for some, a
+// What a step may add to the update above, with the weights that the gradient was computed with and, for some, a
 // running mean beside the moments; nesterov_pp/kernels/corrections.py has the equations. The order of both is theirs.
-enum class Kind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
+enum class CorrectionKind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
 
-NPP_HD constexpr bool has_mean(Kind kind) {
-  return kind == Kind::kAdaptiveDelayCompensation || kind == Kind::kGap || kind == Kind::kDiscrepancy;
+NPP_HD constexpr bool has_mean(CorrectionKind kind) {
+  return kind == CorrectionKind::kAdaptiveDelayCompensation || kind == CorrectionKind::kGap ||
+         kind == CorrectionKind::kDiscrepancy;
 }
-NPP_HD constexpr bool compares(Kind kind) { return kind != Kind::kNone && kind != Kind::kDiscrepancy; }
+NPP_HD constexpr bool compares(CorrectionKind kind) {
+  return kind != CorrectionKind::kNone && kind != CorrectionKind::kDiscrepancy;
+}
+
+// What is the same for all elements of a step.
+struct Rule {
+  Normaliser normaliser = Normaliser::kRms;
+  CorrectionKind kind = CorrectionKind::kNone;
+};
 
 template <class T>
 struct CorrectionScalars {
@@ -200,6 +211,7 @@ struct CorrectionScalars {
   SquareMean<T> square_mean;
 };
 
+// The order of the fields is that of nesterov_pp.kernels.Correction.
 template <class T>
 struct Correction {
   T strength;
@@ -209,6 +221,8 @@ struct Correction {
   T ahead_last;
   T ahead_momentum;
   T ahead_mean;
+
+  static NPP_HD Correction from(const double* r) { return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]}; }
 
   template <class U>
   NPP_HD CorrectionScalars<U> as() const {
@@ -232,37 +246,69 @@ NPP_HD V difference(const V& a, const V& b) {
   return a == b ? V{} : a - b;
 }
 
-// As `update`; also updates `mean` in place, where the kind has one, and writes the predicted weights to `ahead`.
-template <Kind kKind, bool kAdaptive, class T, class V>
-NPP_HD V corrected_update(const Scalars<T>& c, const CorrectionScalars<T>& x, const V& w, const V& late, const V& grad,
-                          V& m, V& v, V& mean, V& ahead) {
-  V g = gradient_of(c, w, grad), decay{};
-  if (c.has_decay) decay = decay_of(c, w);
+// What a correction has of an element.
+template <class V>
+struct Late {
+  V apart;  // the weight less the one that the gradient was computed with
+  V mean;   // updated in place
+  V ahead;  // takes the predicted weight
+};
+
+// Before the moments: what the correction makes of the gradient and of the decay.
+template <class T, class V>
+NPP_HD void correct(CorrectionKind kind, const CorrectionScalars<T>& x, Late<V>& late, V& g, V& decay) {
   // In this order a large g does not overflow where the weights are as they were.
-  if constexpr (kKind == Kind::kDelayCompensation) g = g + x.strength * g * (g * difference(w, late));
-  if constexpr (kKind == Kind::kAdaptiveDelayCompensation) {
-    mean = x.square_mean.of(mean, g);
-    g = g + x.strength / square_root(mean + x.eps) * g * (g * difference(w, late));
+  if (kind == CorrectionKind::kDelayCompensation) g = g + x.strength * g * (g * late.apart);
+  if (kind == CorrectionKind::kAdaptiveDelayCompensation) {
+    late.mean = x.square_mean.of(late.mean, g);
+    g = g + x.strength / square_root(late.mean + x.eps) * g * (g * late.apart);
   }
-  if constexpr (kKind == Kind::kGap) {
-    const V gap = T(1) + absolute(difference(w, late)) / (square_root(mean * x.inv_bias) + x.eps);
+  if (kind == CorrectionKind::kGap) {
+    const V gap = T(1) + absolute(late.apart) / (square_root(late.mean * x.inv_bias) + x.eps);
     g = g / gap;
     decay = decay / gap;
   }
+}
+
+// After the update: the running mean of what was done, and the predicted weight.
+template <class T, class V>
+NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V& w, const V& next, const V& direction,
+                    const V& momentum, Late<V>& late) {
+  const V last = difference(next, w);
+  if (kind == CorrectionKind::kGap) late.mean = x.square_mean.of(late.mean, direction);
+  V further = x.ahead_last * last - x.ahead_momentum * momentum;
+  if (kind == CorrectionKind::kDiscrepancy) {
+    late.mean = x.mean.of(late.mean, last);
+    further = further + x.ahead_mean * late.mean;  // others' may be infinite
+  }
+  late.ahead = next + further;
+}
+
+// Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of them; `P` a Pass
+// (spec.h).
+template <class P, class T, class V>
+NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T>& x, const V& w, const V& grad, V& m,
+                V& v, Late<V>& late) {
+  const Normaliser normaliser = P::normaliser(rule);
+  V g = gradient_of(c, w, grad), decay{};
+  if (c.has_decay) decay = decay_of(c, w);
+  if constexpr (P::kCorrects) correct(rule.kind, x, late, g, decay);
+  const V before = m;
   m = c.first.of(m, g);
-  V direction = c.c_grad * g + c.c_momentum * m, momentum = m;
-  if constexpr (kAdaptive) {
+  V direction = c.c_grad * g + c.c_momentum * (normaliser == Normaliser::kSign ? before : m), momentum = m;
+  if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
+    if constexpr (P::kHalfMoments) v = overflowed(v);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
     direction = direction / denominator;
-    momentum = m / denominator;
+    if constexpr (P::kCorrects) momentum = m / denominator;
   }
-  const V next = w - (c.has_decay ? decay + direction : direction), last = difference(next, w);
-  if constexpr (kKind == Kind::kGap) mean = x.square_mean.of(mean, direction);
-  if constexpr (kKind == Kind::kDiscrepancy) mean = x.mean.of(mean, last);
-  V further = x.ahead_last * last - x.ahead_momentum * momentum;
-  if constexpr (kKind == Kind::kDiscrepancy) further = further + x.ahead_mean * mean;  // others' may be infinite
-  ahead = next + further;
+  if (normaliser == Normaliser::kSign) {
+    direction = c.inv_bias2 * sign_of(direction);
+    if constexpr (P::kCorrects) momentum = sign_of(m);
+  }
+  const V next = w - (c.has_decay ? decay + direction : direction);
+  if constexpr (P::kCorrects) predict(rule.kind, x, w, next, direction, momentum, late);
   return next;
 }
 

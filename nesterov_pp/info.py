@@ -10,14 +10,7 @@ from importlib import metadata
 import torch
 
 import nesterov_pp
-from nesterov_pp.kernels import automatic_backend, available_backends, extension
-
-_WHAT = {
-    "cuda": "one launch for all tensors of a device and dtype",
-    "triton": "the same pass in Triton",
-    "cpu": "C++ on the CPU: float32, float64, bfloat16, float16",
-    "reference": "plain torch: every device and dtype",
-}
+from nesterov_pp.kernels import automatic_backend, available_backends, describe_backend, extension
 
 
 def info() -> str:
@@ -37,7 +30,7 @@ def info() -> str:
     lines = [f"{name:<20}{value}" for name, value in versions.items()]
     lines += ["", "Backends of the optimizer step:"]
     for name, reason in available_backends().items():
-        lines.append(f"  {name:<11}{'yes' if reason is None else 'no':<5}{reason or _WHAT[name]}")
+        lines.append(f"  {name:<11}{'yes' if reason is None else 'no':<5}{reason or describe_backend(name)}")
     takes = {"the CPU": automatic_backend("cpu")} | ({"a GPU": automatic_backend("cuda")} if found else {})
     lines.append('backend="auto" takes ' + ", ".join(f"{name} on {where}" for where, name in takes.items()))
     return "\n".join(lines)

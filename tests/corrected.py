@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 RULES: dict[str, Any] = {
     "NAdam": lambda p, **options: npp.NAdam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True, **options),
     "AdamW": lambda p, **options: npp.AdamW(p, lr=1e-2, **options),
+    "Lion": lambda p, **options: npp.Lion(p, lr=1e-2, weight_decay=0.1, **options),
     "NAG": lambda p, **options: npp.NAG(p, lr=1e-1, momentum=0.9, weight_decay=0.1, **options),
 }
 

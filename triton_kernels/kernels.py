@@ -22,11 +22,21 @@ _MASTER = tl.constexpr(5)
 _EXP_AVG = tl.constexpr(6)
 _EXP_AVG_SQ = tl.constexpr(7)
 _MEAN = tl.constexpr(8)
-_BESIDE = tl.constexpr(9)
+_SHADOW = tl.constexpr(9)
 _SLOTS = tl.constexpr(10)
+_STEP = tl.constexpr(9)  # of the words of a row: the number of the step; a correction's scalars come after it
 _ROW_WORDS = tl.constexpr(10)
+_CORRECTED_ROW_WORDS = tl.constexpr(17)
 _CHUNK = tl.constexpr(CHUNK)
 _ALMOST_ONE = tl.constexpr(1.0 - 2.0**-23)
+
+# ``nesterov_pp.kernels.Normaliser`` and ``CorrectionKind``
+_RMS = tl.constexpr(1)
+_SIGN = tl.constexpr(2)
+_COMPENSATION = tl.constexpr(1)
+_ADAPTIVE_COMPENSATION = tl.constexpr(2)
+_GAP = tl.constexpr(3)
+_DISCREPANCY = tl.constexpr(4)
 
 
 @triton.jit
@@ -165,87 +175,184 @@ def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _correction(r, T: tl.constexpr):
+    """The scalars of a correction: strength, inv_bias, eps and those of the prediction, and those of its two means."""
+    weight, is_small = _mean_scalars(tl.load(r + 1), T)
+    kept, rest, complement = _square_mean_scalars(tl.load(r + 1), T)
+    return (
+        tl.load(r).to(T), tl.load(r + 2).to(T), tl.load(r + 3).to(T), tl.load(r + 4).to(T), tl.load(r + 5).to(T),
+        tl.load(r + 6).to(T), weight, is_small, kept, rest, complement,
+    )  # fmt: skip
+
+
+@triton.jit
+def _difference(a, b):
+    """Infinite weights are no distance apart."""
+    return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
 def _step_block(
-    w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-    grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
-    ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    pointers, begin, start, count, noise, coefficients, correction, predicts,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
+    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
+    w, out, grad, late, m, v, mean, copy, ahead = pointers
+    grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2 = coefficients
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
     g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T)
-    g = tl.where(l2 != 0, g + l2 * weight, g)
-    m1 = _mean(_load(m + start, lanes, mask, FULL).to(T), g, weight1, is_small)
-    direction = c_grad * g + c_momentum * m1
+    if CORRECTS:  # a choice for the whole block takes fewer registers here, one by element without a correction
+        if l2 != 0:
+            g = g + l2 * weight
+    else:
+        g = tl.where(l2 != 0, g + l2 * weight, g)
+    decayed = _decay(weight, decay)
+    if CORRECTS:
+        (
+            strength, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
+            mean_weight, mean_is_small, mean_kept, mean_rest, mean_complement,
+        ) = correction  # fmt: skip
+        a = tl.zeros([BLOCK], T)
+        if KIND >= _ADAPTIVE_COMPENSATION:
+            a = _load(mean + start, lanes, mask, FULL).to(T)
+        if (KIND != 0) and (KIND != _DISCREPANCY):
+            seen = weight
+            if W != G:  # as the gradient's dtype has both: a master that was not stepped since is no distance apart
+                seen = _narrowed(weight, lanes, G, False).to(T)
+            apart = _difference(seen, _load(late + start, lanes, mask, FULL).to(T))
+            if KIND == _COMPENSATION:
+                g = g + strength * g * (g * apart)
+            if KIND == _ADAPTIVE_COMPENSATION:
+                a = _square_mean(a, g, mean_kept, mean_rest, mean_complement)
+                g = g + _quotient(strength, _root(a + mean_eps)) * g * (g * apart)
+            if KIND == _GAP:
+                gap = 1.0 + _quotient(tl.abs(apart), _root(a * inv_bias) + mean_eps)
+                g = _quotient(g, gap)
+                decayed = _quotient(decayed, gap)
+    before = _load(m + start, lanes, mask, FULL).to(T)
+    m1 = _mean(before, g, weight1, is_small)
+    direction = c_grad * g + c_momentum * (before if NORMALISER == _SIGN else m1)
+    momentum = m1
     if STOCHASTIC:
+        key0, key1, number, step = noise
         first, second = _random_words(key0, key1, number, step, begin + start, BLOCK)
     else:
         first = tl.zeros([BLOCK], tl.uint32)
         second = first
-    if ADAPTIVE:
+    if NORMALISER == _RMS:
         v1 = _square_mean(_load(v + start, lanes, mask, FULL).to(T), g, kept2, rest2, weight2)
         if tl.float16 == M:  # what overflows there is infinite in this step too
             v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
-        direction = _quotient(direction, _root(v1 * inv_bias2) + eps)
+        denominator = _root(v1 * inv_bias2) + eps
+        direction = _quotient(direction, denominator)
+        if CORRECTS:
+            momentum = _quotient(m1, denominator)
         _store(v + start, lanes, _narrowed(v1, second & 0xFFFF, M, STOCHASTIC), mask, FULL)
-    weight = weight - (_decay(weight, decay) + direction)
+    if NORMALISER == _SIGN:
+        direction = inv_bias2 * _sign(direction)
+        momentum = _sign(m1)
+    new = weight - (decayed + direction)
+    if CORRECTS:
+        last = _difference(new, weight)
+        further = ahead_last * last - ahead_momentum * momentum
+        if KIND == _GAP:
+            a = _square_mean(a, direction, mean_kept, mean_rest, mean_complement)
+        if KIND == _DISCREPANCY:
+            a = _mean(a, last, mean_weight, mean_is_small)
+            further = further + ahead_mean * a
+        predicted = new + further
+        if KIND >= _ADAPTIVE_COMPENSATION:
+            _store(mean + start, lanes, _narrowed(a, second >> 16, M, STOCHASTIC), mask, FULL)
+        if predicts:
+            _store(ahead + start, lanes, _narrowed(predicted, first, G, False), mask, FULL)
     _store(m + start, lanes, _narrowed(m1, first >> 16, M, STOCHASTIC), mask, FULL)
-    _store(out + start, lanes, _narrowed(weight, first & 0xFFFF, W, STOCHASTIC), mask, FULL)
-    if COPIES:
-        _store(copy + start, lanes, _narrowed(weight, first, G, False), mask, FULL)
+    _store(out + start, lanes, _narrowed(new, first & 0xFFFF, W, STOCHASTIC), mask, FULL)
+    if W != G:
+        _store(copy + start, lanes, _narrowed(new, first, G, False), mask, FULL)
 
 
-@triton.jit(do_not_specialize=["tensors", "source", "target", "key0", "key1"])
+@triton.jit
+def _at(table, tensors, column, tensor, begin, S: tl.constexpr):
+    return _word(table, tensors, column, tensor).to(tl.pointer_type(S)) + begin
+
+
+@triton.jit(do_not_specialize=["tensors", "grads", "source", "target", "key0", "key1"])
 def step_kernel(
-    table, chunks, rows, factor, tensors, source, target, key0, key1,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
-    ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr, COPIES: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, chunks, rows, factor, tensors, grads, source, target, key0, key1,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
+    CORRECTS: tl.constexpr, KIND: tl.constexpr, RING_PREDICTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the step. ``table``, ``chunks``: int64; ``rows``: float64, 10 words each; ``factor``: float64, read if
-    SCALED; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes of the
-    weights computed with, of gradients and of moments; T: the dtype to compute in."""
+    """A chunk of the step.
+
+    ``table``, ``chunks``: int64; ``rows``: float64, 10 words each, with CORRECTS 17; ``factor``: float64, read if
+    SCALED; ``grads``, ``source`` and ``target``: ring slots; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes
+    of the weights computed with, of gradients and of moments; T: the dtype to compute in. NORMALISER and KIND: of
+    ``nesterov_pp.kernels``.
+    """
     tensor, begin, count, row, aligned = _span(table, chunks, tensors)
-    old = _word(table, tensors, _SLOTS + source, tensor)
-    new = _word(table, tensors, _SLOTS + target, tensor)
     if row < 0:
         if source != target:
-            _carry(old.to(tl.pointer_type(G)) + begin, new.to(tl.pointer_type(G)) + begin, count, BLOCK)
+            old = _at(table, tensors, _SLOTS + source, tensor, begin, G)
+            _carry(old, _at(table, tensors, _SLOTS + target, tensor, begin, G), count, BLOCK)
         return
-    r = rows + row * _ROW_WORDS
-    step = tl.load(r + 9).to(tl.uint32)
+    r = rows + row * (_CORRECTED_ROW_WORDS if CORRECTS else _ROW_WORDS)
+    step = tl.load(r + _STEP).to(tl.uint32)
     if step == 0:
         return
-    if COPIES:
-        w = _word(table, tensors, _MASTER, tensor).to(tl.pointer_type(W)) + begin
+    # What is stepped lies in the ring, with the prediction beside it, or the other way round.
+    old = _SLOTS + source
+    new = _SLOTS + target
+    predicted = tl.full((), _SHADOW, tl.int32)
+    if RING_PREDICTS:
+        predicted = new
+        old = tl.full((), _SHADOW, tl.int32)
+        new = old
+    predicts = _word(table, tensors, predicted, tensor) != 0
+    ahead = _at(table, tensors, predicted, tensor, begin, G)
+    copy = _at(table, tensors, new, tensor, begin, G)
+    if W != G:
+        w = _at(table, tensors, _MASTER, tensor, begin, W)
         out = w
-        copy = new.to(tl.pointer_type(G)) + begin
     else:
-        w = old.to(tl.pointer_type(W)) + begin
-        out = new.to(tl.pointer_type(W)) + begin
-        copy = out
-    grad = _word(table, tensors, _GRAD, tensor).to(tl.pointer_type(G)) + begin
-    m = _word(table, tensors, _EXP_AVG, tensor).to(tl.pointer_type(M)) + begin
-    v = _word(table, tensors, _EXP_AVG_SQ, tensor).to(tl.pointer_type(M)) + begin
+        w = _at(table, tensors, old, tensor, begin, W)
+        out = copy
+    pointers = (
+        w,
+        out,
+        _at(table, tensors, _GRAD, tensor, begin, G),
+        _at(table, tensors, _SLOTS + grads, tensor, begin, G),
+        _at(table, tensors, _EXP_AVG, tensor, begin, M),
+        _at(table, tensors, _EXP_AVG_SQ, tensor, begin, M),
+        _at(table, tensors, _MEAN, tensor, begin, M),
+        copy,
+        ahead,
+    )
     number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
-    key0 = key0.to(tl.uint32)
-    key1 = key1.to(tl.uint32)
-    g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2 = _coefficients(r, factor, T, SCALED)
+    noise = (key0.to(tl.uint32), key1.to(tl.uint32), number, step)
+    coefficients = _coefficients(r, factor, T, SCALED)
+    correction = coefficients
+    if CORRECTS:
+        correction = _correction(r + _STEP + 1, T)
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
             _step_block(
-                w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-                g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
-                W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, True,
+                pointers, begin, start, count, noise, coefficients, correction, predicts,
+                W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,
             )  # fmt: skip
             start += BLOCK
     while start < count:
         _step_block(
-            w, out, grad, m, v, copy, begin, start, count, number, step, key0, key1,
-            g0, l2, decay, c_grad, c_momentum, inv_bias2, eps, w1, small, k2, r2, w2,
-            W, G, M, T, ADAPTIVE, STOCHASTIC, COPIES, BLOCK, False,
+            pointers, begin, start, count, noise, coefficients, correction, predicts,
+            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False,
         )  # fmt: skip
         start += BLOCK
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.capture import captures
 from nesterov_pp.kernels.coefficients import Coefficients
-from nesterov_pp.kernels.corrections import Correction, Kind
-from nesterov_pp.kernels.plan import StepClass, Tensors
+from nesterov_pp.kernels.corrections import Correction
+from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
 
-from . import corrected, kernels
+from . import kernels
 
 _DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
 _SUMS = 1024  # elements that the last reduction adds up at a time
@@ -38,65 +38,54 @@ STEP, SQUARES = Shape(block=1024, warps=4), Shape(block=2048, warps=8)
 CORRECTED_DOUBLE = Shape(block=512, warps=4)  # seven streams of float64 would take too many registers
 
 
+def shape_of(weight: Any, *, corrects: bool) -> Shape:
+    """How a step of weights of this dtype is cut."""
+    return CORRECTED_DOUBLE if corrects and weight == tl.float64 else STEP
+
+
 class Launches:
     """What the kernels of one plan are launched with."""
 
-    def __init__(self, seed: int | None, kind: Kind | None) -> None:
-        """``kind``: of the correction in the pass, None for a plain pass."""
-        self.seed, self.kind = seed, kind
+    def __init__(self, tensors: Tensors, seed: int | None) -> None:
+        self.seed = seed
         self.groups: list[Any] = []
-        self.adaptive = False
         self.scaling: Tensor | None = None  # norm and factor, for the next step only
+        self._rule = {
+            "NORMALISER": int(tensors.normaliser),
+            "CORRECTS": tensors.corrects,
+            "KIND": int(tensors.kind),
+            "RING_PREDICTS": tensors.ring_predicts,
+        }
 
-    def step(self, rows: Tensor, source: int, target: int, late: int) -> None:
-        """One launch for each group of tensors that agree in dtypes."""
+    def step(self, rows: Tensor, slots: Sequence[int]) -> None:
+        """One launch for each group of tensors that agree in dtypes; ``slots``: a ``StepSlots``."""
         with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call] # Triton launches on the current device
             for group in self.groups:
-                if self.kind is None:
-                    self._step(group, rows, source, target)
-                else:
-                    self._corrected_step(group, rows, source, target, late, self.kind)
+                self._step(group, rows, slots)
         self.scaling = None
 
-    def _given(self, group: Any, rows: Tensor, source: int, target: int) -> tuple[Any, ...]:
-        """What both steps take first."""
-        factor = rows if self.scaling is None else self.scaling[1:]
-        return group.table, group.chunks, rows, factor, group.tensors, source, target
-
-    def _corrected_step(self, group: Any, rows: Tensor, source: int, target: int, late: int, kind: Kind) -> None:
-        weight, _, moment = (_DTYPES[name] for name in group.dtypes)
-        shape = CORRECTED_DOUBLE if weight == tl.float64 else STEP
-        corrected.corrected_kernel[(group.chunks.numel(),)](
-            *self._given(group, rows, source, target),
-            late,
-            W=weight,
-            M=moment,
-            T=tl.float64 if weight == tl.float64 else tl.float32,
-            KIND=int(kind),
-            ADAPTIVE=self.adaptive,
-            SCALED=self.scaling is not None,
-            BLOCK=shape.block,
-            num_warps=shape.warps,
-            enable_fp_fusion=False,
-        )
-
-    def _step(self, group: Any, rows: Tensor, source: int, target: int) -> None:
+    def _step(self, group: Any, rows: Tensor, slots: Sequence[int]) -> None:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
         key = self.seed or 0
+        shape = shape_of(weight, corrects=bool(self._rule["CORRECTS"]))
         kernels.step_kernel[(group.chunks.numel(),)](
-            *self._given(group, rows, source, target),
+            group.table,
+            group.chunks,
+            rows,
+            rows if self.scaling is None else self.scaling[1:],
+            group.tensors,
+            *slots,
             key & _WORD,
             key >> 32,
             W=weight,
             G=grad,
             M=moment,
             T=tl.float64 if weight == tl.float64 else tl.float32,
-            ADAPTIVE=self.adaptive,
+            **self._rule,
             STOCHASTIC=self.seed is not None and tl.bfloat16 in (weight, moment),
-            COPIES=weight != grad,
             SCALED=self.scaling is not None,
-            BLOCK=STEP.block,
-            num_warps=STEP.warps,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
             enable_fp_fusion=False,
         )
 
@@ -149,19 +138,16 @@ class TritonPlan:
     on_device = True
 
     def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
-        module, reason = extension.load()
-        if module is None:
-            raise ValueError(f"backend 'triton' cannot be used: {reason}")
+        module = extension.require()
         # The plan keeps the launches and not the other way round: C++ holds no reference back to Python's plan.
-        self._launches = Launches(seed, tensors.kind if tensors.corrects else None)
+        self._launches = Launches(tensors, seed)
         self._plan = module.DevicePlan(
             tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step, captures=captures
         )
-        self._launches.adaptive = bool(tensors.exp_avg_sqs)
 
-    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
+    def collect(self, slots: StepSlots) -> list[StepClass]:
         self._launches.scaling = None
-        classes: list[StepClass] = self._plan.collect(grads_of, source, target)
+        classes: list[StepClass] = self._plan.collect(slots)
         # Anew, for a step that is captured in a graph has tables of its own.
         self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         return classes

@@ -38,39 +38,34 @@ Pointer advance(Pointer base, int64_t bytes) {
 // Where the new version goes: memory that the pass does not read, if that is another slot or the copy of a master.
 bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
 
-void run_part(const Task& task, const std::vector<Coefficients<double>>& rows,
-              const std::vector<Correction<double>>& corrections, int64_t begin, int64_t end, bool streaming, Isa isa) {
-  const int64_t weights = begin * size_of(task.dtypes.weight), grads = begin * size_of(task.dtypes.grad),
-                moments = begin * size_of(task.dtypes.moment);
+void run_part(const Task& task, const std::vector<StepRow>& rows, int64_t begin, int64_t end, bool streaming, Isa isa) {
+  const Dtypes& dtypes = task.spec.dtypes;
+  const int64_t weights = begin * size_of(dtypes.weight), grads = begin * size_of(dtypes.grad),
+                moments = begin * size_of(dtypes.moment);
   Run part{advance(task.run.weight, weights),
            advance(task.run.weight_out, weights),
            advance(task.run.grad, grads),
+           advance(task.run.late, grads),
            advance(task.run.exp_avg, moments),
            advance(task.run.exp_avg_sq, moments),
-           advance(task.run.copy, grads),
-           end - begin,
-           streaming && writes_unread(task),
-           task.run.noise,
-           advance(task.run.late, grads),
            advance(task.run.mean, moments),
-           advance(task.run.ahead, grads)};
+           advance(task.run.copy, grads),
+           advance(task.run.ahead, grads),
+           end - begin,
+           task.run.rule,
+           task.run.noise};
   part.noise.first += begin;
-  if (task.row == kCarried) {
-    carry(part.weight, part.weight_out, part.count * size_of(task.dtypes.weight));
-    return;
-  }
-  const auto row = static_cast<size_t>(task.row);
-  if (corrections.empty())
-    kernel(isa, task.dtypes, task.adaptive, task.stochastic)(part, rows[row]);
+  if (task.row == kCarried)
+    carry(part.weight, part.weight_out, part.count * size_of(dtypes.weight));
   else
-    corrected_kernel(isa, task.dtypes, task.adaptive, task.kind)(part, rows[row], corrections[row]);
+    kernel(isa, task.spec)(part, rows[static_cast<size_t>(task.row)], streaming && writes_unread(task));
 }
 
 // Asks for the elements of a small tensor: between small ones the processor's own prefetching finds no rhythm.
 void prefetch(const Task& task) {
   constexpr int64_t kSmall = 256;
   if (task.run.count > kSmall) return;
-  const int64_t bytes = task.run.count * size_of(task.dtypes.weight);
+  const int64_t bytes = task.run.count * size_of(task.spec.dtypes.weight);
   for (const void* list : {task.run.weight, task.run.grad, static_cast<const void*>(task.run.exp_avg),
                            static_cast<const void*>(task.run.exp_avg_sq)})
     if (list != nullptr)
@@ -79,13 +74,12 @@ void prefetch(const Task& task) {
 
 }  // namespace
 
-void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows,
-         const std::vector<Correction<double>>& corrections) {
+void run(const std::vector<Task>& tasks, const std::vector<StepRow>& rows) {
   std::vector<int64_t> first_unit(tasks.size() + 1, 0);
   int64_t new_bytes = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
     first_unit[i + 1] = first_unit[i] + units_of(tasks[i]);
-    if (writes_unread(tasks[i])) new_bytes += tasks[i].run.count * size_of(tasks[i].dtypes.grad);
+    if (writes_unread(tasks[i])) new_bytes += tasks[i].run.count * size_of(tasks[i].spec.dtypes.grad);
   }
   const int64_t units = first_unit.back();
   if (units == 0) return;
@@ -101,7 +95,7 @@ void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>
       const int64_t from = std::max<int64_t>(0, begin - first_unit[i]) * kUnit;
       const int64_t to = std::min<int64_t>(tasks[i].run.count, (end - first_unit[i]) * kUnit);
       if (i + kTasksAhead < tasks.size()) prefetch(tasks[i + kTasksAhead]);
-      if (from < to) run_part(tasks[i], rows, corrections, from, to, streaming, isa);
+      if (from < to) run_part(tasks[i], rows, from, to, streaming, isa);
     }
   });
 }

@@ -8,23 +8,8 @@
 
 namespace nesterov_pp::cpu {
 
-// The row of a weight that is carried to the next slot unchanged.
-constexpr long long kCarried = -1;
-
-// One tensor's share of a step. `stochastic` and a row of coefficients go with a gradient only.
-struct Task {
-  Run run;
-  Dtypes dtypes;
-  bool adaptive;
-  bool stochastic;
-  long long row;  // of the coefficients, and of the corrections
-  Kind kind;      // of a corrected pass
-};
-
-// Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements. Corrected, if there are
-// as many rows of corrections as of coefficients; plain, if there is none.
-void run(const std::vector<Task>& tasks, const std::vector<Coefficients<double>>& rows,
-         const std::vector<Correction<double>>& corrections);
+// Runs all tasks on torch's intra-op threads (torch.set_num_threads), split evenly by elements.
+void run(const std::vector<Task>& tasks, const std::vector<StepRow>& rows);
 
 // Values of one tensor.
 struct Values {

@@ -14,14 +14,8 @@ struct Scaling {
   double factor;
 };
 
-// Whether there is such a pass; the same are there as on the CPU.
-bool has_step(Dtypes, bool adaptive, bool stochastic);
-
-// One launch for all chunks. Nothing is launched for none.
-cudaError_t step(const device::Launch&, Dtypes, bool adaptive, bool stochastic, cudaStream_t);
-
-// As `step`, with rows of kCorrectedRowWords; the same dtypes are there as on the CPU.
-cudaError_t corrected_step(const device::Launch&, Dtypes, bool adaptive, Kind, cudaStream_t);
+// One launch for all chunks, of a pass that there is (spec.h). Nothing is launched for none.
+cudaError_t step(const device::Launch&, const Spec&, cudaStream_t);
 
 // Writes the sum of squares of each chunk's gradients to partials[0 ... chunk_count).
 cudaError_t squares(device::Table, const int64_t* chunks, int64_t chunk_count, Dtype grad, double* partials,

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../raw.h"
+#include "../plan/raw.h"
 
 namespace nesterov_pp::cuda {
 namespace {
@@ -26,11 +26,11 @@ device::Table table_of(const device::Group& group) {
 
 }  // namespace
 
-std::vector<StepClass> CudaPlan::collect(size_t grads_of, size_t from, size_t to) {
+std::vector<StepClass> CudaPlan::collect(const StepSlots& slots) {
   scaling_.reset();
-  if (groups().empty()) return DevicePlan::collect(grads_of, from, to);  // no parameter, so no device
+  if (groups().empty()) return DevicePlan::collect(slots);  // no parameter, so no device
   const c10::cuda::OptionalCUDAGuard guard(device_);
-  return DevicePlan::collect(grads_of, from, to);
+  return DevicePlan::collect(slots);
 }
 
 bool CudaPlan::captures() const {
@@ -88,13 +88,13 @@ void CudaPlan::launch(const at::Tensor& rows) {
                                 group.chunks.numel(),
                                 rows.const_data_ptr<double>(),
                                 factor,
-                                static_cast<int32_t>(from()),
-                                static_cast<int32_t>(to()),
-                                static_cast<int32_t>(late()),
+                                static_cast<int32_t>(slots_.grads),
+                                static_cast<int32_t>(slots_.source),
+                                static_cast<int32_t>(slots_.target),
+                                t_.rule,
+                                t_.ring_predicts,
                                 seed_.value_or(0)};
-    check(corrects() ? corrected_step(launch, group.dtypes, adaptive(), kind(), stream)
-                     : step(launch, group.dtypes, adaptive(), seed_.has_value(), stream),
-          "step", device_);
+    check(step(launch, {group.dtypes, t_.rule.normaliser, t_.corrects, seed_.has_value()}, stream), "step", device_);
   }
   scaling_.reset();
 }

@@ -13,10 +13,10 @@ class CudaPlan : public device::DevicePlan {
  public:
   using DevicePlan::DevicePlan;
 
-  std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
+  std::vector<StepClass> collect(const StepSlots& slots) override;
 
-  // Waits for the device.
-  double gradient_norm() override;
+  // Euclidean norm of all gradients collected, reading each once. Waits for the device.
+  double gradient_norm();
 
   // Has the next pass divide the gradients by `grad_scale` (float32 on the device) and clip their norm, times `scale`,
   // to `limit`. Returns that norm, float64 on the device, if there is a limit. Does not wait.

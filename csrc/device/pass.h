@@ -4,42 +4,36 @@
 #include <cstdint>
 
 #include "../random.h"
-#include "stored.h"
+#include "../spec.h"
+#include "codec.h"
 #include "table.h"
 
 namespace nesterov_pp::device {
 
-// A row of coefficients as the device has it: they, and the number of the step, counted from 1; 0 for no step.
-constexpr int kRowWords = kCoefficients + 1;
-// Of a corrected pass: the scalars of the correction after these.
-constexpr int kCorrectedRowWords = kRowWords + kCorrections;
+// A row of a step as the device has it: the coefficients; the number of the step, counted from 1, 0 for no step; and,
+// if the pass corrects, the scalars of the correction.
+NPP_HD constexpr int row_words(bool corrects) { return kCoefficients + 1 + (corrects ? kCorrections : 0); }
 
 // Everything that a launch is given, in the memory of the device but for the struct itself.
 struct Launch {
   Table table;
   const int64_t* chunks;
   int64_t chunk_count;
-  const double* rows;    // kRowWords each, or kCorrectedRowWords
+  const double* rows;    // row_words each
   const double* factor;  // null, or what the gradients are multiplied by beside the rows' grad_scale
-  int32_t source;        // ring slots
+  int32_t grads;         // ring slots
+  int32_t source;
   int32_t target;
-  int32_t late;  // that of the gradients
+  Rule rule;
+  bool ring_predicts;  // the ring takes predicted weights, and what stands beside it is stepped
   uint64_t seed;
 };
 
-// The dtypes of a pass: weights computed with, gradients, moments.
-template <class WeightType, class GradType, class MomentType, bool adaptive, bool stochastic>
-struct Pass {
-  using W = WeightType;
-  using G = GradType;
-  using M = MomentType;
-  using T = typename Compute<W>::type;
-  static constexpr bool kAdaptive = adaptive;
-  static constexpr bool kStochastic = stochastic;
-  static constexpr bool kCopies = !kSame<W, G>;  // beside master weights
-  static constexpr int kSmallest = sizeof(G) < sizeof(M) ? sizeof(G) : sizeof(M);
-  static constexpr int kVector = static_cast<int>(kVectorBytes) / kSmallest;  // elements
-};
+// Elements that a thread takes at once: a vector of the smallest of the streams.
+template <class P>
+constexpr int kSmallest = sizeof(typename P::G) < sizeof(typename P::M) ? sizeof(typename P::G) : sizeof(typename P::M);
+template <class P>
+constexpr int kVector = static_cast<int>(kVectorBytes) / kSmallest<P>;
 
 // N elements that are loaded and stored at once, in parts of kVectorBytes where there are so many.
 template <class S, int N>
@@ -100,29 +94,52 @@ NPP_HD void store(S* to, const Pack<S, N>& pack) {
 #endif
 }
 
-// The coefficients of a row in the dtype to compute in.
-template <class T>
-NPP_HD Scalars<T> coefficients_of(const Launch& l, const double* r) {
-  const double grad_scale = l.factor == nullptr ? r[0] : r[0] * *l.factor;
-  return Coefficients<double>{grad_scale, r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]}.template as<T>();
+// A step that the device found not to be taken.
+NPP_HD bool is_skipped(const double* row) { return row[kCoefficients] == 0; }
+
+// What all elements of a tensor are stepped with.
+template <class P>
+struct Constants {
+  Scalars<typename P::T> c;
+  CorrectionScalars<typename P::T> x;
+  Rule rule;
+  uint64_t seed;
+  unsigned int number, step;  // of the parameter and its step, for stochastic rounding
+};
+
+template <class P>
+NPP_HD Constants<P> constants_of(const Launch& l, const double* row, int64_t tensor) {
+  using T = typename P::T;
+  auto coefficients = Coefficients<double>::from(row);
+  if (l.factor != nullptr) coefficients.grad_scale *= *l.factor;
+  Constants<P> k{coefficients.template as<T>(),
+                 {},
+                 l.rule,
+                 l.seed,
+                 static_cast<unsigned int>(l.table.at(kNumber, tensor)),
+                 static_cast<unsigned int>(row[kCoefficients])};
+  if constexpr (P::kCorrects) k.x = Correction<double>::from(row + kCoefficients + 1).template as<T>();
+  return k;
 }
 
-// A step that the device found not to be taken.
-NPP_HD bool is_skipped(const double* r) { return r[kCoefficients] == 0; }
-
+// Null is what a pass does not have. `out` and `ahead` may be the same memory as `late`: the ring's oldest version
+// makes room for its newest.
 template <class P>
 struct Pointers {
   const typename P::W* w;
   typename P::W* out;
   const typename P::G* grad;
+  const typename P::G* late;
   typename P::M* m;
   typename P::M* v;
+  typename P::M* mean;
   typename P::G* copy;
+  typename P::G* ahead;
 };
 
 template <class S>
-NPP_HD S* pointer(int64_t address) {
-  return reinterpret_cast<S*>(static_cast<uintptr_t>(address));
+NPP_HD S* pointer(int64_t address, int64_t begin) {
+  return address == 0 ? nullptr : reinterpret_cast<S*>(static_cast<uintptr_t>(address)) + begin;
 }
 
 template <class P>
@@ -131,42 +148,48 @@ NPP_HD Pointers<P> pointers_of(const Launch& l, const Span& span) {
   using G = typename P::G;
   using M = typename P::M;
   const auto at = [&](int column) { return l.table.at(column, span.tensor); };
+  int64_t source = at(kSlots + l.source), target = at(kSlots + l.target);
   Pointers<P> p{};
-  if constexpr (P::kCopies) {
-    p.out = pointer<W>(at(kMaster)) + span.begin;
-    p.w = p.out;
-    p.copy = pointer<G>(at(kSlots + l.target)) + span.begin;
-  } else {
-    p.w = pointer<const W>(at(kSlots + l.source)) + span.begin;
-    p.out = pointer<W>(at(kSlots + l.target)) + span.begin;
+  if constexpr (P::kCorrects) {
+    int64_t ahead = at(kShadow);
+    if (l.ring_predicts) {
+      const int64_t stepped = ahead;
+      ahead = target;
+      source = target = stepped;
+    }
+    p.ahead = pointer<G>(ahead, span.begin);
+    if (compares(l.rule.kind)) p.late = pointer<const G>(at(kSlots + l.grads), span.begin);
+    if (has_mean(l.rule.kind)) p.mean = pointer<M>(at(kMean), span.begin);
   }
-  p.grad = pointer<const G>(at(kGrad)) + span.begin;
-  p.m = pointer<M>(at(kExpAvg)) + span.begin;
-  if constexpr (P::kAdaptive) p.v = pointer<M>(at(kExpAvgSq)) + span.begin;
+  if constexpr (P::kCopies) {
+    p.w = p.out = pointer<W>(at(kMaster), span.begin);
+    p.copy = pointer<G>(target, span.begin);
+  } else {
+    p.w = pointer<const W>(source, span.begin);
+    p.out = pointer<W>(target, span.begin);
+  }
+  p.grad = pointer<const G>(at(kGrad), span.begin);
+  p.m = pointer<M>(at(kExpAvg), span.begin);
+  if (P::has_second(l.rule)) p.v = pointer<M>(at(kExpAvgSq), span.begin);
   return p;
 }
 
 // Which random bits an element takes: see random.h.
 struct Bits {
-  unsigned int weight, m, v;
+  unsigned int weight, m, v, mean;
 };
-NPP_HD Bits bits_from(unsigned int first, unsigned int second) {
-  return {first & 0xffffU, first >> 16, second & 0xffffU};
+NPP_HD Bits bits_of_element(const Words<unsigned int>& words, int64_t element) {
+  const bool odd = element % 2 != 0;
+  const unsigned int first = odd ? words.c : words.a, second = odd ? words.d : words.b;
+  return {first & 0xffffU, first >> 16, second & 0xffffU, second >> 16};
 }
 
-template <int N>
-NPP_HD void random_bits(uint64_t seed, unsigned int tensor, unsigned int step, int64_t element, Bits (&bits)[N]) {
-  for (int j = 0; j < N; j += 2) {
-    const auto pair = static_cast<uint64_t>(element + j) / 2;
-    const auto words = philox<unsigned int>(
-        {static_cast<unsigned int>(pair), static_cast<unsigned int>(pair >> 32), tensor, step}, seed);
-    if constexpr (N == 1) {
-      bits[0] = element % 2 == 0 ? bits_from(words.a, words.b) : bits_from(words.c, words.d);
-    } else {
-      bits[j] = bits_from(words.a, words.b);
-      bits[j + 1] = bits_from(words.c, words.d);
-    }
-  }
+// Those of an element and of its neighbour.
+template <class P>
+NPP_HD Words<unsigned int> random_words(const Constants<P>& k, int64_t element) {
+  const auto pair = static_cast<uint64_t>(element) / 2;
+  return philox<unsigned int>(
+      {static_cast<unsigned int>(pair), static_cast<unsigned int>(pair >> 32), k.number, k.step}, k.seed);
 }
 
 template <class S, bool kStochastic, class T>
@@ -175,35 +198,64 @@ NPP_HD S narrowed(T value, unsigned int noise) {
   return Narrow<S>::nearest(value);
 }
 
+// What the weight is away from the one that the gradient was computed with: as the gradient's dtype has both, so that a
+// master that has not been stepped since is no distance apart.
+template <class P>
+NPP_HD typename P::T apart(typename P::T w, typename P::G late) {
+  using T = typename P::T;
+  T seen = w;
+  if constexpr (P::kCopies) seen = T(widened(Narrow<typename P::G>::nearest(w)));
+  return difference(seen, T(widened(late)));
+}
+
 // N elements from element i of the pointers on, which is element `first` of the tensor.
 template <class P, int N>
-NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const Scalars<typename P::T>& c,
-                          const Launch& l, unsigned int number, unsigned int step) {
+NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const Constants<P>& k) {
   using T = typename P::T;
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
+  constexpr bool kStochastic = P::kStochastic;
   auto w = load<N>(p.w + i);
   const auto grad = load<N>(p.grad + i);
   auto m = load<N>(p.m + i);
-  Pack<M, N> v{};
-  if constexpr (P::kAdaptive) v = load<N>(p.v + i);
-  Pack<G, N> copy{};
-  Bits bits[N] = {};
-  if constexpr (P::kStochastic) random_bits<N>(l.seed, number, step, first, bits);
+  Pack<M, N> v{}, mean{};
+  Pack<G, N> late{}, copy{}, ahead{};
+  if (P::has_second(k.rule)) v = load<N>(p.v + i);
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) mean = load<N>(p.mean + i);
+    if (p.late != nullptr) late = load<N>(p.late + i);
+  }
+  Words<unsigned int> words{};
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int j = 0; j < N; ++j) {
+    Bits bits{};
+    if constexpr (kStochastic) {
+      if (j % 2 == 0) words = random_words(k, first + j);
+      bits = bits_of_element(words, N == 1 ? first : j);  // more than one begin at an even one
+    }
+    const T wj = widened(w.values[j]);
     T mj = widened(m.values[j]), vj = widened(v.values[j]);
-    const T next = update<P::kAdaptive, kSame<M, Half>>(c, T(widened(w.values[j])), T(widened(grad.values[j])), mj, vj);
-    m.values[j] = narrowed<M, P::kStochastic>(mj, bits[j].m);
-    if constexpr (P::kAdaptive) v.values[j] = narrowed<M, P::kStochastic>(vj, bits[j].v);
-    w.values[j] = narrowed<W, P::kStochastic>(next, bits[j].weight);
+    Late<T> of{};
+    if constexpr (P::kCorrects) of = {apart<P>(wj, late.values[j]), T(widened(mean.values[j])), T(0)};
+    const T next = update<P>(k.rule, k.c, k.x, wj, T(widened(grad.values[j])), mj, vj, of);
+    m.values[j] = narrowed<M, kStochastic>(mj, bits.m);
+    if constexpr (P::kMayHaveSecond) v.values[j] = narrowed<M, kStochastic>(vj, bits.v);
+    w.values[j] = narrowed<W, kStochastic>(next, bits.weight);
     if constexpr (P::kCopies) copy.values[j] = Narrow<G>::nearest(next);
+    if constexpr (P::kCorrects) {
+      mean.values[j] = narrowed<M, kStochastic>(of.mean, bits.mean);
+      ahead.values[j] = Narrow<G>::nearest(of.ahead);
+    }
   }
   store(p.m + i, m);
-  if constexpr (P::kAdaptive) store(p.v + i, v);
+  if (P::has_second(k.rule)) store(p.v + i, v);
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) store(p.mean + i, mean);
+    if (p.ahead != nullptr) store(p.ahead + i, ahead);
+  }
   store(p.out + i, w);
   if constexpr (P::kCopies) store(p.copy + i, copy);
 }
@@ -213,8 +265,8 @@ template <class S>
 NPP_HD void carry(const Launch& l, const Span& span, int64_t thread, int64_t threads) {
   if (l.source == l.target) return;
   constexpr int N = static_cast<int>(kVectorBytes) / static_cast<int>(sizeof(S));
-  const auto* from = pointer<const S>(l.table.at(kSlots + l.source, span.tensor)) + span.begin;
-  auto* to = pointer<S>(l.table.at(kSlots + l.target, span.tensor)) + span.begin;
+  const auto* from = pointer<const S>(l.table.at(kSlots + l.source, span.tensor), span.begin);
+  auto* to = pointer<S>(l.table.at(kSlots + l.target, span.tensor), span.begin);
   const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
   for (int64_t i = thread * N; i < whole; i += threads * N) store(to + i, load<N>(from + i));
   for (int64_t i = whole + thread; i < span.count; i += threads) store(to + i, load<1>(from + i));
@@ -223,26 +275,21 @@ NPP_HD void carry(const Launch& l, const Span& span, int64_t thread, int64_t thr
 // One thread's part of a step, for a grid of `blocks` blocks of `threads` threads.
 template <class P>
 NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread, int64_t threads) {
-  using T = typename P::T;
-  constexpr int N = P::kVector;
-  for (int64_t k = block; k < l.chunk_count; k += blocks) {
-    const Span span = span_of(l.table, l.chunks[k]);
-    const int64_t row = l.table.at(kRow, span.tensor);
-    if (row < 0) {
+  constexpr int N = kVector<P>;
+  for (int64_t chunk = block; chunk < l.chunk_count; chunk += blocks) {
+    const Span span = span_of(l.table, l.chunks[chunk]);
+    const int64_t number = l.table.at(kRow, span.tensor);
+    if (number < 0) {
       carry<typename P::G>(l, span, thread, threads);
       continue;
     }
-    const double* r = l.rows + row * kRowWords;
-    if (is_skipped(r)) continue;
-    const auto c = coefficients_of<T>(l, r);
-    const auto number = static_cast<unsigned int>(l.table.at(kNumber, span.tensor));
-    const auto count_of_step = static_cast<unsigned int>(r[kCoefficients]);
+    const double* row = l.rows + number * row_words(P::kCorrects);
+    if (is_skipped(row)) continue;
+    const auto k = constants_of<P>(l, row, span.tensor);
     const auto p = pointers_of<P>(l, span);
     const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
-    for (int64_t i = thread * N; i < whole; i += threads * N)
-      step_elements<P, N>(p, i, span.begin + i, c, l, number, count_of_step);
-    for (int64_t i = whole + thread; i < span.count; i += threads)
-      step_elements<P, 1>(p, i, span.begin + i, c, l, number, count_of_step);
+    for (int64_t i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, span.begin + i, k);
+    for (int64_t i = whole + thread; i < span.count; i += threads) step_elements<P, 1>(p, i, span.begin + i, k);
   }
 }
 
@@ -253,7 +300,7 @@ NPP_HD double squares(const Table& table, int64_t chunk, int64_t thread, int64_t
   constexpr int N = static_cast<int>(kVectorBytes) / static_cast<int>(sizeof(G));
   const Span span = span_of(table, chunk);
   if (table.at(kRow, span.tensor) < 0) return 0;
-  const auto* grad = pointer<const G>(table.at(kGrad, span.tensor)) + span.begin;
+  const auto* grad = pointer<const G>(table.at(kGrad, span.tensor), span.begin);
   const int64_t whole = table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
   T sum = 0;
   for (int64_t i = thread * N; i < whole; i += threads * N) {

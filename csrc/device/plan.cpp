@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../fail.h"
+#include "../plan/fail.h"
 #include "pass.h"
 
 namespace nesterov_pp::device {
@@ -24,7 +24,7 @@ DevicePlan::DevicePlan(Tensors tensors, std::optional<uint64_t> seed) : Plan(std
     const at::Tensor none;
     const Item item = this->item(i, none);
     check(item, seed_.has_value(), device_);
-    const Dtypes dtypes = dtypes_of(item);
+    const Dtypes dtypes = spec_of(item, t_.rule, false).dtypes;
     auto group = std::find_if(found.begin(), found.end(), [&](const auto& g) { return same(g.first, dtypes); });
     if (group == found.end()) group = found.insert(found.end(), {dtypes, {}});
     group->second.push_back(i);
@@ -61,8 +61,8 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
   return group;
 }
 
-std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t to) {
-  auto classes = Plan::collect(grads_of, from, to);
+std::vector<StepClass> DevicePlan::collect(const StepSlots& slots) {
+  auto classes = Plan::collect(slots);
   const bool in_graph = captures();
   for (const Group& group : groups_) check_unchanged(group);
   for (Group& group : groups_) {
@@ -80,11 +80,11 @@ std::vector<StepClass> DevicePlan::collect(size_t grads_of, size_t from, size_t 
 void DevicePlan::check_unchanged(const Group& group) const {
   for (size_t k = 0; k < group.members.size(); ++k) {
     const size_t i = group.members[k];
-    const cpu::Task& task = tasks_[i];
-    const bool stepped = task.row != cpu::kCarried;
+    const Task& task = tasks_[i];
+    const bool stepped = task.row != kCarried;
     if (!stepped && task.run.count == 0) continue;
     if (task.run.count != group.host.at(kNumel, static_cast<int64_t>(k)) ||
-        (stepped ? !same(task.dtypes, group.dtypes) : task.dtypes.grad != group.dtypes.grad))
+        (stepped ? !same(task.spec.dtypes, group.dtypes) : task.spec.dtypes.grad != group.dtypes.grad))
       fail(t_.names[i], " has another size or dtype than when the step was planned");
   }
 }
@@ -111,13 +111,13 @@ at::Tensor DevicePlan::table_of_graph(Group& group) {
   return table;
 }
 
-void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
-  const cpu::Run& run = task.run;
+void DevicePlan::enter(Group& group, int64_t k, const Task& task) {
+  const Run& run = task.run;
   HostTable& host = group.host;
   const int64_t weight = address(run.weight), out = address(run.weight_out), grad = address(run.grad),
                 m = address(run.exp_avg), v = address(run.exp_avg_sq), copy = address(run.copy),
                 late = address(run.late), mean = address(run.mean), ahead = address(run.ahead);
-  const bool stepped = task.row != cpu::kCarried;
+  const bool stepped = task.row != kCarried;
   host.set(kRow, k, task.row);
   host.set(kGrad, k, grad);
   host.set(kAligned, k, (weight | out | grad | m | v | copy | late | mean | ahead) % kVectorBytes == 0);
@@ -127,33 +127,34 @@ void DevicePlan::enter(Group& group, int64_t k, const cpu::Task& task) {
     host.set(kExpAvgSq, k, v);
     host.set(kMean, k, mean);
   }
-  if (late != 0) host.set(kSlots + static_cast<int>(grads_of_), k, late);
-  if (stepped && t_.masters[group.members[static_cast<size_t>(k)]].defined()) {
-    host.set(kMaster, k, weight);
-    host.set(kSlots + static_cast<int>(to_), k, t_.corrects ? ahead : copy);
-  } else {
-    if (stepped) host.set(kBeside, k, ahead);
-    host.set(kSlots + static_cast<int>(from_), k, weight);
-    host.set(kSlots + static_cast<int>(to_), k, out);
-  }
+  const auto slot = [](size_t number) { return kSlots + static_cast<int>(number); };
+  if (late != 0) host.set(slot(slots_.grads), k, late);
+  const bool has_master = stepped && t_.masters[group.members[static_cast<size_t>(k)]].defined();
+  const bool swapped = stepped && t_.ring_predicts;
+  const int64_t next = has_master ? copy : out;
+  if (has_master) host.set(kMaster, k, weight);
+  if (stepped) host.set(kShadow, k, swapped ? next : ahead);
+  if (!has_master && !swapped) host.set(slot(slots_.source), k, weight);
+  host.set(slot(slots_.target), k, swapped ? ahead : next);
 }
 
-void DevicePlan::pass(const std::vector<Row>& rows) {
-  std::vector<double> values;
+void DevicePlan::pass(const std::vector<StepRow>& rows) {
+  std::vector<double> words;
+  const auto append = [&words](const auto& scalars) {
+    const auto* first = reinterpret_cast<const double*>(&scalars);
+    words.insert(words.end(), first, first + sizeof(scalars) / sizeof(double));
+  };
   for (size_t k = 0; k < rows.size(); ++k) {
-    values.insert(values.end(), rows[k].begin(), rows[k].end());
-    values.push_back(number_of_step(classes_[k]));
-    if (!t_.corrects) continue;
-    const Correction<double>& x = corrections_[k];
-    values.insert(values.end(),
-                  {x.strength, x.mean_complement, x.inv_bias, x.eps, x.ahead_last, x.ahead_momentum, x.ahead_mean});
+    append(rows[k].coefficients);
+    words.push_back(number_of_step(classes_[k]));
+    if (t_.corrects) append(rows[k].correction);
   }
-  launch(send(values.data(), static_cast<int64_t>(values.size()), at::kDouble));
+  launch(send(words.data(), static_cast<int64_t>(words.size()), at::kDouble));
 }
 
 void DevicePlan::apply_rows(const at::Tensor& rows) {
   const auto n = static_cast<int64_t>(t_.names.size());
-  const int words = t_.corrects ? kCorrectedRowWords : kRowWords;
+  const int words = row_words(t_.corrects);
   if (!collected_ || !t_.steps.empty())
     fail("apply_rows() runs the step that collect() of a plan without counts has prepared");
   if (rows.device() != device_ || rows.scalar_type() != at::kDouble || !rows.is_contiguous() || rows.dim() != 2 ||

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "../plan.h"
+#include "../plan/plan.h"
 #include "host_table.h"
 
 namespace nesterov_pp::device {
@@ -35,24 +35,17 @@ class DevicePlan : public Plan {
   DevicePlan(Tensors tensors, std::optional<uint64_t> seed);
 
   // Also sends what has changed in the tables. Does not wait for the device.
-  std::vector<StepClass> collect(size_t grads_of, size_t from, size_t to) override;
+  std::vector<StepClass> collect(const StepSlots& slots) override;
 
-  // Runs the step collected with `rows`, float64 of shape [parameters, device::kRowWords (kCorrectedRowWords where it
-  // corrects)] on the device, of a plan whose caller counts. A row whose number of the step is 0 leaves its parameter
-  // as it is.
+  // Runs the step collected with `rows`, float64 of shape [parameters, device::row_words(corrects)] on the device, of a
+  // plan whose caller counts. A row whose number of the step is 0 leaves its parameter as it is.
   void apply_rows(const at::Tensor& rows);
 
   const std::vector<Group>& groups() const { return groups_; }
   int64_t chunk_count() const { return chunk_count_; }
-  bool adaptive() const { return !t_.exp_avg_sqs.empty(); }
-  size_t from() const { return from_; }
-  size_t to() const { return to_; }
-  size_t late() const { return grads_of_; }
-  bool corrects() const { return t_.corrects; }
-  Kind kind() const { return t_.kind; }
 
  protected:
-  void pass(const std::vector<Row>& rows) override;
+  void pass(const std::vector<StepRow>& rows) override;
 
   // Whether what is launched now is captured in a graph instead of run.
   virtual bool captures() const { return false; }
@@ -68,7 +61,7 @@ class DevicePlan : public Plan {
 
  private:
   Group make_group(Dtypes dtypes, std::vector<size_t> members);
-  void enter(Group& group, int64_t k, const cpu::Task& task);
+  void enter(Group& group, int64_t k, const Task& task);
   // Throws where a tensor of the step collected no longer fits the group, whose chunks are cut.
   void check_unchanged(const Group& group) const;
   void send_changes(Group& group) const;

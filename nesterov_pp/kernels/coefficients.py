@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
+
+
+class Normaliser(IntEnum):
+    """What becomes of a rule's momentum before it is taken from the weights. The order is that of ``csrc/update.h``."""
+
+    NONE = 0
+    RMS = 1  # divided by the root of a second moment
+    SIGN = 2
 
 
 class Coefficients(NamedTuple):
@@ -11,10 +20,14 @@ class Coefficients(NamedTuple):
     With gradient ``g``, weights ``w`` and moments ``m`` and ``v``::
 
         g  = grad_scale * grad + l2 * w
-        m  = m + beta1_complement * (g - m)
-        v  = (1 - beta2_complement) * v + beta2_complement * g * g    adaptive rules only
-        D  = sqrt(v * inv_bias2) + eps                                1 for the others
-        w' = w - (decay * w + (c_grad * g + c_momentum * m) / D)
+        m' = m + beta1_complement * (g - m)
+        v' = (1 - beta2_complement) * v + beta2_complement * g * g           normalised by rms only
+        w' = w - (decay * w + direction)
+
+        direction = c_grad * g + c_momentum * m'                             normalised by nothing
+        direction = (c_grad * g + c_momentum * m') / (sqrt(v' * inv_bias2) + eps)              by rms
+        direction = sign(c_grad * g + c_momentum * m) * inv_bias2            by sign: m is the one before the step,
+                                                                             and inv_bias2 the size of the step
 
     How ``m`` and ``v`` are rounded, and what becomes of numbers that are not finite, is in ``csrc/update.h``.
     """

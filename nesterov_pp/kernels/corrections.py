@@ -6,10 +6,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 
-class Kind(IntEnum):
+class CorrectionKind(IntEnum):
     """What is done with the gradient, and what the running mean ``a`` beside the moments is of.
 
-    The order is that of ``Kind`` in ``csrc/update.h``.
+    The order is that of ``CorrectionKind`` in ``csrc/update.h``.
     """
 
     NONE = 0
@@ -19,7 +19,7 @@ class Kind(IntEnum):
     DISCREPANCY = 4  # of the update
 
 
-HAS_MEAN = (Kind.ADAPTIVE_DELAY_COMPENSATION, Kind.GAP, Kind.DISCREPANCY)
+HAS_MEAN = (CorrectionKind.ADAPTIVE_DELAY_COMPENSATION, CorrectionKind.GAP, CorrectionKind.DISCREPANCY)
 
 
 class Correction(NamedTuple):
@@ -39,7 +39,8 @@ class Correction(NamedTuple):
         x  = w' + (ahead_last * (w' - w) - ahead_momentum * m / D)
         x  = x + ahead_mean * a                                           discrepancy
 
-    A difference of two infinite weights of one sign is 0.
+    Normalised by sign, ``m / D`` is ``sign(m)``. A difference of two infinite weights of one sign is 0. Master weights
+    are compared as the parameter's dtype has them: no update between is no distance.
     """
 
     strength: float = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 import sys
 from functools import cache
@@ -43,6 +42,18 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"{file} cannot be loaded ({error}); rebuild it {_HOW}"
 
 
+def require() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    module, reason = load()
+    if module is None:
+        raise ValueError(f"the compiled extension cannot be used: {reason}")
+    return module
+
+
 def tensors_of(module: ModuleType, tensors: Tensors) -> object:
     """The tensors of a plan, as the extension takes them."""
     return module.Tensors(
@@ -55,28 +66,13 @@ def tensors_of(module: ModuleType, tensors: Tensors) -> object:
         masters=tensors.masters,
         steps=tensors.steps,
         mu_products=tensors.mu_products,
+        means=tensors.means,
+        shadows=tensors.shadows,
+        normaliser=int(tensors.normaliser),
         corrects=tensors.corrects,
         kind=int(tensors.kind),
-        means=tensors.means,
-        besides=tensors.besides,
+        ring_predicts=tensors.ring_predicts,
     )
-
-
-def triton_plans() -> ModuleType:
-    """The module ``nesterov_pp.triton_kernels.plan``, also where the package runs from its source tree uninstalled.
-
-    Raises:
-        ImportError: Triton is not installed, or does not work.
-    """
-    name = "nesterov_pp.triton_kernels"
-    source = Path(__file__).resolve().parents[2] / "triton_kernels"
-    if importlib.util.find_spec(name) is None and source.is_dir():
-        spec = importlib.util.spec_from_file_location(
-            name, source / "__init__.py", submodule_search_locations=[str(source)]
-        )
-        assert spec is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.plan")
 
 
 def _find() -> Path | None:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from nesterov_pp.kernels.coefficients import Coefficients
-from nesterov_pp.kernels.corrections import Correction, Kind
+from nesterov_pp.kernels.coefficients import Coefficients, Normaliser
+from nesterov_pp.kernels.corrections import Correction, CorrectionKind
 
 StepClass = tuple[int, float, float]
 """Parameters of one group with one step count: (group index, steps done, product of mu so far)."""
+
+
+class StepSlots(NamedTuple):
+    """The ring slots of a step: those of the gradients, of the weights read, and of the weights written."""
+
+    grads: int = 0
+    source: int = 0
+    target: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,13 +28,13 @@ class Tensors:
     """The tensors of one optimizer; every list runs over its parameters.
 
     ``numbers[i]`` is the parameter's number in the optimizer, ``slots[s][i]`` the parameter in ring slot ``s`` (one
-    slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped and copied to the
-    parameter. ``exp_avg_sqs`` is empty for non-adaptive rules, ``mu_products`` for rules without a momentum schedule,
-    both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
+    slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped, of which the others
+    take copies. ``exp_avg_sqs`` is empty where the rule has no second moment, ``mu_products`` where it has no momentum
+    schedule, both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
 
-    With a correction (``kind``, or ``predicts``) ``means`` are its running means, if it has one. ``predicts``: the
-    slots take predicted weights ``x``, and ``masters`` of the parameters' dtype are stepped; or, where there are
-    ``besides``, these take ``x``, and the slots are stepped.
+    ``means`` are the running means of a correction of this ``kind``, if it has one. ``shadows`` stand beside the ring
+    where a step predicts: with ``ring_predicts`` the slots take predicted weights and the shadows are stepped; else the
+    shadows take what is predicted.
     """
 
     names: list[str]
@@ -39,15 +47,16 @@ class Tensors:
     steps: list[Tensor]
     mu_products: list[Tensor]
     max_exp_avg_sqs: list[Tensor | None]
-    kind: Kind = Kind.NONE
-    predicts: bool = False
+    normaliser: Normaliser = Normaliser.RMS
+    kind: CorrectionKind = CorrectionKind.NONE
     means: list[Tensor] = field(default_factory=list)
-    besides: list[Tensor] = field(default_factory=list)
+    shadows: list[Tensor] = field(default_factory=list)
+    ring_predicts: bool = False
 
     @property
     def corrects(self) -> bool:
         """Whether a step takes ``Correction`` scalars too."""
-        return self.predicts or self.kind != Kind.NONE
+        return bool(self.shadows) or self.kind != CorrectionKind.NONE
 
 
 class Plan(Protocol):
@@ -56,8 +65,8 @@ class Plan(Protocol):
     on_device: bool
     """Whether the pass runs on a device that the host does not wait for; then gradients are scaled by ``scale``."""
 
-    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
-        """Take the gradients of slot ``grads_of`` for a step from slot ``source`` to slot ``target``.
+    def collect(self, slots: StepSlots) -> list[StepClass]:
+        """Take the gradients for a step between slots.
 
         Returns the classes of the parameters that have a gradient. Changes nothing.
 

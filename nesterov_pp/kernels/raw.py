@@ -1,4 +1,4 @@
-"""Whether a tensor's elements lie in memory as its shape and strides say: ``csrc/raw.h``, for what Python decides."""
+"""Whether a tensor's elements lie in memory as its shape and strides say: ``csrc/plan/raw.h`` for Python."""
 
 from __future__ import annotations
 

@@ -5,17 +5,33 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.coefficients import Coefficients
-from nesterov_pp.kernels.corrections import Correction, Kind
-from nesterov_pp.kernels.plan import StepClass, Tensors
+from nesterov_pp.kernels.coefficients import Coefficients, Normaliser
+from nesterov_pp.kernels.corrections import Correction, CorrectionKind
+from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
 from nesterov_pp.kernels.raw import has_memory, in_transform, is_subclass, is_writable, why_not_raw
 from nesterov_pp.kernels.rounding import Noise
 
 _LOW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Late:
+    """What a correction has of one parameter (see ``Correction``).
+
+    ``weights`` are those that the gradient was computed with, ``mean`` the running mean of the correction, and
+    ``ahead`` takes the predicted weights; each None where there is none.
+    """
+
+    kind: CorrectionKind
+    scalars: Correction
+    weights: Tensor
+    mean: Tensor | None = None
+    ahead: Tensor | None = None
 
 
 def update(
@@ -26,22 +42,31 @@ def update(
     exp_avg_sq: Tensor | None,
     c: Coefficients,
     *,
+    normaliser: Normaliser | None = None,
     master: Tensor | None = None,
     max_exp_avg_sq: Tensor | None = None,
     noise: Noise | None = None,
+    late: Late | None = None,
 ) -> None:
     """One parameter's update (see ``Coefficients``), in fp32 for lower precisions; ``weight_out`` may be ``weight``.
 
-    With a ``master``, that is stepped and ``weight_out`` takes a copy. ``max_exp_avg_sq`` is AMSGrad's largest second
-    moment, which takes the second moment's place in the denominator. ``noise`` rounds bfloat16 stochastically, but for
-    the copy of a master.
+    ``normaliser`` is by default ``RMS`` with an ``exp_avg_sq``, ``NONE`` without. With a ``master``, that is stepped
+    and ``weight_out`` takes a copy. ``max_exp_avg_sq`` is AMSGrad's largest second moment, which takes the second
+    moment's place in the denominator. ``noise`` rounds bfloat16 stochastically, but for copies and predictions.
     """
+    if normaliser is None:
+        normaliser = Normaliser.NONE if exp_avg_sq is None else Normaliser.RMS
     source = weight if master is None else master
     dtype = torch.float32 if source.dtype in _LOW else source.dtype
-    w, m = source.to(dtype), exp_avg.to(dtype)
-    g = _gradient(grad, w, c)
-    m = _mean(m, g, c.beta1_complement)
-    direction = c.c_grad * g + c.c_momentum * m
+    w, before = source.to(dtype), exp_avg.to(dtype)
+    g, decay = _gradient(grad, w, c), _decay(w, c)
+    mean = None
+    if late is not None:
+        mean = torch.zeros_like(w) if late.mean is None else late.mean.to(dtype)
+        seen = w if master is None else w.to(grad.dtype).to(dtype)  # as the gradient's weights are rounded
+        g, decay, mean = _correct(late, _difference(seen, late.weights.to(dtype)), mean, g, decay)
+    m = _mean(before, g, c.beta1_complement)
+    direction, momentum = c.c_grad * g + c.c_momentum * (before if normaliser == Normaliser.SIGN else m), m
     if exp_avg_sq is not None:
         v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
         _store(exp_avg_sq, v, noise, 2)
@@ -50,65 +75,51 @@ def update(
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
             max_exp_avg_sq.copy_(v)
-        direction = direction / ((v * c.inv_bias2).sqrt() + c.eps)
-    _store(exp_avg, m, noise, 1)
-    w = w - (_decay(w, c) + direction)
-    if master is None:
-        _store(weight_out, w, noise, 0)
-    else:
-        master.copy_(w)
-        weight_out.copy_(w)
-
-
-def corrected_update(
-    weight: Tensor,
-    weight_out: Tensor,
-    late: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor | None,
-    c: Coefficients,
-    kind: Kind,
-    x: Correction,
-    *,
-    mean: Tensor | None = None,
-    ahead: Tensor | None = None,
-) -> None:
-    """``update`` with a correction (see ``Correction``): ``late`` are the weights that ``grad`` was computed with,
-    ``mean`` the running mean of the correction, and ``ahead`` takes the predicted weights."""
-    dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
-    w, s, m = weight.to(dtype), late.to(dtype), exp_avg.to(dtype)
-    a = torch.zeros_like(w) if mean is None else mean.to(dtype)
-    g, decay = _gradient(grad, w, c), _decay(w, c)
-    if kind == Kind.DELAY_COMPENSATION:
-        g = g + x.strength * g * (g * _difference(w, s))
-    elif kind == Kind.ADAPTIVE_DELAY_COMPENSATION:
-        a = _mean_of_squares(a, g, x.mean_complement)
-        g = g + x.strength / (a + x.eps).sqrt() * g * (g * _difference(w, s))
-    elif kind == Kind.GAP:
-        gap = 1.0 + _difference(w, s).abs() / ((a * x.inv_bias).sqrt() + x.eps)
-        g, decay = g / gap, decay / gap
-    m = _mean(m, g, c.beta1_complement)
-    direction, momentum = c.c_grad * g + c.c_momentum * m, m
-    if exp_avg_sq is not None:
-        v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
-        exp_avg_sq.copy_(v)
         denominator = (v * c.inv_bias2).sqrt() + c.eps
         direction, momentum = direction / denominator, m / denominator
-    exp_avg.copy_(m)
+    elif normaliser == Normaliser.SIGN:
+        direction, momentum = c.inv_bias2 * _sign(direction), _sign(m)
     after = w - (decay + direction)
-    last = _difference(after, w)
+    if late is not None and mean is not None:
+        ahead, mean = _predict(late, w, after, direction, momentum, mean)
+        if late.mean is not None:
+            _store(late.mean, mean, noise, 3)
+        if late.ahead is not None:
+            late.ahead.copy_(ahead)
+    _store(exp_avg, m, noise, 1)
+    if master is None:
+        _store(weight_out, after, noise, 0)
+    else:
+        master.copy_(after)
+        weight_out.copy_(after)
+
+
+def _correct(late: Late, apart: Tensor, a: Tensor, g: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient, decay and running mean, before the moments; ``apart``: the weights less those of the gradient."""
+    x = late.scalars
+    if late.kind == CorrectionKind.DELAY_COMPENSATION:
+        g = g + x.strength * g * (g * apart)
+    elif late.kind == CorrectionKind.ADAPTIVE_DELAY_COMPENSATION:
+        a = _mean_of_squares(a, g, x.mean_complement)
+        g = g + x.strength / (a + x.eps).sqrt() * g * (g * apart)
+    elif late.kind == CorrectionKind.GAP:
+        gap = 1.0 + apart.abs() / ((a * x.inv_bias).sqrt() + x.eps)
+        g, decay = g / gap, decay / gap
+    return g, decay, a
+
+
+def _predict(
+    late: Late, w: Tensor, after: Tensor, direction: Tensor, momentum: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The predicted weights and the running mean, after the update."""
+    x, last = late.scalars, _difference(after, w)
     further = x.ahead_last * last - x.ahead_momentum * momentum
-    if kind == Kind.GAP:
+    if late.kind == CorrectionKind.GAP:
         a = _mean_of_squares(a, direction, x.mean_complement)
-    elif kind == Kind.DISCREPANCY:
+    elif late.kind == CorrectionKind.DISCREPANCY:
         a = _mean(a, last, x.mean_complement)
         further = further + x.ahead_mean * a
-    if mean is not None:
-        mean.copy_(a)
-    if ahead is not None:
-        ahead.copy_(after + further)
-    weight_out.copy_(after)
+    return after + further, a
 
 
 # The parts of the update, with the scalars rounded as csrc/update.h has them; why in this form: its notes.
@@ -133,6 +144,11 @@ def _mean_of_squares(v: Tensor, x: Tensor, complement: float) -> Tensor:
     remaining = 1.0 - complement
     kept = _rounded(remaining * (1.0 - 2.0**-23), v.dtype)
     return kept * v + ((remaining - kept) * v + complement * x * x)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """Of NaN it is NaN, for what is wrong is to be seen."""
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
@@ -160,7 +176,7 @@ class ReferencePlan:
     def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
         self._tensors = tensors
         self._seed = seed
-        self._slots = (0, 0, 0)
+        self._slots = StepSlots()
         self._grads: list[Tensor | None] = []
         self._class_of: list[int] = []
         self.steps_run = 0
@@ -168,9 +184,9 @@ class ReferencePlan:
     def forget(self) -> None:
         self._grads = []
 
-    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
-        t = self._tensors
-        grads = [p.grad for p in t.slots[grads_of]]
+    def collect(self, slots: StepSlots) -> list[StepClass]:
+        t, (_, source, target) = self._tensors, slots
+        grads = [p.grad for p in t.slots[slots.grads]]
         classes: dict[StepClass, int] = {}
         class_of = []
         for i, grad in enumerate(grads):
@@ -178,20 +194,22 @@ class ReferencePlan:
             if grad is None and source == target:
                 class_of.append(0)
                 continue
-            beside = {
+            tensors: dict[str, Tensor | None] = {
                 "next version": t.slots[target][i],
                 "gradient": grad,
                 "first moment": t.exp_avgs[i],
                 "master weight": t.masters[i],
             }
             if t.exp_avg_sqs:
-                beside["second moment"] = t.exp_avg_sqs[i]
+                tensors["second moment"] = t.exp_avg_sqs[i]
             if t.means:
-                beside["running mean"] = t.means[i]
-            for what, other in beside.items():
+                tensors["running mean"] = t.means[i]
+            if t.shadows:
+                tensors["copy beside the ring"] = t.shadows[i]
+            for what, other in tensors.items():
                 if other is not None:
                     _check_beside(t.names[i], what, weight, other)
-            for what, other in beside.items():
+            for what, other in tensors.items():
                 if other is not None:
                     whose = t.names[i] if other is weight else f"the {what} of {t.names[i]}"
                     _check_memory(whose, other, written=what != "gradient")
@@ -206,7 +224,7 @@ class ReferencePlan:
             mu_product = _scalar(t.names[i], "mu product", t.mu_products[i]) if t.mu_products else 1.0
             key = (t.groups[i], steps, mu_product)
             class_of.append(classes.setdefault(key, len(classes)))
-        self._slots, self._grads, self._class_of = (grads_of, source, target), grads, class_of
+        self._slots, self._grads, self._class_of = slots, grads, class_of
         self._rehearse()
         return list(classes)
 
@@ -245,47 +263,38 @@ class ReferencePlan:
     def apply(
         self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
     ) -> None:
-        t = self._tensors
-        grads_of, source, target = self._slots
+        t, slots = self._tensors, self._slots
         for i, grad in enumerate(self._grads):
-            weight, weight_out = t.slots[source][i], t.slots[target][i]
+            weight, weight_out, shadow = t.slots[slots.source][i], t.slots[slots.target][i], None
             if grad is None:
                 if weight_out is not weight:
                     weight_out.copy_(weight)
                 continue
             k = self._class_of[i]
-            exp_avg_sq = t.exp_avg_sqs[i] if t.exp_avg_sqs else None
+            origin = t.slots[slots.grads][i].detach()
+            if t.shadows:
+                shadow = t.shadows[i]
+            if t.ring_predicts and shadow is not None:
+                weight, weight_out, shadow = shadow, shadow, weight_out
+            late = None
             if t.corrects:
-                master = t.masters[i]
-                ahead = t.besides[i] if t.besides else weight_out if t.predicts else None
-                corrected_update(
-                    weight if master is None else master,
-                    weight_out if master is None else master,
-                    t.slots[grads_of][i],
-                    grad,
-                    t.exp_avgs[i],
-                    exp_avg_sq,
-                    rows[k],
-                    t.kind,
-                    corrections[k],
-                    mean=t.means[i] if t.means else None,
-                    ahead=ahead,
-                )
-            else:
-                noise = None
-                if self._seed is not None:
-                    noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
-                update(
-                    weight,
-                    weight_out,
-                    grad,
-                    t.exp_avgs[i],
-                    exp_avg_sq,
-                    rows[k],
-                    master=t.masters[i],
-                    max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
-                    noise=noise,
-                )
+                late = Late(t.kind, corrections[k], origin, t.means[i] if t.means else None, shadow)
+            noise = None
+            if self._seed is not None:
+                noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
+            update(
+                weight,
+                weight_out,
+                grad,
+                t.exp_avgs[i],
+                t.exp_avg_sqs[i] if t.exp_avg_sqs else None,
+                rows[k],
+                normaliser=t.normaliser,
+                master=t.masters[i],
+                max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
+                noise=noise,
+                late=late,
+            )
             t.steps[i].add_(1)
             if t.mu_products:
                 t.mu_products[i].fill_(mu_products[k])
@@ -298,7 +307,7 @@ def _check_beside(name: str, what: str, weight: Tensor, other: Tensor) -> None:
         expected, found = getattr(weight, attribute), getattr(other, attribute)
         if expected != found:
             raise ValueError(f"the {what} of {name} has {attribute} {found}, but the parameter has {expected}")
-    if what in ("next version", "gradient") and weight.dtype != other.dtype:
+    if what in ("next version", "gradient", "copy beside the ring") and weight.dtype != other.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, but the parameter is {weight.dtype}")
     if what == "first moment" and weight.dtype in (torch.float64, torch.complex128) and other.dtype != weight.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, which does not go with a {weight.dtype} parameter")

@@ -32,7 +32,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 class Noise:
     """16 random bits for each element and value of one parameter's step.
 
-    Elements are counted in the order of memory. ``which`` is 0 for the weight, 1 and 2 for the moments.
+    Elements are counted in the order of memory. ``which`` is 0 for the weight, 1 and 2 for the moments, 3 for
+    a correction's running mean.
     """
 
     def __init__(self, *, seed: int, tensor: int, step: int) -> None:
@@ -42,7 +43,7 @@ class Noise:
     def round(self, value: Tensor, which: int) -> Tensor:
         """``value``, float32 and dense, as bfloat16: up or down with probabilities that make it right on average."""
         words = self._of(value)
-        noise = (words.first & 0xFFFF, words.first >> 16, words.second & 0xFFFF)[which]
+        noise = (words.first & 0xFFFF, words.first >> 16, words.second & 0xFFFF, words.second >> 16)[which]
         flat = _in_memory_order(value)
         rounded = ((flat.view(torch.int32).to(torch.int64) & _WORD) + noise) & 0xFFFF0000
         result = torch.where(flat.isnan(), flat, _as_int32(rounded).view(torch.float32)).to(torch.bfloat16)

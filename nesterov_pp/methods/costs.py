@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nesterov_pp.kernels import Normaliser
 from nesterov_pp.optim import FusedOptimizer, costs
 from nesterov_pp.pipeline.recipe import Recipe
 
@@ -11,7 +12,7 @@ def of_step(recipe: Recipe) -> costs.Cost | None:
     if not (isinstance(recipe.rule, type) and issubclass(recipe.rule, FusedOptimizer)) or recipe.forecast is not None:
         return None
     return costs.one_pass(
-        adaptive=recipe.rule._adaptive,
+        adaptive=recipe.rule._normaliser == Normaliser.RMS,
         correction=recipe.options.get("correction"),
         prediction=recipe.options.get("prediction"),
     )

@@ -3,6 +3,7 @@
 from nesterov_pp.optim.adamw import AdamW
 from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
+from nesterov_pp.optim.lion import Lion
 from nesterov_pp.optim.nadam import NAdam
 from nesterov_pp.optim.nag import NAG, convex_schedule
 from nesterov_pp.optim.stage_optimizer import StageOptimizer
@@ -14,6 +15,7 @@ __all__ = [
     "Discrepancy",
     "FusedOptimizer",
     "GapAware",
+    "Lion",
     "NAdam",
     "Prediction",
     "StageOptimizer",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from nesterov_pp.kernels import Coefficients, Correction, StepClass, choose_backend
+from nesterov_pp.kernels import Coefficients, Correction, Normaliser, StepClass, StepSlots, choose_backend
 from nesterov_pp.kernels.raw import in_fake_mode, in_transform
 from nesterov_pp.optim import counts
 from nesterov_pp.optim.device_counts import check_capturable, check_not_captured
@@ -25,9 +25,6 @@ from nesterov_pp.optim.prepared import Prepared
 from nesterov_pp.optim.scaling import forget_scale_on_failure, gradient_scale, whole_scale
 from nesterov_pp.optim.state import StatefulOptimizer, unique
 from nesterov_pp.optim.uninterrupted import uninterrupted
-
-Slots = tuple[int, int, int]
-"""The ring slots of the gradients, of the weights read, and of those written."""
 
 
 class FusedOptimizer(StatefulOptimizer):
@@ -53,7 +50,7 @@ class FusedOptimizer(StatefulOptimizer):
         if options.stash is not None:
             options.stash.leaves(self._parameters())
         plain = [local(p) for p in unique(self._parameters()) if p.requires_grad and not is_lazy(p)]
-        self.backend = choose_backend(options.backend, plain, self._only_reference(), corrects=options.corrects)
+        self.backend = choose_backend(options.backend, plain, self._only_reference())
         if options.stash is not None:
             options.stash.attach(self)
         self._ready = True
@@ -117,14 +114,14 @@ class FusedOptimizer(StatefulOptimizer):
 
     def _locked_pass(self, version: int | None, microbatches: int) -> None:
         stash = self.options.stash
-        slots: Slots = (0, 0, 0)
+        slots = StepSlots()
         if stash is not None:
             if hasattr(self, "found_inf"):
                 raise ValueError(
                     "torch.amp.GradScaler sees the gradients of one weight version only; "
                     "use bfloat16, which needs no scaling, with a WeightStash"
                 )
-            slots = stash.begin_step(version, microbatches)
+            slots = StepSlots(*stash.begin_step(version, microbatches))
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         if in_fake_mode():
@@ -139,20 +136,20 @@ class FusedOptimizer(StatefulOptimizer):
         loss_scale = getattr(self, "grad_scale", None)
         if self.defaults.get("differentiable") and loss_scale is None and self.options.are_torchs and self._recorded():
             return
-        scale, norm = gradient_scale(prepared, self.options, slots[0], microbatches, loss_scale)
+        scale, norm = gradient_scale(prepared, self.options, slots.grads, microbatches, loss_scale)
         if norm is not None:
             self.last_grad_norm = norm
         with nullcontext() if stash is None and prepared.device_counts is None else uninterrupted():
             self._run(prepared, classes, slots, scale, None if stash is None else (version, microbatches))
         for repeated in prepared.repeats:
             again = self._plan_of(repeated)
-            self._run(again, again.collect(*slots), slots, whole_scale(prepared, self.options, scale, norm, loss_scale))
+            self._run(again, again.collect(slots), slots, whole_scale(prepared, self.options, scale, norm, loss_scale))
 
     def _run(
         self,
         prepared: Prepared,
         classes: list[StepClass],
-        slots: Slots,
+        slots: StepSlots,
         scale: float,
         of_ring: tuple[int | None, int] | None = None,
     ) -> None:
@@ -161,22 +158,21 @@ class FusedOptimizer(StatefulOptimizer):
         stash, run_before = self.options.stash, prepared.plan.steps_run
         try:
             self._pass(prepared, classes, slots, scale)
-            prepared.written(slots[2])
+            prepared.written(slots.target)
         finally:
             # Weights, moments and counts are those of the next version from the pass on, whatever comes between.
             if stash is not None and of_ring is not None and prepared.plan.steps_run > run_before:
                 stash.end_step(*of_ring)
 
-    def _pass(self, prepared: Prepared, classes: list[StepClass], slots: Slots, scale: float) -> None:
-        grads_of, source, _ = slots
+    def _pass(self, prepared: Prepared, classes: list[StepClass], slots: StepSlots, scale: float) -> None:
         if prepared.device_counts is not None:
             on_device, count = prepared.device_counts.next_step(
-                prepared.stepped(grads_of),
+                prepared.stepped(slots.grads),
                 partial(self._row_of, scale=scale),
                 self._correction_of if self.options.corrects else None,
                 getattr(self, "found_inf", None),
             )
-            prepared.masters.follow(source)
+            prepared.masters.follow(slots.source)
             prepared.plan.apply_rows(on_device)
             count()
         else:
@@ -185,7 +181,7 @@ class FusedOptimizer(StatefulOptimizer):
                 row, product = self._row(step_class, scale)
                 rows.append(row)
                 products.append(product)
-            prepared.masters.follow(source)
+            prepared.masters.follow(slots.source)
             if self.options.corrects:
                 pairs = zip(classes, rows, strict=True)
                 corrections = [self._correction_of(group, int(steps) + 1, row) for (group, steps, _), row in pairs]
@@ -193,21 +189,21 @@ class FusedOptimizer(StatefulOptimizer):
             else:
                 prepared.plan.apply(rows, products)
 
-    def _collect(self, slots: Slots) -> tuple[Prepared, list[StepClass]]:
+    def _collect(self, slots: StepSlots) -> tuple[Prepared, list[StepClass]]:
         """The parameters as they are now, with the gradients of this step checked and taken."""
         before = self._prepared
         try:
             prepared = self._prepare()
-            return prepared, prepared.collect(*slots)
+            return prepared, prepared.collect(slots)
         except ValueError:
-            self._check_sparse(slots[0])
+            self._check_sparse(slots.grads)
             # What was planned before may not fit a parameter that has changed in its place since.
             stale = before is not None and self._prepared is before
             if not follow_layouts(self._parameters(), self.state) and not stale:
                 raise
         self._prepared = None
         prepared = self._prepare()
-        return prepared, prepared.collect(*slots)
+        return prepared, prepared.collect(slots)
 
     def _prepare(self) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
@@ -229,7 +225,8 @@ class FusedOptimizer(StatefulOptimizer):
 
     def _plan_of(self, groups: list[dict[str, Any]]) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
-        return Prepared(groups, self.state, self.options, self._state_names(), only, on_device)
+        names = self._state_names()
+        return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device)
 
     def _check_sparse(self, slot: int = 0) -> None:
         """Refuse sparse gradients in torch's words; else they would be refused for their layout."""
@@ -283,7 +280,8 @@ class FusedOptimizer(StatefulOptimizer):
         scalars = Correction() if options.correction is None else options.correction.scalars(t)
         if options.prediction is None:
             return scalars
-        ahead = options.prediction.scalars(row, float(group.get("horizon", 1.0)))
+        reach = row.inv_bias2 if self._normaliser == Normaliser.SIGN else row.c_grad + row.c_momentum
+        ahead = options.prediction.scalars(reach, float(group.get("horizon", 1.0)))
         if options.correction is None:
             return ahead
         return scalars._replace(ahead_last=ahead.ahead_last, ahead_momentum=ahead.ahead_momentum)

@@ -113,3 +113,19 @@ def nag(
         inv_bias2=1.0,
         eps=0.0,
     )
+
+
+def lion(*, lr: float, beta1: float, beta2: float, weight_decay: float, scale: float = 1.0) -> Coefficients:
+    """Lion (arXiv 2302.06675): a step of size ``lr`` by ``sign(beta1 m + (1 - beta1) g)``, with the ``m`` from before
+    it; ``m`` itself decays by ``beta2``."""
+    return Coefficients(
+        grad_scale=scale,
+        l2=0.0,
+        beta1_complement=1.0 - beta2,
+        beta2_complement=0.0,
+        decay=lr * weight_decay,
+        c_grad=1.0 - beta1,
+        c_momentum=beta1,
+        inv_bias2=lr,
+        eps=0.0,
+    )

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import Coefficients
-from nesterov_pp.kernels.corrections import Correction, Kind
+from nesterov_pp.kernels.corrections import Correction, CorrectionKind
 from nesterov_pp.stash import Beside
 
 
@@ -36,8 +35,8 @@ class DelayCompensation:
         _check("decay", self.decay, 0.0, 1.0)
 
     @property
-    def kind(self) -> Kind:
-        return Kind.ADAPTIVE_DELAY_COMPENSATION if self.adaptive else Kind.DELAY_COMPENSATION
+    def kind(self) -> CorrectionKind:
+        return CorrectionKind.ADAPTIVE_DELAY_COMPENSATION if self.adaptive else CorrectionKind.DELAY_COMPENSATION
 
     @property
     def mean_name(self) -> str | None:
@@ -65,7 +64,7 @@ class GapAware:
 
     decay: float = 0.999
     eps: float = 1e-8
-    kind: ClassVar[Kind] = Kind.GAP
+    kind: ClassVar[CorrectionKind] = CorrectionKind.GAP
     mean_name: ClassVar[str] = "exp_avg_step_sq"
 
     def __post_init__(self) -> None:
@@ -91,8 +90,8 @@ class Prediction:
         x = w' - S (c_grad + c_momentum) m / D               by "momentum": SpecTrain, XPipe, LWP in its velocity form
 
     The coefficients are the rule's (``Coefficients``): ``lr m_hat / (sqrt(v_hat) + eps)`` for AdamW, ``lr m`` for NAG,
-    which with a prediction leaves its own look-ahead out. ``damping`` 1: ``S = s``; ``damping`` gamma: the decayed sum
-    of FTPipe's ``msnag``.
+    which with a prediction leaves its own look-ahead out, and ``lr sign(m)`` for Lion. ``damping`` 1: ``S = s``;
+    ``damping`` gamma: the decayed sum of FTPipe's ``msnag``.
 
     Raises:
         ValueError: ``by`` is unknown, or ``damping`` not above 0 and at most 1.
@@ -108,11 +107,10 @@ class Prediction:
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
 
-    def scalars(self, row: Coefficients, horizon: float) -> Correction:
+    def scalars(self, reach: float, horizon: float) -> Correction:
+        """``reach``: what one update takes from the weights for each unit of ``m / D``."""
         s = distance(horizon, self.damping)
-        if self.by == "displacement":
-            return Correction(ahead_last=s)
-        return Correction(ahead_momentum=s * (row.c_grad + row.c_momentum))
+        return Correction(ahead_last=s) if self.by == "displacement" else Correction(ahead_momentum=s * reach)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class Discrepancy:
     """
 
     decay: float = 0.135
-    kind: ClassVar[Kind] = Kind.DISCREPANCY
+    kind: ClassVar[CorrectionKind] = CorrectionKind.DISCREPANCY
     mean_name: ClassVar[str] = "exp_avg_step"
     beside: ClassVar[Beside] = "backward"
 
@@ -137,7 +135,7 @@ class Discrepancy:
         if not 0.0 < self.decay < 1.0:
             raise ValueError(f"decay must be above 0 and below 1, not {self.decay}")
 
-    def scalars(self, row: Coefficients, horizon: float) -> Correction:
+    def scalars(self, reach: float, horizon: float) -> Correction:
         gamma = self.decay ** (1.0 / horizon) if horizon > 0.0 else 0.0
         return Correction(mean_complement=1.0 - gamma, ahead_mean=-horizon)
 

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import Coefficients, Correction
+from nesterov_pp.kernels import DEVICE_BACKENDS, Coefficients, Correction
 from nesterov_pp.kernels.capture import captures
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import Options
-
-DEVICE_BACKENDS = ("cuda", "triton")
 
 RowOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
 """(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""

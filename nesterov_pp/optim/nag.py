@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nesterov_pp.kernels import Coefficients
+from nesterov_pp.kernels import Coefficients, Normaliser
 from nesterov_pp.optim import coefficients
 from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
@@ -54,7 +54,7 @@ class NAG(FusedOptimizer):
         ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
     """
 
-    _adaptive = False
+    _normaliser = Normaliser.NONE
 
     def __init__(
         self,

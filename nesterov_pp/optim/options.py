@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.corrections import Kind
+from nesterov_pp.kernels.corrections import CorrectionKind
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.stash import WeightStash
 
@@ -65,9 +65,6 @@ class Options:
                 raise ValueError(f"{self.prediction} does not go with {self.correction}: choose one")
         elif self.stash is not None and self.stash.beside is not None:
             raise ValueError(f"a WeightStash with beside={self.stash.beside!r} needs an optimizer with a prediction")
-        if self.corrects and (self.master_weights or self.stochastic_rounding):
-            option = "master_weights" if self.master_weights else "stochastic_rounding"
-            raise ValueError(f"{option} does not go with a correction or a prediction")
 
     @property
     def are_torchs(self) -> bool:
@@ -80,11 +77,11 @@ class Options:
         return self.correction is not None or self.prediction is not None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> CorrectionKind:
         """What is done with the gradient, or kept a mean of."""
         if self.correction is not None:
             return self.correction.kind
-        return self.prediction.kind if isinstance(self.prediction, Discrepancy) else Kind.NONE
+        return self.prediction.kind if isinstance(self.prediction, Discrepancy) else CorrectionKind.NONE
 
     @property
     def mean_name(self) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import StepClass, Tensors, choose_backend, make_plan
+from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choose_backend, make_plan
 from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
 from nesterov_pp.optim import checkpoint, counts
 from nesterov_pp.optim.device_counts import DeviceCounts
@@ -39,6 +39,7 @@ class Prepared:
         state: dict[Any, dict[str, Any]],
         options: Options,
         entries: list[str],
+        normaliser: Normaliser,
         only_reference: str | None,
         count_on_device: bool = False,
     ) -> None:
@@ -69,12 +70,13 @@ class Prepared:
         self._options = (only_reference, count_on_device)
         tensors_to_step = list(chain.from_iterable(self._plain))
         odd = only_reference or _odd_state(names, states)
-        self.backend = choose_backend(options.backend, tensors_to_step, odd, corrects=options.corrects)
+        self.backend = choose_backend(options.backend, tensors_to_step, odd)
+        swapped = stash is not None and stash.beside == "stepped"
+        shadows = stash.leaves_beside(parameters) if stash is not None and stash.beside else []
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
-        masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, newest, strict=True)]
-        self.masters = MasterWeights(self.leaves, masters)
-        beside = [local(p) for p in stash.leaves_beside(parameters)] if stash is not None and stash.beside else []
-        stepped = stash is not None and stash.beside == "stepped"
+        stepped = shadows if swapped else newest
+        masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, stepped, strict=True)]
+        self.masters = MasterWeights([shadows] * len(self.leaves) if swapped else self.leaves, masters)
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
         self.device_counts = _counts_on_device(group_of, states, entries) if count_on_device and states else None
         on_host = self.device_counts is None
@@ -85,14 +87,15 @@ class Prepared:
             slots=self._plain,
             exp_avgs=[local(s["exp_avg"]) for s in states],
             exp_avg_sqs=[local(s["exp_avg_sq"]) for s in states] if "exp_avg_sq" in entries else [],
-            masters=list(beside) if stepped else [None if master is None else local(master) for master in masters],
+            masters=[None if master is None else local(master) for master in masters],
             steps=[s["step"] for s in states] if on_host else [],
             mu_products=[s["mu_product"] for s in states] if on_host and "mu_product" in entries else [],
             max_exp_avg_sqs=[None if v is None else local(v) for v in largest],
+            normaliser=normaliser,
             kind=options.kind,
-            predicts=options.prediction is not None,
             means=[] if options.mean_name is None else [local(s[options.mean_name]) for s in states],
-            besides=[] if stepped else beside,
+            shadows=[local(p) for p in shadows],
+            ring_predicts=swapped,
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
         # When all memory has been had.
@@ -120,20 +123,20 @@ class Prepared:
         """Which parameters have a gradient in a slot."""
         return [p.grad is not None for p in self.leaves[grads_of]]
 
-    def collect(self, grads_of: int, source: int, target: int) -> list[StepClass]:
+    def collect(self, slots: StepSlots) -> list[StepClass]:
         """``Plan.collect``, for which plain tensors bring the gradients of the parameters they stand for."""
-        for slot in {grads_of, source}:
+        for slot in {slots.grads, slots.source}:
             for i in self._resolved:
                 self._plain[slot][i].copy_(local(self.leaves[slot][i]))
-        with self._plain_gradients(grads_of, self._special):
+        with self._plain_gradients(slots.grads, self._special):
             try:
-                return self.plan.collect(grads_of, source, target)
+                return self.plan.collect(slots)
             except ValueError:
-                odd = self._odd_gradients(grads_of)
+                odd = self._odd_gradients(slots.grads)
                 if not odd:
                     raise
-        with self._plain_gradients(grads_of, self._special + odd):
-            return self.plan.collect(grads_of, source, target)
+        with self._plain_gradients(slots.grads, self._special + odd):
+            return self.plan.collect(slots)
 
     def written(self, target: int) -> None:
         """Note that a slot was written, and write what copies stood for."""

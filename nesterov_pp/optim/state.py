@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from nesterov_pp.kernels import DEVICE_BACKENDS, Normaliser
 from nesterov_pp.optim import checkpoint, counts
-from nesterov_pp.optim.device_counts import DEVICE_BACKENDS, needs_host
+from nesterov_pp.optim.device_counts import needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_state
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Prepared
@@ -56,7 +57,7 @@ class States(defaultdict[Any, Any]):
 class StatefulOptimizer(Optimizer):
     """Keeps every parameter's state, from the constructor on, as ``torch.optim`` keeps it from the first step on."""
 
-    _adaptive: ClassVar[bool] = True
+    _normaliser: ClassVar[Normaliser] = Normaliser.RMS
     _has_mu_product: ClassVar[bool] = False
     _counted_by_host = False  # a rule whose scalars are functions of a count on the host
     # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
@@ -125,7 +126,13 @@ class StatefulOptimizer(Optimizer):
 
     def _state_names(self) -> list[str]:
         """What every parameter's state has."""
-        names = ["step"] + ["mu_product"] * self._has_mu_product + ["exp_avg"] + ["exp_avg_sq"] * self._adaptive
+        needed = {
+            "step": True,
+            "mu_product": self._has_mu_product,
+            "exp_avg": True,
+            "exp_avg_sq": self._normaliser == Normaliser.RMS,
+        }
+        names = [name for name, is_needed in needed.items() if is_needed]
         return names if self.options.mean_name is None else [*names, self.options.mean_name]
 
     def _init_state(self, parameters: list[Tensor]) -> None:

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "device/corrected.h"
 #include "device/host_table.h"
+#include "device/pass.h"
 
 namespace {
 
@@ -20,61 +20,12 @@ void run_pass(const Launch& l, int64_t blocks, int64_t threads) {
     for (int64_t thread = 0; thread < threads; ++thread) step<P>(l, block, blocks, thread, threads);
 }
 
-template <class W, class G, class M>
-void run_dtypes(const Launch& l, bool adaptive, bool stochastic, int64_t blocks, int64_t threads) {
-  if (adaptive)
-    stochastic ? run_pass<Pass<W, G, M, true, true>>(l, blocks, threads)
-               : run_pass<Pass<W, G, M, true, false>>(l, blocks, threads);
-  else
-    stochastic ? run_pass<Pass<W, G, M, false, true>>(l, blocks, threads)
-               : run_pass<Pass<W, G, M, false, false>>(l, blocks, threads);
-}
-
-template <class W, class G>
-void run_moment(Dtype moment, const Launch& l, bool adaptive, bool stochastic, int64_t blocks, int64_t threads) {
-  if (moment == Dtype::kBFloat16)
-    run_dtypes<W, G, BFloat16>(l, adaptive, stochastic, blocks, threads);
-  else if (moment == Dtype::kHalf)
-    run_dtypes<W, G, Half>(l, adaptive, stochastic, blocks, threads);
-  else
-    run_dtypes<W, G, float>(l, adaptive, stochastic, blocks, threads);
-}
-
-template <class W, class M, bool kAdaptive, Kind kKind>
-void run_corrected(const Launch& l, int64_t blocks, int64_t threads) {
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t thread = 0; thread < threads; ++thread)
-      corrected_step<CorrectedPass<W, M, kAdaptive, kKind>>(l, block, blocks, thread, threads);
-}
-
-template <class W, class M, bool kAdaptive>
-void run_kind(const Launch& l, Kind kind, int64_t blocks, int64_t threads) {
-  switch (kind) {
-    case Kind::kDelayCompensation:
-      return run_corrected<W, M, kAdaptive, Kind::kDelayCompensation>(l, blocks, threads);
-    case Kind::kAdaptiveDelayCompensation:
-      return run_corrected<W, M, kAdaptive, Kind::kAdaptiveDelayCompensation>(l, blocks, threads);
-    case Kind::kGap:
-      return run_corrected<W, M, kAdaptive, Kind::kGap>(l, blocks, threads);
-    case Kind::kDiscrepancy:
-      return run_corrected<W, M, kAdaptive, Kind::kDiscrepancy>(l, blocks, threads);
-    default:
-      return run_corrected<W, M, kAdaptive, Kind::kNone>(l, blocks, threads);
-  }
-}
-
-template <class W, class M>
-void run_rule(const Launch& l, bool adaptive, Kind kind, int64_t blocks, int64_t threads) {
-  adaptive ? run_kind<W, M, true>(l, kind, blocks, threads) : run_kind<W, M, false>(l, kind, blocks, threads);
-}
-
 }  // namespace
 
 extern "C" {
 
 int64_t chunk_elements() { return kChunk; }
-int row_words() { return kRowWords; }
-int corrected_row_words() { return kCorrectedRowWords; }
+int words_of_row(int corrects) { return row_words(corrects != 0); }
 
 void* words_new(int64_t tensors, int64_t slots) { return new HostTable(tensors, slots); }
 void words_delete(void* words) { delete static_cast<HostTable*>(words); }
@@ -104,41 +55,29 @@ void spans(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t 
   }
 }
 
-void step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
-                  const double* factor, int source, int target, uint64_t seed, int weight, int grad, int moment,
-                  int adaptive, int stochastic, int64_t blocks, int64_t threads) {
-  const Launch l{{words, tensors}, chunk, chunk_count, rows, factor, source, target, source, seed};
-  const auto w = static_cast<Dtype>(weight), g = static_cast<Dtype>(grad), m = static_cast<Dtype>(moment);
-  if (w == Dtype::kDouble)
-    run_dtypes<double, double, double>(l, adaptive, stochastic, blocks, threads);
-  else if (w == Dtype::kBFloat16)
-    run_moment<BFloat16, BFloat16>(m, l, adaptive, stochastic, blocks, threads);
-  else if (w == Dtype::kHalf)
-    run_moment<Half, Half>(m, l, adaptive, stochastic, blocks, threads);
-  else if (g == Dtype::kBFloat16)
-    run_moment<float, BFloat16>(m, l, adaptive, stochastic, blocks, threads);
-  else if (g == Dtype::kHalf)
-    run_moment<float, Half>(m, l, adaptive, stochastic, blocks, threads);
-  else
-    run_moment<float, float>(m, l, adaptive, stochastic, blocks, threads);
+int is_supported(int weight, int grad, int moment, int normaliser, int corrects, int stochastic) {
+  return supported(
+      {{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0});
 }
 
-void corrected_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count,
-                       const double* rows, int source, int target, int late, int weight, int moment, int adaptive,
-                       int kind, int64_t blocks, int64_t threads) {
-  const Launch l{{words, tensors}, chunk, chunk_count, rows, nullptr, source, target, late, 0};
-  const auto w = static_cast<Dtype>(weight), m = static_cast<Dtype>(moment);
-  const auto k = static_cast<Kind>(kind);
-  if (w == Dtype::kDouble)
-    run_rule<double, double>(l, adaptive, k, blocks, threads);
-  else if (w == Dtype::kFloat && m == Dtype::kFloat)
-    run_rule<float, float>(l, adaptive, k, blocks, threads);
-  else if (w == Dtype::kFloat)
-    run_rule<float, BFloat16>(l, adaptive, k, blocks, threads);
-  else if (m == Dtype::kFloat)
-    run_rule<BFloat16, float>(l, adaptive, k, blocks, threads);
-  else
-    run_rule<BFloat16, BFloat16>(l, adaptive, k, blocks, threads);
+// Whether there is such a pass.
+int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
+                 const double* factor, int grads, int source, int target, int kind, int ring_predicts, uint64_t seed,
+                 int weight, int grad, int moment, int normaliser, int corrects, int stochastic, int64_t blocks,
+                 int64_t threads) {
+  const Launch l{{words, tensors},
+                 chunk,
+                 chunk_count,
+                 rows,
+                 factor,
+                 grads,
+                 source,
+                 target,
+                 {Normaliser(normaliser), CorrectionKind(kind)},
+                 ring_predicts != 0,
+                 seed};
+  const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
+  return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, blocks, threads); });
 }
 
 double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int grad, int64_t threads) {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "beside")
-ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, BESIDE = range(10)
+COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "shadow")
+ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, SHADOW = range(10)
 SLOTS = len(COLUMNS)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 I64, F64 = ctypes.c_int64, ctypes.c_double
@@ -100,65 +100,37 @@ class Table:
         self,
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         rows: Tensor,
+        slots: tuple[int, int, int] = (0, 0, 0),
         *,
-        source: int = 0,
-        target: int = 0,
-        adaptive: bool = True,
+        normaliser: int = 1,
+        kind: int | None = None,
+        ring_predicts: bool = False,
         seed: int | None = None,
         factor: float | None = None,
         blocks: int = 3,
         threads: int = 5,
     ) -> None:
-        """One pass; ``rows`` is float64 of shape [rows, 10]: coefficients and the number of the step."""
+        """One pass; ``rows`` is float64 of shape [rows, 10]: coefficients and the number of the step; for a ``kind`` of
+        correction [rows, 17]. ``slots``: of the gradients, of the weights read and written."""
         chunks = self.chunks()
         assert rows.dtype == torch.float64
-        assert rows.shape[1] == self.lib.row_words()
-        self.lib.step_on_host(
+        assert rows.shape[1] == self.lib.words_of_row(int(kind is not None))
+        there_is_one = self.lib.step_on_host(
             self.data,
             I64(len(self.sizes)),
             chunks,
             I64(len(chunks)),
             ctypes.c_void_p(rows.data_ptr()),
             None if factor is None else ctypes.byref(F64(factor)),
-            source,
-            target,
+            *slots,
+            kind or 0,
+            int(ring_predicts),
             ctypes.c_uint64(seed or 0),
             *(DTYPES[d] for d in dtypes),
-            int(adaptive),
+            normaliser,
+            int(kind is not None),
             int(seed is not None),
             I64(blocks),
             I64(threads),
         )
-
-    def corrected_step(
-        self,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        rows: Tensor,
-        kind: int,
-        *,
-        source: int,
-        target: int,
-        late: int,
-        adaptive: bool = True,
-        blocks: int = 3,
-        threads: int = 5,
-    ) -> None:
-        """One corrected pass; ``rows`` is float64 of shape [rows, 17]: as for ``step``, and the correction."""
-        chunks = self.chunks()
-        assert rows.dtype == torch.float64
-        assert rows.shape[1] == self.lib.corrected_row_words()
-        self.lib.corrected_on_host(
-            self.data,
-            I64(len(self.sizes)),
-            chunks,
-            I64(len(chunks)),
-            ctypes.c_void_p(rows.data_ptr()),
-            source,
-            target,
-            late,
-            *(DTYPES[d] for d in dtypes),
-            int(adaptive),
-            kind,
-            I64(blocks),
-            I64(threads),
-        )
+        assert there_is_one

@@ -52,7 +52,7 @@ def assert_alike(kind, backend: str, *arguments, close=EXACT, **options) -> None
             torch.testing.assert_close(found.cpu(), value, **close, msg=lambda m, n=name, i=i: f"{n} of {i}: {m}")
 
 
-@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG])
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 def test_every_rule_and_dtype(kind, dtype, backend):
     assert_alike(kind, backend, dtype)

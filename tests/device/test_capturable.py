@@ -17,7 +17,7 @@ from tests.tolerances import MANY_STEPS
 
 skip_without_any()
 CLOSE = MANY_STEPS[torch.float32]
-RULES = [npp.NAdam, npp.AdamW, npp.NAG]
+RULES = [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion]
 
 
 @pytest.fixture(params=BACKENDS)

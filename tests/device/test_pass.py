@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
+import re
 import shutil
+from typing import Any
 
+import on_host
 import pytest
 import torch
-from on_host import ALIGNED, EXP_AVG, EXP_AVG_SQ, GRAD, MASTER, NUMEL, ROW, SLOTS, Table
+from on_host import ALIGNED, EXP_AVG, EXP_AVG_SQ, GRAD, MASTER, MEAN, NUMEL, ROOT, ROW, SHADOW, SLOTS, Table
 from on_host import DTYPES as CODES
 
-from nesterov_pp.kernels import Coefficients, Tensors, extension, make_plan
+from nesterov_pp.kernels import (
+    Coefficients,
+    Correction,
+    CorrectionKind,
+    Normaliser,
+    StepSlots,
+    Tensors,
+    extension,
+    make_plan,
+)
+from nesterov_pp.kernels.corrections import HAS_MEAN
 
 MISSING = extension.load()[1] or (None if shutil.which("c++") else "there is no C++ compiler")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 C = Coefficients(0.5, 0.1, 0.1, 0.01, 0.02, 0.3, 0.7, 1.5, 1e-8)
+X = Correction(0.4, 0.1, 1.3, 1e-6, 0.7, 0.3, 0.2)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [
     (F32, F32, F32),
@@ -24,16 +39,18 @@ DTYPES = [
     (BF16, BF16, BF16),
     (BF16, BF16, F32),
     (F16, F16, F16),
+    (F16, F16, BF16),
     (F16, F16, F32),
     (F32, BF16, F32),
     (F32, BF16, BF16),
     (F32, F16, F32),
+    (F32, F16, BF16),
 ]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 1000, 16384, 16385, 40_003]
 
 
-def rows(*coefficients: Coefficients, step: int = 1) -> torch.Tensor:
-    return torch.tensor([[*c, step] for c in coefficients], dtype=F64)
+def rows(*coefficients: Coefficients, step: int = 1, correction: Correction | None = None) -> torch.Tensor:
+    return torch.tensor([[*c, step, *(correction or ())] for c in coefficients], dtype=F64)
 
 
 def drawn(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> torch.Tensor:
@@ -43,11 +60,27 @@ def drawn(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 
 
 
 class Problem:
-    """Tensors of a step: the table of the device pass, and copies for the reference."""
+    """Tensors of a step: the table of the device pass, and copies for the cpu backend.
 
-    def __init__(self, lib, dtypes, sizes, *, slots: int = 1, offset: int = 0, adaptive: bool = True) -> None:
+    ``kind``: of a correction, None for a plain step; ``shadows``: that they stand beside the ring, which predicts with
+    ``ring_predicts``.
+    """
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        sizes: list[int],
+        *,
+        slots: int = 1,
+        offset: int = 0,
+        normaliser: Normaliser = Normaliser.RMS,
+        kind: CorrectionKind | None = None,
+        shadows: bool = False,
+        ring_predicts: bool = False,
+    ) -> None:
         weight, grad, moment = dtypes
-        self.dtypes, self.adaptive = dtypes, adaptive
+        self.dtypes, self.normaliser, self.kind, self.ring_predicts = dtypes, normaliser, kind, ring_predicts
         generator = torch.Generator().manual_seed(len(sizes))
 
         def draw(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -56,64 +89,157 @@ class Problem:
         self.slots = [draw(grad) for _ in range(slots)]
         self.grads, self.m, self.v = draw(grad), draw(moment), [v.abs() for v in draw(moment)]
         self.masters = [w.to(F32) for w in self.slots[0]] if weight != grad else [None] * len(sizes)
+        self.means = [v.abs() for v in draw(moment)] if kind in HAS_MEAN else []
+        self.shadows = draw(grad) if shadows else []
         self.table = Table(lib, sizes, slots)
         for i in range(len(sizes)):
             self.enter(i)
 
     def enter(self, i: int, row: int = 0) -> None:
         columns = {GRAD: self.grads[i], EXP_AVG: self.m[i], EXP_AVG_SQ: self.v[i], MASTER: self.masters[i]}
+        columns |= {MEAN: self.means[i] if self.means else None, SHADOW: self.shadows[i] if self.shadows else None}
         self.table.hold(i, columns, [slot[i] for slot in self.slots], row=row)
 
-    def expected(self, *, source: int, target: int, seed: int | None = None, c: Coefficients = C):
-        """What the cpu backend makes of copies: new weights, moments, masters."""
+    def step(self, rows: torch.Tensor, slots: tuple[int, int, int] = (0, 0, 0), **options: Any) -> None:
+        self.table.step(
+            self.dtypes,
+            rows,
+            slots,
+            normaliser=int(self.normaliser),
+            kind=None if self.kind is None else int(self.kind),
+            ring_predicts=self.ring_predicts,
+            **options,
+        )
+
+    def left(self) -> dict[str, list[torch.Tensor]]:
+        """All that a step writes."""
+        masters = [t for t in self.masters if t is not None]
+        ring = {f"slot {k}": slot for k, slot in enumerate(self.slots)}
+        return {**ring, "m": self.m, "v": self.v, "masters": masters, "means": self.means, "shadows": self.shadows}
+
+    def expected(
+        self, slots: tuple[int, int, int] = (0, 0, 0), *, seed: int | None = None, c: Coefficients = C
+    ) -> dict[str, list[torch.Tensor]]:
+        """What the cpu backend leaves of copies."""
         count = len(self.m)
-        slots = [[torch.nn.Parameter(w.clone()) for w in slot] for slot in self.slots]
-        for p, grad in zip(slots[source], self.grads, strict=True):
+
+        def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [t.clone() for t in tensors]
+
+        ring = [[torch.nn.Parameter(w.clone()) for w in slot] for slot in self.slots]
+        for p, grad in zip(ring[slots[0]], self.grads, strict=True):
             p.grad = grad.clone()
-        m, v = [t.clone() for t in self.m], [t.clone() for t in self.v]
-        masters = [None if t is None else t.clone() for t in self.masters]
         tensors = Tensors(
             names=[str(i) for i in range(count)],
             numbers=list(range(count)),
             groups=[0] * count,
-            slots=slots,
-            exp_avgs=m,
-            exp_avg_sqs=v if self.adaptive else [],
-            masters=masters,
+            slots=ring,
+            exp_avgs=copies(self.m),
+            exp_avg_sqs=copies(self.v) if self.normaliser == Normaliser.RMS else [],
+            masters=[None if t is None else t.clone() for t in self.masters],
             steps=[torch.zeros(()) for _ in range(count)],
             mu_products=[],
             max_exp_avg_sqs=[],
+            normaliser=self.normaliser,
+            kind=self.kind or CorrectionKind.NONE,
+            means=copies(self.means),
+            shadows=copies(self.shadows),
+            ring_predicts=self.ring_predicts,
         )
         plan = make_plan("cpu", tensors, seed)
-        plan.collect(source, source, target)
-        plan.apply([c], [1.0])
-        return [p.detach() for p in slots[target]], m, v, masters
+        plan.collect(StepSlots(*slots))
+        plan.apply([c], [1.0], [X] if tensors.corrects else [])
+        masters = [t for t in tensors.masters if t is not None]
+        return {
+            **{f"slot {k}": [p.detach() for p in slot] for k, slot in enumerate(ring)},
+            "m": tensors.exp_avgs,
+            "v": tensors.exp_avg_sqs or self.v,
+            "masters": masters,
+            "means": tensors.means,
+            "shadows": tensors.shadows,
+        }
 
 
-def assert_as_expected(problem: Problem, target: int, expected) -> None:
+def assert_as_expected(problem: Problem, expected: dict[str, list[torch.Tensor]]) -> None:
     """Bit for bit: both compute with the same arithmetic."""
-    for found, wanted in zip((problem.slots[target], problem.m, problem.v, problem.masters), expected, strict=True):
-        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-            assert a is b is None or torch.equal(a, b), f"tensor {i} of {a.numel()} elements"
+    for name, found in problem.left().items():
+        for i, (a, b) in enumerate(zip(found, expected[name], strict=True)):
+            assert torch.equal(a, b), f"{name} of tensor {i}, {a.numel()} elements"
+
+
+def test_there_is_a_pass_for_what_the_backends_promise(lib):
+    for codes in itertools.product(CODES.values(), repeat=3):
+        dtypes = tuple(next(d for d, code in CODES.items() if code == k) for k in codes)
+        for normaliser, corrects in itertools.product(Normaliser, (0, 1)):
+            nearest, stochastic = (lib.is_supported(*codes, int(normaliser), corrects, s) for s in (0, 1))
+            assert nearest == (dtypes in DTYPES)
+            assert stochastic == (dtypes in DTYPES and F16 not in (dtypes[0], dtypes[2]))
+
+
+def test_python_and_triton_count_as_the_table_does():
+    text = (ROOT / "csrc/device/table.h").read_text()
+    columns = re.findall(r"^  k(\w+),", text[text.index("enum Column") :], re.MULTILINE)
+    for k, name in enumerate(columns):
+        words = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
+        assert getattr(on_host, words) == k
+        triton = (ROOT / "triton_kernels/kernels.py").read_text()
+        assert f"\n_{words} = tl.constexpr({k})\n" in triton
+    assert [name for name in columns if name != "Slots"] == [
+        "".join(part.capitalize() for part in name.split("_")) for name in on_host.COLUMNS
+    ]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("normaliser", Normaliser)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_a_step_has_the_bits_of_the_cpu_backend(lib, dtypes, adaptive, offset):
-    problem = Problem(lib, dtypes, SIZES, adaptive=adaptive, offset=offset)
-    expected = problem.expected(source=0, target=0)
-    problem.table.step(dtypes, rows(C), adaptive=adaptive)
-    assert_as_expected(problem, 0, expected)
+def test_a_step_has_the_bits_of_the_cpu_backend(lib, dtypes, normaliser, offset):
+    problem = Problem(lib, dtypes, SIZES, normaliser=normaliser, offset=offset)
+    expected = problem.expected()
+    problem.step(rows(C))
+    assert_as_expected(problem, expected)
+
+
+# Where predictions go: nowhere, beside the ring, or into it while what is beside is stepped.
+WAYS = [
+    {"ring_predicts": True, "shadows": True},
+    {"shadows": True, "offset": 1},
+    {"offset": 1},
+    {"ring_predicts": True, "shadows": True, "seed": 7},
+    {"shadows": True, "seed": 8},
+]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "normaliser", "kind", "way"),
+    [
+        (d, n, kind, WAYS[(i + 2 * j + k) % len(WAYS)])
+        for i, d in enumerate(DTYPES)
+        for j, n in enumerate(Normaliser)
+        for k, kind in enumerate(CorrectionKind)
+    ],
+    ids=str,
+)
+def test_a_corrected_step_has_the_bits_of_the_cpu_backend(lib, dtypes, normaliser, kind, way):
+    """Every kind in every dtype; the ring's oldest version makes room for its newest."""
+    way = dict(way)
+    seed = way.pop("seed", None)
+    if F16 in (dtypes[0], dtypes[2]):
+        seed = None
+    if kind == CorrectionKind.NONE:
+        way["shadows"] = True
+    problem = Problem(lib, dtypes, [0, 1, 3, 8, 31, 1000, 16_385], slots=3, normaliser=normaliser, kind=kind, **way)
+    expected = problem.expected((2, 1, 2), seed=seed)
+    problem.step(rows(C, correction=X), (2, 1, 2), seed=seed)
+    assert_as_expected(problem, expected)
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (F32, BF16, F32)], ids=str)
 def test_a_ring_step_reads_one_slot_and_writes_the_next(lib, dtypes):
     problem = Problem(lib, dtypes, SIZES, slots=4)
     before = [[w.clone() for w in slot] for slot in problem.slots]
-    expected = problem.expected(source=2, target=3)
-    problem.table.step(dtypes, rows(C), source=2, target=3)
-    assert_as_expected(problem, 3, expected)
+    expected = problem.expected((2, 2, 3))
+    problem.step(rows(C), (2, 2, 3))
+    assert_as_expected(problem, expected)
     for slot in (0, 1, 2):
         assert all(torch.equal(a, b) for a, b in zip(problem.slots[slot], before[slot], strict=True))
 
@@ -121,29 +247,29 @@ def test_a_ring_step_reads_one_slot_and_writes_the_next(lib, dtypes):
 @pytest.mark.parametrize("target", [0, 1])
 def test_a_tensor_without_gradient_is_carried_over(lib, target):
     problem = Problem(lib, (F32, F32, F32), SIZES, slots=2)
-    expected = problem.expected(source=0, target=target)
+    expected = problem.expected((0, 0, target))
     for i in range(1, len(SIZES), 2):
         problem.enter(i, row=-1)
         problem.table.set(GRAD, i, 0)
-        expected[0][i].copy_(problem.slots[0][i])
-        expected[1][i].copy_(problem.m[i])
-        expected[2][i].copy_(problem.v[i])
-    problem.table.step(problem.dtypes, rows(C), target=target)
-    assert_as_expected(problem, target, expected)
+        expected[f"slot {target}"][i].copy_(problem.slots[0][i])
+        expected["m"][i].copy_(problem.m[i])
+        expected["v"][i].copy_(problem.v[i])
+    problem.step(rows(C), (0, 0, target))
+    assert_as_expected(problem, expected)
 
 
 def test_every_tensor_takes_its_row(lib):
     other = C._replace(c_grad=0.05, decay=0.0)
     problem = Problem(lib, (F32, F32, F32), SIZES)
-    first, second = (problem.expected(source=0, target=0, c=c) for c in (C, other))
+    first, second = (problem.expected(c=c) for c in (C, other))
     for i in range(len(SIZES)):
         problem.enter(i, row=i % 2)
-    problem.table.step(problem.dtypes, rows(C, other))
-    expected = [
-        [b if i % 2 else a for i, (a, b) in enumerate(zip(x, y, strict=True))]
-        for x, y in zip(first, second, strict=True)
-    ]
-    assert_as_expected(problem, 0, expected)
+    problem.step(rows(C, other))
+    expected = {
+        name: [b if i % 2 else a for i, (a, b) in enumerate(zip(first[name], second[name], strict=True))]
+        for name in first
+    }
+    assert_as_expected(problem, expected)
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -152,16 +278,16 @@ def test_every_tensor_takes_its_row(lib):
 )
 def test_stochastic_rounding_takes_the_bits_of_every_backend(lib, dtypes, offset):
     problem = Problem(lib, dtypes, SIZES, offset=offset)
-    expected = problem.expected(source=0, target=0, seed=(1 << 40) + 5)
-    problem.table.step(dtypes, rows(C), seed=(1 << 40) + 5)
-    assert_as_expected(problem, 0, expected)
+    expected = problem.expected(seed=(1 << 40) + 5)
+    problem.step(rows(C), seed=(1 << 40) + 5)
+    assert_as_expected(problem, expected)
 
 
 def test_the_factor(lib):
     problem = Problem(lib, (F32, F32, F32), SIZES)
-    expected = problem.expected(source=0, target=0, c=C._replace(grad_scale=C.grad_scale * 0.25))
-    problem.table.step(problem.dtypes, rows(C), factor=0.25)
-    assert_as_expected(problem, 0, expected)
+    expected = problem.expected(c=C._replace(grad_scale=C.grad_scale * 0.25))
+    problem.step(rows(C), factor=0.25)
+    assert_as_expected(problem, expected)
 
 
 @pytest.mark.parametrize(("limit", "loss_scale"), [(0.0, 1.0), (0.0, 1024.0), (1.0, 1.0), (1.0, 512.0), (100.0, 8.0)])
@@ -192,7 +318,7 @@ def test_the_grid_changes_nothing(lib, blocks, threads):
     results = []
     for grid in ((3, 5), (blocks, threads)):
         problem = Problem(lib, (F32, F32, F32), SIZES)
-        problem.table.step(problem.dtypes, rows(C), blocks=grid[0], threads=grid[1])
+        problem.step(rows(C), blocks=grid[0], threads=grid[1])
         results.append([*problem.slots[0], *problem.m, *problem.v])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

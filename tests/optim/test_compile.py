@@ -10,7 +10,7 @@ import nesterov_pp as npp
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer's own
-@pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG"])
+@pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG", "Lion"])
 def test_a_compiled_training_step_is_the_eager_one_and_a_changed_lr_does_not_recompile(name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -53,7 +53,7 @@ def test_state_dict_is_torchs_in_both_directions(name, backend):
     torch.testing.assert_close(ours, theirs, **MANY_STEPS[torch.float32])
 
 
-@pytest.mark.parametrize("optimizer_class", [npp.NAdam, npp.AdamW, npp.NAG])
+@pytest.mark.parametrize("optimizer_class", [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_save_load_and_go_on_is_bit_exact(optimizer_class, dtype, tmp_path):
     whole, resumed = ([torch.nn.Parameter(p.detach().to(dtype)) for p in parameters()] for _ in range(2))

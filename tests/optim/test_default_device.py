@@ -41,7 +41,7 @@ def trained(kind, elsewhere: bool, **options) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", CASES, ids=str)
-@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG])
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion])
 def test_a_step_is_the_same(kind, options, backend):
     ours = trained(kind, True, backend=backend, **options)
     assert all(map(torch.equal, ours, trained(kind, False, backend=backend, **options)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nesterov_pp as npp
+from nesterov_pp.kernels import StepSlots
 
 pytestmark = pytest.mark.skipif(npp.kernels.available_backends()["cpu"] is not None, reason="no compiled extension")
 
@@ -69,7 +70,7 @@ def test_the_gil_is_released(half):
     call = optimizer.step
     if half == "the norm":
         plan = optimizer._prepare().plan
-        plan.collect(0, 0, 0)
+        plan.collect(StepSlots())
         call = plan.gradient_norm
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -16,28 +16,32 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
-from nesterov_pp.triton_kernels import corrected, kernels
-from nesterov_pp.triton_kernels.plan import CORRECTED_DOUBLE, SQUARES, STEP
+from nesterov_pp.triton_kernels import kernels
+from nesterov_pp.triton_kernels.plan import SQUARES, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+# Name, dtypes of weights, gradients and moments, normaliser, kind of correction or None, stochastic rounding.
+NONE, RMS, SIGN = 0, 1, 2
 STEPS = [
-    ("float32", F32, F32, F32, False),
-    ("float32, bfloat16 moments", F32, F32, BF16, False),
-    ("float64", F64, F64, F64, False),
-    ("bfloat16", BF16, BF16, BF16, False),
-    ("bfloat16, rounded stochastically", BF16, BF16, BF16, True),
-    ("bfloat16, float32 moments", BF16, BF16, F32, False),
-    ("float16", F16, F16, F16, False),
-    ("float32 masters of bfloat16", F32, BF16, F32, False),
-]
-CORRECTED = [
-    ("corrected: predicted alone", 0, F32, F32),
-    ("corrected: gap", 3, F32, F32),
-    ("corrected: gap, float64", 3, F64, F64),
-    ("corrected: gap, bfloat16, float32 moments", 3, BF16, F32),
+    ("float32", F32, F32, F32, RMS, None, False),
+    ("float32, no second moment", F32, F32, F32, NONE, None, False),
+    ("float32, sign", F32, F32, F32, SIGN, None, False),
+    ("float32, bfloat16 moments", F32, F32, BF16, RMS, None, False),
+    ("float64", F64, F64, F64, RMS, None, False),
+    ("bfloat16", BF16, BF16, BF16, RMS, None, False),
+    ("bfloat16, rounded stochastically", BF16, BF16, BF16, RMS, None, True),
+    ("bfloat16, float32 moments", BF16, BF16, F32, RMS, None, False),
+    ("float16", F16, F16, F16, RMS, None, False),
+    ("float32 masters of bfloat16", F32, BF16, F32, RMS, None, False),
+    ("corrected: predicted alone", F32, F32, F32, RMS, 0, False),
+    ("corrected: gap", F32, F32, F32, RMS, 3, False),
+    ("corrected: gap, float64", F64, F64, F64, RMS, 3, False),
+    ("corrected: gap, bfloat16, float32 moments", BF16, BF16, F32, RMS, 3, False),
+    ("corrected: gap, float32 masters of bfloat16", F32, BF16, F32, RMS, 3, False),
+    ("corrected: gap, bfloat16, rounded stochastically", BF16, BF16, BF16, RMS, 3, True),
 ]
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
@@ -77,30 +81,25 @@ def described(name: str, kernel) -> dict[str, object]:
 
 def main(capability: int) -> list[dict[str, object]]:
     found = []
-    for name, weight, grad, moment, stochastic in STEPS:
+    for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
+        shape = shape_of(weight, corrects=kind is not None)
         constants = {
             "W": weight,
             "G": grad,
             "M": moment,
             "T": F64 if weight == F64 else F32,
-            "ADAPTIVE": True,
+            "NORMALISER": normaliser,
+            "CORRECTS": kind is not None,
+            "KIND": kind or 0,
+            "RING_PREDICTS": kind is not None,
             "STOCHASTIC": stochastic,
-            "COPIES": weight != grad,
             "SCALED": True,
-            "BLOCK": STEP.block,
+            "BLOCK": shape.block,
         }
         signature = dict.fromkeys(("table", "chunks"), "*i64")
         signature |= {"rows": "*fp64", "factor": "*fp64"}
-        signature |= dict.fromkeys(("tensors", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
-        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, STEP.warps)))
-    for name, kind, weight, moment in CORRECTED:
-        constants = {"W": weight, "M": moment, "T": F64 if weight == F64 else F32, "KIND": kind}
-        shape = CORRECTED_DOUBLE if weight == F64 else STEP
-        constants |= {"ADAPTIVE": True, "SCALED": True, "BLOCK": shape.block}
-        signature = dict.fromkeys(("table", "chunks"), "*i64") | {"rows": "*fp64", "factor": "*fp64"}
-        signature |= dict.fromkeys(("tensors", "source", "target", "origin"), "i32")
-        kernel = compiled(corrected.corrected_kernel, signature, constants, capability, shape.warps)
-        found.append(described(name, kernel))
+        signature |= dict.fromkeys(("tensors", "grads", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
+        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, shape.warps)))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
     found.append(

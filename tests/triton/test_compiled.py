@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 
 
 CAPABILITIES = [80, 90, 100]
+ONE_MOMENT = {"float32, no second moment", "float32, sign"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def printed(tmp_path_factory) -> dict[int, str]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
     kernels = {kernel["name"]: kernel for kernel in json.loads(printed[capability])}
-    assert len(kernels) == 14
+    assert len(kernels) == 18
     for name, kernel in kernels.items():
         assert kernel["spills"] == 0, name
         assert kernel["stack"] == 0, name
@@ -49,6 +50,6 @@ def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
         if name != "scaling":
             assert kernel["loads_128"] > 0, name
     for name in kernels.keys() - {"scaling", "squares"}:
-        assert kernels[name]["stores_128"] >= 3, name
+        assert kernels[name]["stores_128"] >= (2 if name in ONE_MOMENT else 3), name
     assert kernels["float32"]["loads_128"] >= 4
     assert kernels["corrected: gap"]["loads_128"] >= 6

@@ -1,8 +1,6 @@
-#include "item.h"
+#include "check.h"
 
 #include <c10/core/InferenceMode.h>
-
-#include <optional>
 
 #include "fail.h"
 #include "raw.h"
@@ -61,13 +59,15 @@ void check_dtype(const std::string& name, const char* what, const at::Tensor& we
     fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
 }
 
-// The weights that are computed with, and the dtypes of their pass. Null where the tensors do not go together.
-const at::Tensor& stepped(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
+// The weights that are computed with.
+const at::Tensor& computed(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
 
-std::optional<Dtypes> known_dtypes(const Item& item) {
-  const auto weight = known_dtype(stepped(item)), grad = known_dtype(*item.weight), moment = known_dtype(*item.exp_avg);
+// Nothing where a dtype is none that passes take.
+std::optional<Spec> known_spec(const Item& item, Normaliser normaliser, bool stochastic) {
+  const auto weight = known_dtype(computed(item)), grad = known_dtype(*item.weight),
+             moment = known_dtype(*item.exp_avg);
   if (!weight || !grad || !moment) return std::nullopt;
-  return Dtypes{*weight, *grad, *moment};
+  return Spec{{*weight, *grad, *moment}, normaliser, item.late != nullptr, stochastic};
 }
 
 // The elements of a checked tensor, without the questions that data_ptr() asks of an unknown one.
@@ -82,23 +82,23 @@ void* writable(const at::Tensor& t) {
 }
 
 void check_dtypes(const Item& item, bool stochastic) {
-  const auto dtypes = known_dtypes(item);
+  const auto spec = known_spec(item, Normaliser::kNone, false);
   // The pass that most parameters take, without asking for it.
-  const bool plain = dtypes && dtypes->weight == dtypes->grad && dtypes->moment == dtypes->weight;
-  if (plain && !stochastic && item.late == nullptr) return;
-  if (!dtypes || cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, false) == nullptr)
+  if (spec && !stochastic && spec->dtypes.weight == spec->dtypes.grad && spec->dtypes.moment == spec->dtypes.grad)
+    return;
+  if (!spec || !supported(*spec))
     fail("the first moment of ", *item.name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
          item.weight->scalar_type(),
          " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
-  if (stochastic && cpu::kernel(cpu::Isa::kBaseline, *dtypes, true, true) == nullptr)
+  if (stochastic && !supported(*known_spec(item, Normaliser::kNone, true)))
     fail(*item.name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
-  if (item.late != nullptr && cpu::corrected_kernel(cpu::Isa::kBaseline, *dtypes, true, Kind::kNone) == nullptr)
-    fail(*item.name, " or its moments are Half, for which there is no corrected pass; use BFloat16 or Float");
 }
 
 }  // namespace
 
-Dtypes dtypes_of(const Item& item) { return *known_dtypes(item); }
+Spec spec_of(const Item& item, const Rule& rule, bool stochastic) {
+  return *known_spec(item, rule.normaliser, stochastic);
+}
 
 Dtype dtype_of(const at::Tensor& checked) { return *known_dtype(checked); }
 
@@ -129,9 +129,7 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
   }
   if (item.master != nullptr) {
     check_beside(name, "master weight", weight, *item.master);
-    if (item.late != nullptr)
-      check_dtype(name, "master weight", weight, *item.master);
-    else if (item.master->scalar_type() != at::kFloat)
+    if (item.master->scalar_type() != at::kFloat)
       fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
   }
   check_beside(name, "first moment", weight, *item.exp_avg);
@@ -146,9 +144,9 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
     check_beside(name, "version of the gradient", weight, *item.late, /*written=*/false);
     check_dtype(name, "version of the gradient", weight, *item.late);
   }
-  if (item.beside != nullptr) {
-    check_beside(name, "copy beside the ring", weight, *item.beside);
-    check_dtype(name, "copy beside the ring", weight, *item.beside);
+  if (item.shadow != nullptr) {
+    check_beside(name, "copy beside the ring", weight, *item.shadow);
+    check_dtype(name, "copy beside the ring", weight, *item.shadow);
   }
   if (item.exp_avg_sq == nullptr) return;
   check_beside(name, "second moment", weight, *item.exp_avg_sq);
@@ -157,35 +155,39 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
          item.exp_avg->scalar_type());
 }
 
-cpu::Task task_of(const Item& item) {
-  cpu::Task task{};
+Task task_of(const Item& item, const Rule& rule, bool stochastic) {
+  Task task{};
+  Run& run = task.run;
   if (!item.grad->defined()) {
-    task.row = cpu::kCarried;
+    task.row = kCarried;
     if (!moves(item)) return task;
     const Dtype dtype = dtype_of(*item.weight);
-    task.dtypes = {dtype, dtype, dtype};
-    task.run.count = item.weight->numel();
-    task.run.weight = elements(*item.weight);
-    task.run.weight_out = writable(*item.next);
+    task.spec.dtypes = {dtype, dtype, dtype};
+    run.count = item.weight->numel();
+    run.weight = elements(*item.weight);
+    run.weight_out = writable(*item.next);
     return task;
   }
-  task.dtypes = dtypes_of(item);
-  task.run.count = item.weight->numel();
-  task.adaptive = item.exp_avg_sq != nullptr;
-  task.run.grad = elements(*item.grad);
-  task.run.exp_avg = writable(*item.exp_avg);
-  if (task.adaptive) task.run.exp_avg_sq = writable(*item.exp_avg_sq);
-  if (item.late != nullptr) task.run.late = elements(*item.late);
-  if (item.mean != nullptr) task.run.mean = writable(*item.mean);
-  if (item.beside != nullptr) task.run.ahead = writable(*item.beside);
+  task.spec = spec_of(item, rule, stochastic);
+  run.rule = rule;
+  run.count = item.weight->numel();
+  run.grad = elements(*item.grad);
+  run.exp_avg = writable(*item.exp_avg);
+  if (item.exp_avg_sq != nullptr) run.exp_avg_sq = writable(*item.exp_avg_sq);
+  if (item.late != nullptr) run.late = elements(*item.late);
+  if (item.mean != nullptr) run.mean = writable(*item.mean);
+  // What is stepped lies in the ring, with the prediction beside it, or the other way round.
+  const bool swapped = item.ring_predicts;
+  const at::Tensor* predicted = swapped ? item.next : item.shadow;
+  if (predicted != nullptr) run.ahead = writable(*predicted);
+  const at::Tensor& stepped = swapped ? *item.shadow : *item.weight;
+  void* out = writable(swapped ? *item.shadow : moves(item) ? *item.next : *item.weight);
   if (item.master != nullptr) {
-    task.run.weight = task.run.weight_out = writable(*item.master);
-    (item.late != nullptr ? task.run.ahead : task.run.copy) = writable(*item.next);
-  } else if (moves(item)) {
-    task.run.weight = elements(*item.weight);
-    task.run.weight_out = writable(*item.next);
+    run.weight = run.weight_out = writable(*item.master);
+    run.copy = out;
   } else {
-    task.run.weight = task.run.weight_out = writable(*item.weight);
+    run.weight = &stepped == item.weight && moves(item) ? elements(stepped) : out;
+    run.weight_out = out;
   }
   return task;
 }
@@ -198,8 +200,7 @@ void note_writes(const Item& item) {
   if (steps || moves(item)) note(*item.next);
   if (!steps) return;
   note(*item.exp_avg);
-  if (item.exp_avg_sq != nullptr) note(*item.exp_avg_sq);
-  for (const at::Tensor* written : {item.master, item.mean, item.beside})
+  for (const at::Tensor* written : {item.exp_avg_sq, item.master, item.mean, item.shadow})
     if (written != nullptr) note(*written);
 }
 

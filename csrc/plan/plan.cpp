@@ -26,14 +26,6 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
 
-void compute(const std::vector<cpu::Task>& tasks, const std::vector<Row>& rows,
-             const std::vector<Correction<double>>& corrections) {
-  std::vector<Coefficients<double>> coefficients;
-  coefficients.reserve(rows.size());
-  for (const Row& r : rows) coefficients.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
-  cpu::run(tasks, coefficients, corrections);
-}
-
 // Below twice as many tensors waking the other threads costs more than it saves.
 constexpr int64_t kTensorsOfThread = 256;
 
@@ -64,17 +56,6 @@ void prefetch_storage(const at::Tensor& t) {
 
 }  // namespace
 
-void run(const std::vector<Item>& items, at::IntArrayRef row_of, const std::vector<Row>& rows) {
-  std::vector<cpu::Task> tasks;
-  tasks.reserve(items.size());
-  for (size_t i = 0; i < items.size(); ++i) {
-    tasks.push_back(task_of(items[i]));
-    if (tasks[i].row != cpu::kCarried) tasks[i].row = row_of[i];
-  }
-  compute(tasks, rows, {});
-  for (const Item& item : items) note_writes(item);
-}
-
 Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
     : t_(std::move(tensors)),
       steps_("step count", t_.steps),
@@ -83,70 +64,72 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
       device_(t_.slots.empty() || t_.slots[0].empty() ? at::Device(at::kCPU) : t_.slots[0][0]->device()) {
   const size_t n = t_.names.size();
   const auto fits = [n](const auto& list) { return list.size() == n; };
-  bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) &&
-              (t_.steps.empty() || fits(t_.steps)) && !t_.slots.empty() &&
-              (t_.exp_avg_sqs.empty() || fits(t_.exp_avg_sqs)) && (t_.mu_products.empty() || fits(t_.mu_products)) &&
-              (t_.besides.empty() || fits(t_.besides)) &&
-              (t_.corrects && has_mean(t_.kind) ? fits(t_.means) : t_.means.empty());
+  const auto fits_if = [&fits](bool needed, const auto& list) { return needed ? fits(list) : list.empty(); };
+  const Rule& rule = t_.rule;
+  bool same = fits(t_.numbers) && fits(t_.groups) && fits(t_.exp_avgs) && fits(t_.masters) && !t_.slots.empty() &&
+              fits_if(!t_.steps.empty(), t_.steps) && fits_if(!t_.mu_products.empty(), t_.mu_products) &&
+              fits_if(rule.normaliser == Normaliser::kRms, t_.exp_avg_sqs) &&
+              fits_if(t_.corrects && has_mean(rule.kind), t_.means) &&
+              fits_if(t_.ring_predicts || !t_.shadows.empty(), t_.shadows);
   for (const auto& slot : t_.slots) same = same && fits(slot);
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
 
 Item Plan::item(size_t i, const at::Tensor& grad) const {
+  const auto of = [i](const std::vector<at::Tensor>& list) { return list.empty() ? nullptr : &list[i]; };
   return {&t_.names[i],
-          t_.slots[from_][i],
-          t_.slots[to_][i],
+          t_.slots[slots_.source][i],
+          t_.slots[slots_.target][i],
           &grad,
           &t_.exp_avgs[i],
-          t_.exp_avg_sqs.empty() ? nullptr : &t_.exp_avg_sqs[i],
+          of(t_.exp_avg_sqs),
           t_.masters[i].defined() ? &t_.masters[i] : nullptr,
-          t_.corrects ? t_.slots[grads_of_][i] : nullptr,
-          t_.means.empty() ? nullptr : &t_.means[i],
-          t_.besides.empty() ? nullptr : &t_.besides[i]};
+          t_.corrects ? t_.slots[slots_.grads][i] : nullptr,
+          of(t_.means),
+          of(t_.shadows),
+          t_.ring_predicts};
 }
 
 // [note: memory before it is needed]
 // What a step reads of its tensors beside their elements, some 20 cache lines each, lies all over the memory behind two
 // or three pointers one after the other. A loop that met them one by one would spend most of the step waiting, if the
 // tensors are many and small; so each of these is asked for a few tensors ahead, pointers before what they point to.
-void Plan::prefetch(size_t i, size_t grads_of) const {
+void Plan::prefetch(size_t i) const {
   constexpr size_t kApart = 4;
   const size_t n = t_.names.size(), near = i + kApart, middle = near + kApart, far = middle + kApart;
-  const auto& weights = t_.slots[from_];
+  const auto &weights = t_.slots[slots_.source], &next = t_.slots[slots_.target], &leaves = t_.slots[slots_.grads];
   if (far < n) {
     prefetch_tensor(*weights[far]);
-    if (grads_of != from_) prefetch_tensor(*t_.slots[grads_of][far]);
-    if (to_ != from_) prefetch_tensor(*t_.slots[to_][far]);
+    if (slots_.grads != slots_.source) prefetch_tensor(*leaves[far]);
+    if (slots_.target != slots_.source) prefetch_tensor(*next[far]);
     prefetch_tensor(t_.exp_avgs[far]);
     if (!t_.exp_avg_sqs.empty()) prefetch_tensor(t_.exp_avg_sqs[far]);
     steps_.prefetch(far);
     mu_products_.prefetch(far);
   }
   if (middle < n) {
-    prefetch_line(t_.slots[grads_of][middle]->unsafeGetTensorImpl()->autograd_meta());
+    prefetch_line(leaves[middle]->unsafeGetTensorImpl()->autograd_meta());
     prefetch_storage(*weights[middle]);
-    if (to_ != from_) prefetch_storage(*t_.slots[to_][middle]);
+    if (slots_.target != slots_.source) prefetch_storage(*next[middle]);
     prefetch_storage(t_.exp_avgs[middle]);
     if (!t_.exp_avg_sqs.empty()) prefetch_storage(t_.exp_avg_sqs[middle]);
   }
-  if (near < n) prefetch_tensor(grad_of(*t_.slots[grads_of][near]));
+  if (near < n) prefetch_tensor(grad_of(*leaves[near]));
 }
 
-std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
-  if (grads_of >= t_.slots.size() || from >= t_.slots.size() || to >= t_.slots.size())
-    fail("slot ", std::max({grads_of, from, to}), " of a ring of ", t_.slots.size(), " slots does not exist");
+std::vector<StepClass> Plan::collect(const StepSlots& slots) {
+  const size_t last = std::max({slots.grads, slots.source, slots.target});
+  if (last >= t_.slots.size()) fail("slot ", last, " of a ring of ", t_.slots.size(), " slots does not exist");
   const size_t n = t_.names.size();
   collected_ = false;
-  grads_of_ = grads_of;
-  from_ = from;
-  to_ = to;
+  slots_ = slots;
   grads_.assign(n, at::Tensor());
   tasks_.resize(n);
   counts_.resize(n);
   classes_.clear();
   const auto gather = [&](size_t i) {
-    prefetch(i, grads_of);
-    this->gather(i, grads_of);
+    prefetch(i);
+    this->gather(i);
   };
   try {
     try {
@@ -160,7 +143,7 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
     throw;
   }
   for (size_t i = 0; i < n; ++i) {
-    if (tasks_[i].row == cpu::kCarried) continue;
+    if (tasks_[i].row == kCarried) continue;
     if (steps_.empty()) {
       tasks_[i].row = static_cast<int64_t>(i);
       continue;
@@ -173,18 +156,16 @@ std::vector<StepClass> Plan::collect(size_t grads_of, size_t from, size_t to) {
   return classes_;
 }
 
-void Plan::gather(size_t i, size_t grads_of) {
-  const at::Tensor& weight = *t_.slots[from_][i];
-  const at::Tensor& grad = grad_of(*t_.slots[grads_of][i]);
+void Plan::gather(size_t i) {
+  const at::Tensor& weight = *t_.slots[slots_.source][i];
+  const at::Tensor& grad = grad_of(*t_.slots[slots_.grads][i]);
   if (grad.defined()) grads_[i] = laid_out_as(weight, grad);
   const Item item = this->item(i, grads_[i]);
   if (grad.defined())
     check(item, seed_.has_value(), device_);
   else if (moves(item))
     check_carried(item, device_);
-  tasks_[i] = task_of(item);
-  tasks_[i].stochastic = seed_.has_value();
-  tasks_[i].kind = t_.kind;
+  tasks_[i] = task_of(item, t_.rule, seed_.has_value());
   if (!grad.defined() || steps_.empty()) return;
   const std::string& name = t_.names[i];
   counts_[i] = {t_.groups[i], steps_.read(i, name), mu_products_.empty() ? 1.0 : mu_products_.read(i, name)};
@@ -199,20 +180,11 @@ size_t Plan::class_of(const StepClass& now) {
   return classes_.size() - 1;
 }
 
-double Plan::gradient_norm() {
-  std::vector<cpu::Values> values;
-  for (const auto& grad : grads_)
-    if (grad.defined()) values.push_back({grad.const_data_ptr(), grad.numel(), dtype_of(grad)});
-  return cpu::norm(values);
-}
-
 std::string Plan::nonfinite_parameter() const {
   for (size_t i = 0; i < grads_.size(); ++i)
     if (grads_[i].defined() && !at::isfinite(grads_[i]).all().item<bool>()) return t_.names[i];
   return "";
 }
-
-void Plan::pass(const std::vector<Row>& rows) { compute(tasks_, rows, corrections_); }
 
 bool Plan::note_written(size_t i) const {
   // A count of versions is behind its tensor, and increments wait for each other where reads do not.
@@ -221,12 +193,12 @@ bool Plan::note_written(size_t i) const {
     if (!t.is_inference()) (void)t.unsafeGetTensorImpl()->version_counter().current_version();
   };
   if (const size_t ahead = i + kAhead; ahead < tasks_.size()) {
-    touch(*t_.slots[to_][ahead]);
+    touch(*t_.slots[slots_.target][ahead]);
     touch(t_.exp_avgs[ahead]);
     if (!t_.exp_avg_sqs.empty()) touch(t_.exp_avg_sqs[ahead]);
   }
   note_writes(item(i, grads_[i]));
-  return tasks_[i].row != cpu::kCarried;
+  return tasks_[i].row != kCarried;
 }
 
 void Plan::forget() {
@@ -244,9 +216,12 @@ void Plan::apply(const std::vector<Row>& rows, const std::vector<double>& mu_pro
   if (corrections.size() != (t_.corrects ? classes_.size() : 0))
     fail("a step takes a row of corrections for each class of corrected tensors, and none else, not ",
          corrections.size());
-  corrections_.clear();
-  for (const CorrectionRow& r : corrections) corrections_.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
-  pass(rows);
+  std::vector<StepRow> of_classes(rows.size());
+  for (size_t k = 0; k < rows.size(); ++k) {
+    of_classes[k].coefficients = Coefficients<double>::from(rows[k].data());
+    if (t_.corrects) of_classes[k].correction = Correction<double>::from(corrections[k].data());
+  }
+  pass(of_classes);
   for_each_tensor(tasks_.size(), [&](size_t i) {
     if (!note_written(i)) return;
     const auto k = static_cast<size_t>(tasks_[i].row);

@@ -6,21 +6,24 @@
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "../cpu/driver.h"
+#include "../plan/check.h"
 
 namespace nesterov_pp {
 namespace {
 
-std::vector<Row> rows_of(const at::Tensor& coefficients) {
+std::vector<StepRow> rows_of(const at::Tensor& coefficients) {
   if (!coefficients.device().is_cpu() || coefficients.scalar_type() != at::kDouble || coefficients.dim() != 2 ||
       coefficients.size(1) != kCoefficients)
     throw std::invalid_argument("coefficients must be a float64 CPU tensor of shape [rows, " +
                                 std::to_string(kCoefficients) + "]");
   const at::Tensor dense = coefficients.resolve_neg().contiguous();
-  std::vector<Row> rows(static_cast<size_t>(dense.size(0)));
-  const double* value = dense.const_data_ptr<double>();
-  for (Row& row : rows)
-    for (double& c : row) c = *value++;
+  std::vector<StepRow> rows(static_cast<size_t>(dense.size(0)));
+  const double* row = dense.const_data_ptr<double>();
+  for (StepRow& r : rows) {
+    r.coefficients = Coefficients<double>::from(row);
+    row += kCoefficients;
+  }
   return rows;
 }
 
@@ -31,19 +34,24 @@ void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorLis
   if (weights_out.size() != n || grads.size() != n || exp_avgs.size() != n || (adaptive && exp_avg_sqs.size() != n) ||
       row_of.size() != n)
     throw std::invalid_argument("the lists of a step differ in length; there are " + std::to_string(n) + " weights");
-  const std::vector<Row> rows = rows_of(coefficients);
+  const std::vector<StepRow> rows = rows_of(coefficients);
+  const Rule rule{adaptive ? Normaliser::kRms : Normaliser::kNone};
   std::vector<std::string> names(n);
   std::vector<Item> items;
+  std::vector<Task> tasks;
   for (size_t i = 0; i < n; ++i) {
     names[i] = "parameter " + std::to_string(i);
     if (row_of[i] < 0 || row_of[i] >= static_cast<int64_t>(rows.size()))
       throw std::invalid_argument(names[i] + " takes row " + std::to_string(row_of[i]) + " of " +
                                   std::to_string(rows.size()) + " rows of coefficients");
-    items.push_back({&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i],
-                     adaptive ? &exp_avg_sqs[i] : nullptr, nullptr});
+    items.push_back(
+        {&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i], adaptive ? &exp_avg_sqs[i] : nullptr});
     check(items.back(), false, at::kCPU);
+    tasks.push_back(task_of(items.back(), rule, false));
+    if (tasks[i].row != kCarried) tasks[i].row = row_of[i];
   }
-  run(items, row_of, rows);
+  cpu::run(tasks, rows);
+  for (const Item& item : items) note_writes(item);
 }
 
 void step_(at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,

@@ -12,12 +12,12 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/driver.h"
-#include "device/plan.h"
+#include "../cpu/driver.h"
+#include "../cpu/plan.h"
+#include "../device/plan.h"
 #include "memory.h"
-#include "plan.h"
 #if defined(NPP_CUDA)
-#include "cuda/plan.h"
+#include "../cuda/plan.h"
 #endif
 
 namespace py = pybind11;
@@ -89,7 +89,7 @@ struct Launch {
 // Leaves the launches to a function: that of the kernels which Triton compiles.
 class CallingPlan : public nesterov_pp::device::DevicePlan {
  public:
-  using Function = std::function<void(at::Tensor rows, size_t source, size_t target, size_t late)>;
+  using Function = std::function<void(at::Tensor rows, std::array<size_t, 3> slots)>;
 
   CallingPlan(Tensors tensors, std::optional<uint64_t> seed, Function launch, std::function<bool()> captures)
       : DevicePlan(std::move(tensors), seed), launch_(std::move(launch)), captures_(std::move(captures)) {}
@@ -106,7 +106,7 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
 
  protected:
   bool captures() const override { return captures_(); }
-  void launch(const at::Tensor& rows) override { launch_(rows, from(), to(), late()); }
+  void launch(const at::Tensor& rows) override { launch_(rows, {slots_.grads, slots_.source, slots_.target}); }
 
  private:
   Function launch_;
@@ -125,52 +125,58 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("holds", &holds, py::arg("groups"), py::arg("state"), py::arg("known"));
 
   py::class_<Tensors>(m, "Tensors")
-      .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
-                       const std::vector<std::vector<py::object>>& slots, std::vector<at::Tensor> exp_avgs,
-                       std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
-                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, bool corrects, int kind,
-                       std::vector<at::Tensor> means, std::vector<at::Tensor> besides) {
-             Tensors tensors{std::move(names),
-                             std::move(numbers),
-                             std::move(groups),
-                             {},
-                             {},
-                             std::move(exp_avgs),
-                             std::move(exp_avg_sqs),
-                             {},
-                             std::move(steps),
-                             std::move(mu_products),
-                             corrects,
-                             static_cast<nesterov_pp::Kind>(kind),
-                             std::move(means),
-                             std::move(besides)};
-             hold(tensors, slots);
-             for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
-             return tensors;
-           }),
-           py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
-           py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"),
-           py::arg("corrects") = false, py::arg("kind") = 0, py::arg("means") = std::vector<at::Tensor>(),
-           py::arg("besides") = std::vector<at::Tensor>());
+      .def(
+          py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
+                      const std::vector<std::vector<py::object>>& slots, std::vector<at::Tensor> exp_avgs,
+                      std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
+                      std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, std::vector<at::Tensor> means,
+                      std::vector<at::Tensor> shadows, int normaliser, bool corrects, int kind, bool ring_predicts) {
+            Tensors tensors{
+                std::move(names),
+                std::move(numbers),
+                std::move(groups),
+                {},
+                {},
+                std::move(exp_avgs),
+                std::move(exp_avg_sqs),
+                {},
+                std::move(steps),
+                std::move(mu_products),
+                std::move(means),
+                std::move(shadows),
+                {static_cast<nesterov_pp::Normaliser>(normaliser), static_cast<nesterov_pp::CorrectionKind>(kind)},
+                corrects,
+                ring_predicts};
+            hold(tensors, slots);
+            for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
+            return tensors;
+          }),
+          py::kw_only(), py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"), py::arg("means"),
+          py::arg("shadows"), py::arg("normaliser"), py::arg("corrects"), py::arg("kind"), py::arg("ring_predicts"));
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
       .def_property_readonly("on_device", [](const Plan&) { return false; })
       .def(
           "collect",
-          [](Plan& plan, size_t grads_of, size_t from, size_t to) {
+          [](Plan& plan, const std::array<size_t, 3>& slots) {
             std::vector<std::tuple<int64_t, double, double>> classes;
-            for (const auto& c : plan.collect(grads_of, from, to)) classes.emplace_back(c.group, c.step, c.mu_product);
+            for (const auto& c : plan.collect({slots[0], slots[1], slots[2]}))
+              classes.emplace_back(c.group, c.step, c.mu_product);
             return classes;
           },
-          py::arg("grads_of"), py::arg("source"), py::arg("target"))
+          py::arg("slots"))
       .def("forget", &Plan::forget)
       .def_property_readonly("steps_run", &Plan::steps_run)
-      .def("gradient_norm", &Plan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("nonfinite_parameter", &Plan::nonfinite_parameter)
       .def("apply", &Plan::apply, py::arg("rows"), py::arg("mu_products"),
            py::arg("corrections") = std::vector<nesterov_pp::CorrectionRow>(),
            py::call_guard<py::gil_scoped_release>());
+
+  using nesterov_pp::cpu::CpuPlan;
+  py::class_<CpuPlan, Plan>(m, "CpuPlan")
+      .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
+      .def("gradient_norm", &CpuPlan::gradient_norm, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Launch>(m, "Launch", "What a kernel is launched with for the tensors that agree in dtypes.")
       .def_readonly("table", &Launch::table)
@@ -178,8 +184,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("tensors", &Launch::tensors)
       .def_readonly("dtypes", &Launch::dtypes, "of the weights computed with, the gradients and the moments");
 
-  py::class_<CallingPlan, Plan>(
-      m, "DevicePlan", "A plan whose pass is `launch(rows, source, target, late)`, in a graph if `captures()`.")
+  py::class_<CallingPlan, Plan>(m, "DevicePlan",
+                                "A plan whose pass is `launch(rows, slots)`, in a graph if `captures()`.")
       .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function, std::function<bool()>>(),
            py::arg("tensors"), py::arg("seed"), py::arg("launch"), py::arg("captures"))
       .def("apply_rows", &CallingPlan::apply_rows, py::arg("rows"))
@@ -190,6 +196,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<CudaPlan, Plan>(m, "CudaPlan")
       .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
       .def_property_readonly("on_device", [](const CudaPlan&) { return true; })
+      .def("gradient_norm", &CudaPlan::gradient_norm, py::call_guard<py::gil_scoped_release>())
       .def("apply_rows", &CudaPlan::apply_rows, py::arg("rows"), py::call_guard<py::gil_scoped_release>())
       .def("scale", &CudaPlan::scale, py::arg("scale"), py::arg("limit"), py::arg("grad_scale"));
 #endif

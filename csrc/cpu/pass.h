@@ -1,0 +1,341 @@
+// The body of every CPU pass, for the file of each instruction set. No torch and no standard-library templates here: a
+// weak symbol compiled for AVX-512 could be chosen by the linker for every caller, and crash older processors.
+#pragma once
+
+#include "codec.h"
+#include "kernels.h"
+
+#if NPP_X86
+#include <emmintrin.h>
+#endif
+
+namespace nesterov_pp::cpu {
+namespace {
+
+// `noise` matters where bfloat16 is rounded stochastically.
+template <class S, int N, bool kStochastic>
+NPP_INLINE typename Element<S, N>::Stored narrowed(const typename Element<S, N>::Value& value,
+                                                   const typename Lanes<N>::U& noise) {
+  if constexpr (kStochastic && kSame<S, BFloat16>) return Element<S, N>::narrow(value, noise);
+  return Element<S, N>::narrow(value);
+}
+
+template <class S, int N, bool kStochastic>
+NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value, const typename Lanes<N>::U& noise) {
+  const auto stored = narrowed<S, N, kStochastic>(value, noise);
+  __builtin_memcpy(to, &stored, sizeof(stored));
+}
+
+template <class S, int N>
+NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
+  const auto stored = Element<S, N>::narrow(value);
+  __builtin_memcpy(to, &stored, sizeof(stored));
+}
+
+// Past the caches, to an address aligned to 16 bytes. The processor joins the parts of a cache line.
+template <class V>
+NPP_INLINE void stream(void* to, const V& stored) {
+#if NPP_X86
+  if constexpr (sizeof(V) % 16 == 0) {
+    __m128i parts[sizeof(V) / 16];
+    __builtin_memcpy(parts, &stored, sizeof(V));
+    for (unsigned k = 0; k < sizeof(V) / 16; ++k) _mm_stream_si128(static_cast<__m128i*>(to) + k, parts[k]);
+    return;
+  }
+#endif
+  __builtin_memcpy(to, &stored, sizeof(V));
+}
+
+template <bool kStreaming, class Stored>
+NPP_INLINE void store_next(void* to, const Stored& stored) {
+  if constexpr (kStreaming)
+    stream(to, stored);
+  else
+    __builtin_memcpy(to, &stored, sizeof(stored));
+}
+
+// Everything in bfloat16 is taken in pairs, two elements a lane.
+template <class P>
+constexpr bool kPairs =
+    kSame<typename P::W, BFloat16> && kSame<typename P::G, BFloat16> && kSame<typename P::M, BFloat16> && !P::kCorrects;
+
+template <class S>
+NPP_INLINE S* after(S* base, long long i) {
+  return base == nullptr ? base : base + i;
+}
+
+// As in Run.
+template <class P>
+struct Pointers {
+  const typename P::W* w;
+  typename P::W* out;
+  const typename P::G* grad;
+  const typename P::G* late;
+  typename P::M* m;
+  typename P::M* v;
+  typename P::M* mean;
+  typename P::G* copy;
+  typename P::G* ahead;
+
+  NPP_INLINE_METHOD Pointers at(long long i) const {
+    return {w + i,       out + i,        grad + i,       after(late, i), m + i,
+            after(v, i), after(mean, i), after(copy, i), after(ahead, i)};
+  }
+};
+
+// What a pass computes with, for all its elements.
+template <class T>
+struct Constants {
+  Scalars<T> c;
+  CorrectionScalars<T> x;
+  Rule rule;
+  Noise noise;
+};
+
+// The words of the counters that belong to element i of a run and the `offsets` after it (random.h).
+template <int N>
+NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
+                                                    const typename Lanes<N>::U& offsets) {
+  using U = typename Lanes<N>::U;
+  using W = typename Lanes<N>::W;
+  const auto first = static_cast<unsigned long long>(noise.first + i) / 2;
+  const U low = offsets + static_cast<unsigned int>(first);
+  const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
+  const W a = bits_of<W>(low), b = bits_of<W>(carry + static_cast<unsigned int>(first >> 32));
+  const W tensor = W{} + noise.tensor, step = W{} + noise.step;
+  const Words<W> x = philox<W>({a, b, tensor, step}, noise.seed);
+  const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, noise.seed);
+  return {joined<N>(x.a, y.a), joined<N>(x.b, y.b), joined<N>(x.c, y.c), joined<N>(x.d, y.d)};
+}
+
+template <int N>
+NPP_INLINE typename Lanes<N>::U counting(unsigned int divisor) {
+  typename Lanes<N>::U lanes{};
+  for (unsigned int k = 0; k < N; ++k) lanes[k] = k / divisor;
+  return lanes;
+}
+
+// 2 N elements of bfloat16, of which a lane holds an even and an odd one.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void block_of_pairs(const Pointers<P>& p, long long i, const Constants<T>& k) {
+  using Pairs = BFloat16Pairs<N>;
+  typename Pairs::Stored ws, gs, ms, vs{};
+  __builtin_memcpy(&ws, p.w, sizeof(ws));
+  __builtin_memcpy(&gs, p.grad, sizeof(gs));
+  __builtin_memcpy(&ms, p.m, sizeof(ms));
+  if constexpr (P::kMayHaveSecond) __builtin_memcpy(&vs, p.v, sizeof(vs));
+  auto m1 = Pairs::first(ms), m2 = Pairs::second(ms), v1 = Pairs::first(vs), v2 = Pairs::second(vs);
+  Late<typename Pairs::Value> none{};
+  const auto next1 = update<P>(k.rule, k.c, k.x, Pairs::first(ws), Pairs::first(gs), m1, v1, none);
+  const auto next2 = update<P>(k.rule, k.c, k.x, Pairs::second(ws), Pairs::second(gs), m2, v2, none);
+  if constexpr (P::kStochastic) {
+    const auto words = random_words<N>(k.noise, i, counting<N>(1));
+    ws = Pairs::join(next1, next2, words.a & 0xffffU, words.c & 0xffffU);
+    ms = Pairs::join(m1, m2, words.a >> 16, words.c >> 16);
+    if constexpr (P::kMayHaveSecond) vs = Pairs::join(v1, v2, words.b & 0xffffU, words.d & 0xffffU);
+  } else {
+    ws = Pairs::join(next1, next2);
+    ms = Pairs::join(m1, m2);
+    if constexpr (P::kMayHaveSecond) vs = Pairs::join(v1, v2);
+  }
+  __builtin_memcpy(p.m, &ms, sizeof(ms));
+  if constexpr (P::kMayHaveSecond) __builtin_memcpy(p.v, &vs, sizeof(vs));
+  store_next<kStreaming>(p.out, ws);
+}
+
+// What was computed with when the gradient was late: weights as its dtype has them, so that a master that has not been
+// stepped since is no distance apart.
+template <class P, int N, class V>
+NPP_INLINE V apart(const Pointers<P>& p, const V& w) {
+  using G = typename P::G;
+  V seen = w;
+  if constexpr (P::kCopies) seen = Element<G, N>::widen(Element<G, N>::narrow(w));
+  return difference(seen, load<G, N>(p.late));
+}
+
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constants<T>& k) {
+  using W = typename P::W;
+  using G = typename P::G;
+  using M = typename P::M;
+  using U = typename Lanes<N>::U;
+  using V = typename Element<W, N>::Value;
+  const V w = load<W, N>(p.w);
+  V m = load<M, N>(p.m), v{};
+  if (P::has_second(k.rule)) v = load<M, N>(p.v);
+  Late<V> late{};
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) late.mean = load<M, N>(p.mean);
+    if (compares(k.rule.kind)) late.apart = apart<P, N>(p, w);
+  }
+  const V next = update<P>(k.rule, k.c, k.x, w, load<G, N>(p.grad), m, v, late);
+  U weight_noise{}, m_noise{}, v_noise{}, mean_noise{};
+  if constexpr (P::kStochastic) {
+    const auto words = random_words<N>(k.noise, i, counting<N>(2));
+    const U odd = -(counting<N>(1) & 1U);
+    const U first = choose_lanes(odd, words.c, words.a), second = choose_lanes(odd, words.d, words.b);
+    weight_noise = first & 0xffffU;
+    m_noise = first >> 16;
+    v_noise = second & 0xffffU;
+    mean_noise = second >> 16;
+  }
+  store<M, N, P::kStochastic>(p.m, m, m_noise);
+  if (P::has_second(k.rule)) store<M, N, P::kStochastic>(p.v, v, v_noise);
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) store<M, N, P::kStochastic>(p.mean, late.mean, mean_noise);
+    if (p.ahead != nullptr) store<G, N>(p.ahead, late.ahead);
+  }
+  if constexpr (P::kCopies) {
+    store<W, N>(p.out, next);
+    if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
+  } else {
+    store_next<kStreaming>(p.out, narrowed<W, N, P::kStochastic>(next, weight_noise));
+  }
+}
+
+// N lanes from element i of the run on.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
+  if constexpr (kPairs<P>)
+    block_of_pairs<P, kStreaming, N>(p, i, k);
+  else
+    block_of_lanes<P, kStreaming, N>(p, i, k);
+}
+
+// As many whole blocks as there are.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
+  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
+}
+
+// The same, with a loop of its own for each of the usual cases: no branches on scalars between the vectors.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void usual_blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
+  if constexpr (P::kMayHaveSecond && !P::kStochastic && !P::kCorrects) {
+    if (!k.c.has_l2 && k.c.first.is_small) {
+      Constants<T> known = k;
+      known.c.has_l2 = false;
+      known.c.first.is_small = true;
+      if (k.c.has_decay) {
+        known.c.has_decay = true;
+        blocks<P, kStreaming, N>(p, count, known);
+      } else {
+        known.c.has_decay = false;
+        blocks<P, kStreaming, N>(p, count, known);
+      }
+      return;
+    }
+  }
+  blocks<P, kStreaming, N>(p, count, k);
+}
+
+template <class S>
+NPP_INLINE void copy(S* to, const S* from, long long count) {
+  if (to != nullptr && from != nullptr) __builtin_memcpy(to, from, static_cast<unsigned long>(count) * sizeof(S));
+}
+
+// What is left after the whole blocks, from element i on: a block of its own, filled up with zeros.
+template <class P, int N, class T>
+NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
+  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  using W = typename P::W;
+  using G = typename P::G;
+  using M = typename P::M;
+  W w[kElements] = {};
+  G grad[kElements] = {}, late[kElements] = {}, copied[kElements] = {}, ahead[kElements] = {};
+  M m[kElements] = {}, v[kElements] = {}, mean[kElements] = {};
+  copy<W>(w, from.w, count);
+  copy<G>(grad, from.grad, count);
+  copy<M>(m, from.m, count);
+  if constexpr (P::kMayHaveSecond) copy<M>(v, from.v, count);
+  if constexpr (P::kCorrects) {
+    copy<G>(late, from.late, count);
+    copy<M>(mean, from.mean, count);
+  }
+  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead}, i, k);
+  copy<W>(from.out, w, count);
+  copy<M>(from.m, m, count);
+  if constexpr (P::kMayHaveSecond) copy<M>(from.v, v, count);
+  if constexpr (P::kCopies) copy<G>(from.copy, copied, count);
+  if constexpr (P::kCorrects) {
+    copy<M>(from.mean, mean, count);
+    copy<G>(from.ahead, ahead, count);
+  }
+}
+
+// A run with vectors of kBytes.
+template <class P, int kBytes>
+NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
+  using T = typename P::T;
+  using W = typename P::W;
+  using G = typename P::G;
+  using M = typename P::M;
+  constexpr int N = kBytes / static_cast<int>(sizeof(T));
+  Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise};
+  if constexpr (P::kCorrects) k.x = row.correction.as<T>();
+  const Pointers<P> p{static_cast<const W*>(r.weight), static_cast<W*>(r.weight_out), static_cast<const G*>(r.grad),
+                      static_cast<const G*>(r.late),   static_cast<M*>(r.exp_avg),    static_cast<M*>(r.exp_avg_sq),
+                      static_cast<M*>(r.mean),         static_cast<G*>(r.copy),       static_cast<G*>(r.ahead)};
+  const long long whole = r.count - r.count % (kPairs<P> ? 2 * N : N);
+#if NPP_X86
+  const void* next = P::kCopies ? r.copy : r.weight_out;
+  if (!P::kCorrects && streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {
+    usual_blocks<P, true, N>(p, whole, k);
+    _mm_sfence();  // streamed stores are weakly ordered: publish them before the thread joins
+  } else {
+    usual_blocks<P, false, N>(p, whole, k);
+  }
+#else
+  usual_blocks<P, false, N>(p, whole, k);
+#endif
+  if (whole < r.count) rest<P, N>(p.at(whole), whole, r.count - whole, k);
+}
+
+// 32 partial sums whatever the vectors' width, so that the order of additions does not depend on it. In two vectors: an
+// addition that waited for the one before would take longer than the values take to arrive.
+template <class S>
+NPP_INLINE double sum_of_squares(const void* values, long long count) {
+  constexpr int N = 16;
+  using V = typename Element<S, N>::Value;
+  const auto* x = static_cast<const S*>(values);
+  double total = 0;
+  for (long long begin = 0; begin < count; begin += kSquaresRun) {
+    const long long end = count - begin < kSquaresRun ? count : begin + kSquaresRun;
+    V even{}, odd{};
+    long long i = begin;
+    for (; i + 2 * N <= end; i += 2 * N) {
+      const V first = load<S, N>(x + i), second = load<S, N>(x + i + N);
+      even += first * first;
+      odd += second * second;
+    }
+    if (i < end) {
+      S left[2 * N] = {};
+      __builtin_memcpy(left, x + i, static_cast<unsigned long>(end - i) * sizeof(S));
+      const V first = load<S, N>(left), second = load<S, N>(left + N);
+      even += first * first;
+      odd += second * second;
+    }
+    const V sums = even + odd;
+    for (int k = 0; k < N; ++k) total += static_cast<double>(sums[k]);
+  }
+  return total;
+}
+
+// The squares of a dtype by a template for one instruction set.
+template <class Of>
+NPP_INLINE Squares squares_of(Dtype dtype, Of of) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return of(double{});
+    case Dtype::kBFloat16:
+      return of(BFloat16{});
+    case Dtype::kHalf:
+      return of(Half{});
+    default:
+      return of(float{});
+  }
+}
+
+}  // namespace
+}  // namespace nesterov_pp::cpu

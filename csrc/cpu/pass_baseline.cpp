@@ -1,0 +1,31 @@
+// The passes with vectors of 16 bytes, which every processor has.
+// Wide vectors are passed between inlined functions only, so no calling convention is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#include "pass.h"
+
+namespace nesterov_pp::cpu {
+namespace {
+
+template <class P>
+void pass_baseline(const Run& run, const StepRow& row, bool streaming) {
+  pass<P, 16>(run, row, streaming);
+}
+template <class S>
+double sum_of_squares_baseline(const void* values, long long count) {
+  return sum_of_squares<S>(values, count);
+}
+
+}  // namespace
+
+Kernel kernel_baseline(const Spec& spec) {
+  Kernel found = nullptr;
+  visit(spec, [&](auto p) { found = pass_baseline<decltype(p)>; });
+  return found;
+}
+
+Squares squares_baseline(Dtype dtype) {
+  return squares_of(dtype, [](auto s) { return static_cast<Squares>(sum_of_squares_baseline<decltype(s)>); });
+}
+
+}  // namespace nesterov_pp::cpu

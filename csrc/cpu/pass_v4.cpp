@@ -1,0 +1,33 @@
+// The passes with AVX-512.
+// Wide vectors are passed between inlined functions only, so no calling convention is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#include "pass.h"
+
+#if NPP_X86
+namespace nesterov_pp::cpu {
+namespace {
+
+template <class P>
+NPP_TARGET_V4 void pass_v4(const Run& run, const StepRow& row, bool streaming) {
+  pass<P, 64>(run, row, streaming);
+}
+template <class S>
+NPP_TARGET_V4 double sum_of_squares_v4(const void* values, long long count) {
+  return sum_of_squares<S>(values, count);
+}
+
+}  // namespace
+
+Kernel kernel_v4(const Spec& spec) {
+  Kernel found = nullptr;
+  visit(spec, [&](auto p) { found = pass_v4<decltype(p)>; });
+  return found;
+}
+
+Squares squares_v4(Dtype dtype) {
+  return squares_of(dtype, [](auto s) { return static_cast<Squares>(sum_of_squares_v4<decltype(s)>); });
+}
+
+}  // namespace nesterov_pp::cpu
+#endif

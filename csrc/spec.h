@@ -1,0 +1,107 @@
+// Which passes there are: the one list that every backend's kernels are made from.
+#pragma once
+
+#include "dtype.h"
+#include "update.h"
+
+namespace nesterov_pp {
+
+// A pass, as numbers.
+struct Spec {
+  Dtypes dtypes;
+  Normaliser normaliser;
+  bool corrects;    // whether it takes a correction or writes predicted weights
+  bool stochastic;  // whether bfloat16 weights and moments are rounded stochastically
+};
+
+// What is known of a pass when it is compiled: its normaliser; or, if it corrects, that it does. Such a pass looks at
+// its normaliser and kind of correction as it runs, the same for all elements: a pass for each would be fifteen times
+// the code, and memory is what it waits for.
+enum class Form { kNone, kRms, kSign, kCorrected };
+
+constexpr Form form_of(const Spec& spec) {
+  if (spec.corrects) return Form::kCorrected;
+  if (spec.normaliser == Normaliser::kSign) return Form::kSign;
+  return spec.normaliser == Normaliser::kRms ? Form::kRms : Form::kNone;
+}
+
+// A pass, as types: of the weights computed with, of gradients and of moments.
+template <class Weight, class Grad, class Moment, Form form, bool stochastic>
+struct Pass {
+  using W = Weight;
+  using G = Grad;
+  using M = Moment;
+  using T = typename Compute<W>::type;
+  static constexpr bool kCorrects = form == Form::kCorrected;
+  static constexpr bool kMayHaveSecond = form == Form::kRms || kCorrects;
+  static constexpr bool kStochastic = stochastic;
+  static constexpr bool kCopies = !kSame<W, G>;  // master weights, of which the parameters take copies
+  static constexpr bool kHalfMoments = kSame<M, Half>;
+
+  static NPP_HD constexpr Normaliser normaliser(const Rule& rule) {
+    return kCorrects             ? rule.normaliser
+           : form == Form::kRms  ? Normaliser::kRms
+           : form == Form::kSign ? Normaliser::kSign
+                                 : Normaliser::kNone;
+  }
+  static NPP_HD constexpr bool has_second(const Rule& rule) { return normaliser(rule) == Normaliser::kRms; }
+};
+
+namespace spec {
+
+template <class W, class G, class M>
+struct Combination {};
+template <class... C>
+struct Combinations {};
+
+// Gradients are in the dtype of the weights, or in a lower one beside float32 master weights. Moments are in the dtype
+// of the weights or, for all but float64, in float32 or bfloat16.
+using All = Combinations<Combination<double, double, double>, Combination<float, float, float>,
+                         Combination<float, float, BFloat16>, Combination<float, BFloat16, float>,
+                         Combination<float, BFloat16, BFloat16>, Combination<float, Half, float>,
+                         Combination<float, Half, BFloat16>, Combination<BFloat16, BFloat16, float>,
+                         Combination<BFloat16, BFloat16, BFloat16>, Combination<Half, Half, float>,
+                         Combination<Half, Half, BFloat16>, Combination<Half, Half, Half>>;
+
+template <class W, class G, class M, Form form, class F>
+bool by_rounding(const Spec& spec, F& f) {
+  constexpr bool kRounds = kSame<W, BFloat16> || kSame<M, BFloat16>, kHalf = kSame<W, Half> || kSame<M, Half>;
+  if (!spec.stochastic || (!kRounds && !kHalf)) return f(Pass<W, G, M, form, false>{}), true;
+  if constexpr (kRounds && !kHalf) return f(Pass<W, G, M, form, true>{}), true;
+  return false;  // float16 is not rounded stochastically
+}
+
+template <class W, class G, class M, class F>
+bool visit(Combination<W, G, M>, const Spec& spec, F& f) {
+  const auto [weight, grad, moment] = spec.dtypes;
+  if (weight != kDtype<W> || grad != kDtype<G> || moment != kDtype<M>) return false;
+  switch (form_of(spec)) {
+    case Form::kRms:
+      return by_rounding<W, G, M, Form::kRms>(spec, f);
+    case Form::kSign:
+      return by_rounding<W, G, M, Form::kSign>(spec, f);
+    case Form::kCorrected:
+      return by_rounding<W, G, M, Form::kCorrected>(spec, f);
+    default:
+      return by_rounding<W, G, M, Form::kNone>(spec, f);
+  }
+}
+
+template <class... C, class F>
+bool visit(Combinations<C...>, const Spec& spec, F& f) {
+  return (visit(C{}, spec, f) || ...);
+}
+
+}  // namespace spec
+
+// Calls f with the Pass of a spec; returns whether there is one.
+template <class F>
+bool visit(const Spec& spec, F f) {
+  return spec::visit(spec::All{}, spec, f);
+}
+
+inline bool supported(const Spec& spec) {
+  return visit(spec, [](auto) {});
+}
+
+}  // namespace nesterov_pp
