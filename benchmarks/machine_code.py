@@ -19,14 +19,18 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.gpu_check import toolkit
+from benchmarks.main_loop import SLOTS_PER_BYTE, code_of, main_loop, operation
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
+MOST_STOCHASTIC = 0.8
 DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
+BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 FORMS = ("step, no second moment", "step", "step, sign", "corrected step")  # in the order of Form in csrc/spec.h
 
 
@@ -46,6 +50,13 @@ class Kernel:
     loads_128: int
     stores_128: int
     spills: int  # loads and stores of local memory
+    loop: float = 0.0  # instructions of the main loop for each parameter; 0 for other kernels than steps
+    moved: int = 0  # bytes that a step reads and writes for each parameter
+
+    @property
+    def share(self) -> float:
+        """What the main loop takes of the issue slots that an H200's memory leaves; 0 for other kernels than steps."""
+        return self.loop / (SLOTS_PER_BYTE * self.moved) if self.moved else 0.0
 
 
 def nvcc() -> tuple[Path, Path]:
@@ -115,43 +126,70 @@ def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTUR
                 mangled: (int(registers), int(stack))
                 for mangled, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
             }
-            code = _run([tool, "-sass", *only, file])
-            for part in code.split("Function : ")[1:]:
+            listing = _run([tool, "-sass", *only, file])
+            for part in listing.split("Function : ")[1:]:
                 mangled = part.split(maxsplit=1)[0]
                 registers, stack = resources[mangled]
-                operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part)
+                code = code_of(part)
+                operations = [name for _, text in code if (name := operation(text))]
+                name, streams = described(mangled)
+                loop = main_loop(code) if streams is not None else None
                 found.append(
                     Kernel(
                         architecture,
-                        readable(mangled),
+                        name,
                         registers,
                         stack,
                         len(operations),
                         sum(o.startswith("LDG") and ".128" in o for o in operations),
                         sum(o.startswith("STG") and ".128" in o for o in operations),
                         sum(o.startswith(("LDL", "STL")) for o in operations),
+                        loop.instructions * streams.read / loop.bytes if loop and streams else 0.0,
+                        streams.read + streams.written if streams else 0,
                     )
                 )
     return sorted(found, key=lambda k: (k.name, k.architecture))
 
 
-def readable(mangled: str) -> str:
-    """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"."""
+class Streams(NamedTuple):
+    """Bytes for each parameter."""
+
+    read: int
+    written: int
+
+
+def described(mangled: str) -> tuple[str, Streams | None]:
+    """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"; what a step moves."""
     name = _run(["c++filt", mangled]).replace("nesterov_pp::", "").strip()
     step = re.search(r"Pass<(\w+), (\w+), (\w+), \(Form\)(\d), (true|false)>", name)
     if step is None:
         reduction = re.search(r"(\w+)_kernel(?:<(\w+)>)?", name)
         kind, dtype = reduction.groups() if reduction else (name, None)
-        return kind if dtype is None else f"{kind}: {DTYPES[dtype]}"
+        return (kind if dtype is None else f"{kind}: {DTYPES[dtype]}"), None
     weight, grad, moment = (DTYPES[t] for t in step.groups()[:3])
     shown = weight if weight == grad == moment else f"{weight} weights, {grad} gradients, {moment} moments"
     rounding = ", stochastic rounding" if step.group(5) == "true" else ""
-    return f"{FORMS[int(step.group(4))]}: {shown}{rounding}"
+    form = FORMS[int(step.group(4))]
+    w, g, m = (BYTES[t] for t in step.groups()[:3])
+    second, corrects = form in ("step", "corrected step"), form == "corrected step"
+    moments = m * (1 + second + corrects)
+    read = w + g + moments + g * corrects  # w, g and moments; with a correction the late weights and the running mean
+    written = w + moments + g * corrects + g * (weight != grad)  # with masters a copy
+    return f"{form}: {shown}{rounding}", Streams(read, written)
+
+
+def most_share(name: str) -> float:
+    """Of the issue slots on an H200, for a step; corrections are not held to any."""
+    if name.startswith("corrected") or "step" not in name:
+        return float("inf")
+    if "stochastic" in name:
+        return MOST_STOCHASTIC
+    return 0.25 if name == "step: float32" else 0.5
 
 
 def problems(kernels: list[Kernel]) -> list[str]:
     """What the passes are not to have: spilled registers, more of them than two or four blocks can have, streams that
-    are not read and written 128 bits at a time. A sentence each."""
+    are not read and written 128 bits at a time, more instructions than the memory leaves time for. A sentence each."""
     found = []
     for kernel in kernels:
         few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic", kernel.name)
@@ -163,6 +201,8 @@ def problems(kernels: list[Kernel]) -> list[str]:
             f"takes {kernel.registers} registers of {most}": kernel.registers > most,
             f"loads 128 bits {kernel.loads_128} times instead of {loads} or more": kernel.loads_128 < loads,
             f"stores 128 bits {kernel.stores_128} times instead of {stores} or more": kernel.stores_128 < stores,
+            f"takes {kernel.share:.1%} of the issue slots": kernel.architecture == 90
+            and kernel.share > most_share(kernel.name),
         }
         found += [f"{kernel.name} on sm_{kernel.architecture} {what}" for what, is_so in wrong.items() if is_so]
     return found
@@ -185,14 +225,16 @@ def table(kernels: list[Kernel]) -> str:
     lines = [
         "| kernel | "
         + " | ".join(f"sm_{a}: registers, instructions" for a in architectures)
-        + " | 128-bit loads, stores |",
-        "|---|" + "--:|" * (len(architectures) + 1),
+        + " | 128-bit loads, stores | a parameter (sm_90) | share |",
+        "|---|" + "--:|" * (len(architectures) + 3),
     ]
     for name in dict.fromkeys(k.name for k in kernels):
         rows = {k.architecture: k for k in kernels if k.name == name}
         last = rows[architectures[-1]]
         cells = [f"{rows[a].registers}, {rows[a].instructions}" for a in architectures]
-        lines.append(f"| {name} | {' | '.join(cells)} | {last.loads_128}, {last.stores_128} |")
+        measured = rows.get(90, last)
+        slots = f"{measured.loop:.1f} | {measured.share:.0%}" if measured.moved else " | "
+        lines.append(f"| {name} | {' | '.join(cells)} | {last.loads_128}, {last.stores_128} | {slots} |")
     return "\n".join(lines)
 
 

@@ -57,17 +57,59 @@ struct Words {
   U a, b, c, d;
 };
 
-template <class U>
-NPP_HD Words<U> philox(const Words<U>& counter, unsigned long long seed) {
-  Words<U> x = counter;
-  auto key0 = static_cast<unsigned int>(seed), key1 = static_cast<unsigned int>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Product<U> p = multiply(x.a, 0xD2511F53U), q = multiply(x.c, 0xCD9E8D57U);
-    x = {q.high ^ x.b ^ key0, q.low, p.high ^ x.d ^ key1, p.low};
-    key0 += 0x9E3779B9U;
-    key1 += 0xBB67AE85U;
+constexpr int kRounds = 10;
+
+// What the rounds mix in, two words each.
+struct RoundKeys {
+  unsigned int a[kRounds], b[kRounds];
+
+  static NPP_HD RoundKeys from(unsigned long long seed) {
+    RoundKeys keys{};
+    for (unsigned int k = 0; k < kRounds; ++k) {
+      keys.a[k] = static_cast<unsigned int>(seed) + k * 0x9E3779B9U;
+      keys.b[k] = static_cast<unsigned int>(seed >> 32) + k * 0xBB67AE85U;
+    }
+    return keys;
   }
+};
+
+template <class U>
+NPP_HD Words<U> mixed(const Words<U>& x, const RoundKeys& keys, int round) {
+  const Product<U> p = multiply(x.a, 0xD2511F53U), q = multiply(x.c, 0xCD9E8D57U);
+  return {q.high ^ x.b ^ keys.a[round], q.low, p.high ^ x.d ^ keys.b[round], p.low};
+}
+
+template <class U>
+NPP_HD Words<U> philox(const Words<U>& counter, const RoundKeys& keys) {
+  Words<U> x = counter;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int k = 0; k < kRounds; ++k) x = mixed(x, keys, k);
   return x;
 }
+
+// Philox for counters that differ in their first word alone. In the first round that word reaches two of four, in the
+// second three: the rest of both is computed once.
+struct PhiloxOfFirst {
+  unsigned int key_c, key_a, c, d;
+
+  static NPP_HD PhiloxOfFirst from(const Words<unsigned int>& rest, const RoundKeys& keys) {
+    const auto first = mixed<unsigned int>({0, rest.b, rest.c, rest.d}, keys, 0);  // c and d for a first word of 0
+    const auto p = multiply(first.a, 0xD2511F53U);
+    return {rest.d ^ keys.b[0], first.b ^ keys.a[1], p.high ^ keys.b[1], p.low};
+  }
+
+  NPP_HD Words<unsigned int> operator()(unsigned int first, const RoundKeys& keys) const {
+    const auto p = multiply(first, 0xD2511F53U);
+    const auto q = multiply(p.high ^ key_c, 0xCD9E8D57U);
+    Words<unsigned int> x{q.high ^ key_a, q.low, c ^ p.low, d};
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+    for (int k = 2; k < kRounds; ++k) x = mixed(x, keys, k);
+    return x;
+  }
+};
 
 }  // namespace nesterov_pp

@@ -151,6 +151,12 @@ NPP_HD V absolute(const V& x) {
   return result;
 }
 
+// One or the other, lane by lane. `Mask` is what a comparison of two V gives.
+template <class Mask, class V>
+NPP_HD V choose(const Mask& mask, const V& yes, const V& no) {
+  return mask ? yes : no;
+}
+
 template <class T, class V>
 NPP_HD V gradient_of(const Scalars<T>& c, const V& w, const V& grad) {
   V g = c.grad_scale * grad;
@@ -160,24 +166,22 @@ NPP_HD V gradient_of(const Scalars<T>& c, const V& w, const V& grad) {
 
 template <class T, class V>
 NPP_HD V decay_of(const Scalars<T>& c, const V& w) {
-  return absolute(w) < T(__builtin_inff()) ? c.decay * w : V{};
+  return choose(absolute(w) < T(__builtin_inff()), c.decay * w, V{});
 }
 
 // v as it will be read back from float16 where it overflows there.
 template <class V>
 NPP_HD V overflowed(const V& v) {
-  return v >= 65520.0f ? V{} + __builtin_inff() : v;
+  return choose(v >= 65520.0f, V{} + __builtin_inff(), v);
 }
 
 // What divides the momentum, or what becomes of it. The order is that of nesterov_pp.kernels.Normaliser.
 enum class Normaliser : int { kNone, kRms, kSign };
 
 // Of NaN it is NaN, for what is wrong is to be seen.
-template <class V>
+template <class T, class V>
 NPP_HD V sign_of(const V& x) {
-  const V zero{}, one = zero + 1.0f;
-  const V some = x > zero ? one : x;
-  return x < zero ? -one : some;
+  return choose(x > T(0), V{} + T(1), choose(x < T(0), V{} + T(-1), x));
 }
 
 // [note: corrections of late gradients]
@@ -243,7 +247,7 @@ static_assert(sizeof(Correction<double>) == kCorrections * sizeof(double), "plai
 // Infinite weights are no distance apart.
 template <class V>
 NPP_HD V difference(const V& a, const V& b) {
-  return a == b ? V{} : a - b;
+  return choose(a == b, V{}, a - b);
 }
 
 // What a correction has of an element.
@@ -284,6 +288,14 @@ NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V&
   late.ahead = next + further;
 }
 
+// What a plain step normalised by rms takes from a weight. A function of its own, since a device has a faster one.
+template <class P, class T, class V>
+NPP_HD V taken(const Scalars<T>& c, const V& w, const V& momentum, V& v) {
+  if constexpr (P::kHalfMoments) v = overflowed(v);
+  const V direction = momentum / (square_root(v * c.inv_bias2) + c.eps);
+  return c.has_decay ? decay_of(c, w) + direction : direction;
+}
+
 // Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of them; `P` a Pass
 // (spec.h).
 template <class P, class T, class V>
@@ -298,14 +310,15 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   V direction = c.c_grad * g + c.c_momentum * (normaliser == Normaliser::kSign ? before : m), momentum = m;
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
+    if constexpr (!P::kCorrects) return w - taken<P>(c, w, direction, v);
     if constexpr (P::kHalfMoments) v = overflowed(v);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
     direction = direction / denominator;
-    if constexpr (P::kCorrects) momentum = m / denominator;
+    momentum = m / denominator;
   }
   if (normaliser == Normaliser::kSign) {
-    direction = c.inv_bias2 * sign_of(direction);
-    if constexpr (P::kCorrects) momentum = sign_of(m);
+    direction = c.inv_bias2 * sign_of<T>(direction);
+    momentum = sign_of<T>(m);
   }
   const V next = w - (c.has_decay ? decay + direction : direction);
   if constexpr (P::kCorrects) predict(rule.kind, x, w, next, direction, momentum, late);

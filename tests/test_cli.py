@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import pytest
 import torch
 
 import nesterov_pp
-from nesterov_pp import kernels
 from nesterov_pp.cli import COMPARED, PRESETS, main
-from nesterov_pp.kernels import available_backends
+from nesterov_pp.kernels import available_backends, backend
 from nesterov_pp.pipeline import recipes
 from nesterov_pp.training.config import Config
 
@@ -233,7 +233,10 @@ def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFi
 def test_info_says_what_auto_takes(
     missing: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "_unavailable", lambda name: "not here" if name in missing else None)
+    registry = [
+        replace(b, unavailable=lambda b=b: "not here" if b.name in missing else None) for b in backend._REGISTRY
+    ]
+    monkeypatch.setattr(backend, "_REGISTRY", registry)
     monkeypatch.setattr("nesterov_pp.info.gpus", lambda: ["some GPU (sm_90, 139 GiB)"])
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

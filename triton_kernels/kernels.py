@@ -29,6 +29,7 @@ _ROW_WORDS = tl.constexpr(10)
 _CORRECTED_ROW_WORDS = tl.constexpr(17)
 _CHUNK = tl.constexpr(CHUNK)
 _ALMOST_ONE = tl.constexpr(1.0 - 2.0**-23)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # ``nesterov_pp.kernels.Normaliser`` and ``CorrectionKind``
 _RMS = tl.constexpr(1)
@@ -146,8 +147,8 @@ def _quotient(x, y):
 
 @triton.jit
 def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """``value`` in the dtype ``TO``: bfloat16 in integers, since the interpreter would cut the lower bits off."""
-    if tl.bfloat16 != TO:
+    """``value`` in the dtype ``TO``. The interpreter would cut the lower bits of a bfloat16 off: there in integers."""
+    if (tl.bfloat16 != TO) or (not (STOCHASTIC or _INTERPRETED)):
         return value.to(TO)
     else:
         bits = value.to(tl.uint32, bitcast=True)

@@ -103,8 +103,9 @@ NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long lon
   const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
   const W a = bits_of<W>(low), b = bits_of<W>(carry + static_cast<unsigned int>(first >> 32));
   const W tensor = W{} + noise.tensor, step = W{} + noise.step;
-  const Words<W> x = philox<W>({a, b, tensor, step}, noise.seed);
-  const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, noise.seed);
+  const RoundKeys keys = RoundKeys::from(noise.seed);
+  const Words<W> x = philox<W>({a, b, tensor, step}, keys);
+  const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, keys);
   return {joined<N>(x.a, y.a), joined<N>(x.b, y.b), joined<N>(x.c, y.c), joined<N>(x.d, y.d)};
 }
 

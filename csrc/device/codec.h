@@ -1,10 +1,19 @@
-// How one element of a stored type becomes a scalar to compute with, and back. The roundings are those of cpu/lanes.h.
+// How elements of a stored type become scalars to compute with, and back. The roundings are those of cpu/codec.h. A
+// device has instructions for them, which give the same bits but for the payload of a NaN.
 #pragma once
 
 #include "../dtype.h"
 #include "../update.h"
 
+#if defined(__CUDA_ARCH__)
+#define NPP_UNROLL _Pragma("unroll")
+#else
+#define NPP_UNROLL
+#endif
+
 namespace nesterov_pp::device {
+
+constexpr int kVectorBytes = 16;  // that a thread loads and stores at once
 
 template <class To, class From>
 NPP_HD To bits_of(const From& from) {
@@ -18,6 +27,11 @@ NPP_HD float widened(float x) { return x; }
 NPP_HD double widened(double x) { return x; }
 NPP_HD float widened(BFloat16 x) { return bits_of<float>(static_cast<unsigned int>(x.bits) << 16); }
 NPP_HD float widened(Half x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#endif
   const unsigned int magnitude = x.bits & 0x7fffU, sign = (x.bits & 0x8000U) << 16;
   if (magnitude < 0x400U) return bits_of<float>(bits_of<unsigned int>(magnitude * 5.9604644775390625e-8f) | sign);
   const unsigned int exponent = magnitude >= 0x7c00U ? 0x7f800000U : 112U << 23;
@@ -61,5 +75,93 @@ struct Narrow<Half> {
     return {static_cast<unsigned short>(bits | ((u >> 16) & 0x8000U))};
   }
 };
+
+// N elements that are loaded and stored at once, in parts of kVectorBytes where there are so many.
+template <class S, int N>
+struct alignas(sizeof(S) * N < kVectorBytes ? sizeof(S) * N : kVectorBytes) Pack {
+  S values[N];
+};
+
+// 16 random bits: one half of a word.
+struct Noise16 {
+  unsigned int word;
+  bool upper;
+
+  NPP_HD unsigned int bits() const { return upper ? word >> 16 : word & 0xffffU; }
+};
+
+#if defined(__CUDA_ARCH__)
+// Two elements of a word, the first in its lower half.
+template <class S>
+__device__ __forceinline__ unsigned int nearest_pair(float first, float second) {
+  unsigned int pair;
+  if constexpr (kSame<S, Half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// Plus the lower half of `noise`, or the upper one. What an operation on NaN gives is 0x7fffffff: bounded so that noise
+// does not turn it into -0.
+__device__ __forceinline__ unsigned int noisy(float value, Noise16 noise) {
+  const auto bounded = static_cast<unsigned int>(min(__float_as_int(value), 0x7fc00000));
+  return __dp2a_lo(noise.word, noise.upper ? 0x0100U : 0x0001U, bounded);
+}
+#endif
+
+// Elements `begin` to `begin + L` of a pack from numbers, rounded to nearest. L is 1 or even.
+template <int L, class T, class S, int N>
+NPP_HD void put_nearest(Pack<S, N>& pack, int begin, const T (&values)[L]) {
+  NPP_UNROLL
+  for (int j = 0; j < L; ++j) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(S) == 2) {
+      if (j % 2 != 0) continue;
+      const unsigned int pair = nearest_pair<S>(values[j], L == 1 ? 0 : values[j + 1]);
+      __builtin_memcpy(&pack.values[begin + j], &pair, L == 1 ? sizeof(S) : sizeof(pair));
+      continue;
+    }
+#endif
+    pack.values[begin + j] = Narrow<S>::nearest(values[j]);
+  }
+}
+
+// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element.
+template <int L, class T, class S, int N>
+NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
+  if constexpr (!kSame<S, BFloat16>) {
+    put_nearest(pack, begin, values);
+  } else {
+    NPP_UNROLL
+    for (int j = 0; j < L; ++j) {
+#if defined(__CUDA_ARCH__)
+      if (j % 2 != 0) continue;
+      const unsigned int first = noisy(values[j], noise[j]), second = L == 1 ? 0 : noisy(values[j + 1], noise[j + 1]);
+      const unsigned int pair = __byte_perm(first, second, 0x7632);
+      __builtin_memcpy(&pack.values[begin + j], &pair, L == 1 ? sizeof(S) : sizeof(pair));
+#else
+      pack.values[begin + j] = Narrow<BFloat16>::stochastic(values[j], noise[j].bits());
+#endif
+    }
+  }
+}
+
+// Numbers from elements `begin` to `begin + L` of a pack.
+template <int L, class T, class S, int N>
+NPP_HD void get(const Pack<S, N>& pack, int begin, T (&values)[L]) {
+  NPP_UNROLL
+  for (int j = 0; j < L; ++j) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kSame<S, BFloat16> && L % 2 == 0) {  // half a word each: a shift, or a mask
+      unsigned int pair;
+      __builtin_memcpy(&pair, &pack.values[begin + j / 2 * 2], sizeof(pair));
+      values[j] = __uint_as_float(j % 2 == 0 ? pair << 16 : pair & 0xffff0000U);
+      continue;
+    }
+#endif
+    values[j] = T(widened(pack.values[begin + j]));
+  }
+}
 
 }  // namespace nesterov_pp::device

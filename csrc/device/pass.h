@@ -5,7 +5,7 @@
 
 #include "../random.h"
 #include "../spec.h"
-#include "codec.h"
+#include "lanes.h"
 #include "table.h"
 
 namespace nesterov_pp::device {
@@ -26,20 +26,31 @@ struct Launch {
   int32_t target;
   Rule rule;
   bool ring_predicts;  // the ring takes predicted weights, and what stands beside it is stepped
-  uint64_t seed;
+  RoundKeys keys;      // for stochastic rounding
 };
 
 // Elements that a thread takes at once: a vector of the smallest of the streams.
 template <class P>
 constexpr int kSmallest = sizeof(typename P::G) < sizeof(typename P::M) ? sizeof(typename P::G) : sizeof(typename P::M);
 template <class P>
-constexpr int kVector = static_cast<int>(kVectorBytes) / kSmallest<P>;
+constexpr int kVector = kVectorBytes / kSmallest<P>;
+// Elements that it computes with at once.
+template <class P>
+constexpr int kLanes = kSame<typename P::T, double> ? 1 : 4;
 
-// N elements that are loaded and stored at once, in parts of kVectorBytes where there are so many.
-template <class S, int N>
-struct alignas(sizeof(S) * N < kVectorBytes ? sizeof(S) * N : kVectorBytes) Pack {
-  S values[N];
-};
+// The address of element i, which is not negative: in one instruction on a device.
+template <class S>
+NPP_HD S* element(S* base, int i) {
+#if defined(__CUDA_ARCH__)
+  unsigned long long address;
+  asm("mad.wide.u32 %0, %1, %2, %3;"
+      : "=l"(address)
+      : "r"(i), "n"(sizeof(S)), "l"(reinterpret_cast<unsigned long long>(base)));
+  return reinterpret_cast<S*>(address);
+#else
+  return base + i;
+#endif
+}
 
 #if defined(__CUDA_ARCH__)
 // What the intrinsics below move at once.
@@ -68,7 +79,8 @@ using WordOf = typename Word<sizeof(S) < kVectorBytes ? sizeof(S) : kVectorBytes
 // N elements from and to global memory, 16 bytes at a time where there are so many. A device's compiler is told so by
 // intrinsics, since it cannot know what an address from the table points to; they also say that nothing is used twice.
 template <int N, class S>
-NPP_HD Pack<S, N> load(const S* from) {
+NPP_HD Pack<S, N> load(const S* base, int i) {
+  const S* from = element(base, i);
 #if defined(__CUDA_ARCH__)
   using Part = WordOf<Pack<S, N>>;
   Part parts[sizeof(Pack<S, N>) / sizeof(Part)];
@@ -82,7 +94,8 @@ NPP_HD Pack<S, N> load(const S* from) {
 }
 
 template <int N, class S>
-NPP_HD void store(S* to, const Pack<S, N>& pack) {
+NPP_HD void store(S* base, int i, const Pack<S, N>& pack) {
+  S* to = element(base, i);
 #if defined(__CUDA_ARCH__)
   using Part = WordOf<Pack<S, N>>;
   Part parts[sizeof(pack) / sizeof(Part)];
@@ -97,29 +110,72 @@ NPP_HD void store(S* to, const Pack<S, N>& pack) {
 // A step that the device found not to be taken.
 NPP_HD bool is_skipped(const double* row) { return row[kCoefficients] == 0; }
 
-// What all elements of a tensor are stepped with.
+// What all elements of a chunk are stepped with.
 template <class P>
 struct Constants {
   Scalars<typename P::T> c;
   CorrectionScalars<typename P::T> x;
   Rule rule;
-  uint64_t seed;
-  unsigned int number, step;  // of the parameter and its step, for stochastic rounding
+  // For stochastic rounding: the number of the chunk's first pair in its lower word, and what the rest of the counter
+  // makes of it. A chunk begins at a multiple of its size, so that nothing is carried into the upper word.
+  unsigned int first_pair;
+  PhiloxOfFirst philox;
+  RoundKeys keys;
 };
 
+// Keeps a number in a register: a compiler short of them would convert it anew from a double for every element.
+template <class T>
+NPP_HD void keep(T& x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kSame<T, float>) asm volatile("" : "+f"(x));
+  if constexpr (kSame<T, unsigned int>) asm volatile("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
+
 template <class P>
-NPP_HD Constants<P> constants_of(const Launch& l, const double* row, int64_t tensor) {
+NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span& span) {
   using T = typename P::T;
   auto coefficients = Coefficients<double>::from(row);
   if (l.factor != nullptr) coefficients.grad_scale *= *l.factor;
-  Constants<P> k{coefficients.template as<T>(),
-                 {},
-                 l.rule,
-                 l.seed,
-                 static_cast<unsigned int>(l.table.at(kNumber, tensor)),
-                 static_cast<unsigned int>(row[kCoefficients])};
+  Constants<P> k{coefficients.template as<T>(), {}, l.rule, 0, {}, {}};
+  auto& c = k.c;
+  for (T* x : {&c.grad_scale, &c.l2, &c.decay, &c.c_grad, &c.c_momentum, &c.inv_bias2, &c.eps, &c.first.weight,
+               &c.second.kept, &c.second.rest, &c.second.complement})
+    keep(*x);
+  c.has_l2 = c.l2 != 0;
+  c.has_decay = c.decay != 0;
   if constexpr (P::kCorrects) k.x = Correction<double>::from(row + kCoefficients + 1).template as<T>();
+  if constexpr (P::kStochastic) {
+    const auto pair = static_cast<uint64_t>(span.begin) / 2;
+    k.first_pair = static_cast<unsigned int>(pair);
+    k.keys = l.keys;
+    k.philox = PhiloxOfFirst::from(
+        {0, static_cast<unsigned int>(pair >> 32), static_cast<unsigned int>(l.table.at(kNumber, span.tensor)),
+         static_cast<unsigned int>(row[kCoefficients])},
+        l.keys);
+    for (unsigned int* x : {&k.philox.key_c, &k.philox.key_a, &k.philox.c, &k.philox.d}) keep(*x);
+    NPP_UNROLL
+    for (int round = 2; round < kRounds; ++round) {
+      keep(k.keys.a[round]);
+      keep(k.keys.b[round]);
+    }
+  }
   return k;
+}
+
+// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, and a long mean.
+template <class T>
+NPP_HD bool is_usual(const Scalars<T>& c) {
+  return !c.has_l2 && c.has_decay && c.first.is_small;
+}
+template <class P>
+NPP_HD Constants<P> usual(const Constants<P>& k) {
+  Constants<P> known = k;
+  known.c.has_l2 = false;
+  known.c.has_decay = known.c.first.is_small = true;
+  return known;
 }
 
 // Null is what a pass does not have. `out` and `ahead` may be the same memory as `late`: the ring's oldest version
@@ -174,107 +230,117 @@ NPP_HD Pointers<P> pointers_of(const Launch& l, const Span& span) {
   return p;
 }
 
-// Which random bits an element takes: see random.h.
+// Random bits for L elements from element i of a chunk on, which is even unless L is 1: see random.h.
+template <int L>
 struct Bits {
-  unsigned int weight, m, v, mean;
+  Noise16 weight[L], m[L], v[L], mean[L];
 };
-NPP_HD Bits bits_of_element(const Words<unsigned int>& words, int64_t element) {
-  const bool odd = element % 2 != 0;
-  const unsigned int first = odd ? words.c : words.a, second = odd ? words.d : words.b;
-  return {first & 0xffffU, first >> 16, second & 0xffffU, second >> 16};
+
+template <int L, class P>
+NPP_HD Bits<L> random_bits(const Constants<P>& k, int i) {
+  Bits<L> bits{};
+  NPP_UNROLL
+  for (int j = 0; j < L; j += 2) {
+    const auto words = k.philox(k.first_pair + static_cast<unsigned int>(i + j) / 2, k.keys);
+    NPP_UNROLL
+    for (int half = 0; half < 2 && j + half < L; ++half) {
+      const bool odd = L == 1 ? i % 2 != 0 : half != 0;
+      const unsigned int one = odd ? words.c : words.a, other = odd ? words.d : words.b;
+      bits.weight[j + half] = Noise16{one, false};
+      bits.m[j + half] = Noise16{one, true};
+      bits.v[j + half] = Noise16{other, false};
+      bits.mean[j + half] = Noise16{other, true};
+    }
+  }
+  return bits;
 }
 
-// Those of an element and of its neighbour.
-template <class P>
-NPP_HD Words<unsigned int> random_words(const Constants<P>& k, int64_t element) {
-  const auto pair = static_cast<uint64_t>(element) / 2;
-  return philox<unsigned int>(
-      {static_cast<unsigned int>(pair), static_cast<unsigned int>(pair >> 32), k.number, k.step}, k.seed);
+// L elements from `begin` of a pack.
+template <int L, class T, class S, int N>
+NPP_HD Lanes<T, L> lanes_of(const Pack<S, N>& pack, int begin) {
+  Lanes<T, L> lanes;
+  get<L>(pack, begin, lanes.x);
+  return lanes;
 }
 
-template <class S, bool kStochastic, class T>
-NPP_HD S narrowed(T value, unsigned int noise) {
-  if constexpr (kStochastic && kSame<S, BFloat16>) return Narrow<S>::stochastic(value, noise);
-  return Narrow<S>::nearest(value);
-}
-
-// What the weight is away from the one that the gradient was computed with: as the gradient's dtype has both, so that a
+// What the weights are away from those that the gradient was computed with: as the gradient's dtype has both, so that a
 // master that has not been stepped since is no distance apart.
-template <class P>
-NPP_HD typename P::T apart(typename P::T w, typename P::G late) {
+template <class P, int L, int N>
+NPP_HD Lanes<typename P::T, L> apart(const Lanes<typename P::T, L>& w, const Pack<typename P::G, N>& late, int begin) {
   using T = typename P::T;
-  T seen = w;
-  if constexpr (P::kCopies) seen = T(widened(Narrow<typename P::G>::nearest(w)));
-  return difference(seen, T(widened(late)));
+  Lanes<T, L> seen = w;
+  if constexpr (P::kCopies) {
+    Pack<typename P::G, L> rounded;
+    put_nearest(rounded, 0, w.x);
+    seen = lanes_of<L, T>(rounded, 0);
+  }
+  return difference(seen, lanes_of<L, T>(late, begin));
 }
 
-// N elements from element i of the pointers on, which is element `first` of the tensor.
+// N elements from element i of the chunk on.
 template <class P, int N>
-NPP_HD void step_elements(const Pointers<P>& p, int64_t i, int64_t first, const Constants<P>& k) {
+NPP_HD void step_elements(const Pointers<P>& p, int i, const Constants<P>& k) {
   using T = typename P::T;
-  using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
-  constexpr bool kStochastic = P::kStochastic;
-  auto w = load<N>(p.w + i);
-  const auto grad = load<N>(p.grad + i);
-  auto m = load<N>(p.m + i);
+  constexpr int L = N < kLanes<P> ? N : kLanes<P>;
+  auto w = load<N>(p.w, i);
+  const auto grad = load<N>(p.grad, i);
+  auto m = load<N>(p.m, i);
   Pack<M, N> v{}, mean{};
   Pack<G, N> late{}, copy{}, ahead{};
-  if (P::has_second(k.rule)) v = load<N>(p.v + i);
+  if (P::has_second(k.rule)) v = load<N>(p.v, i);
   if constexpr (P::kCorrects) {
-    if (p.mean != nullptr) mean = load<N>(p.mean + i);
-    if (p.late != nullptr) late = load<N>(p.late + i);
+    if (p.mean != nullptr) mean = load<N>(p.mean, i);
+    if (p.late != nullptr) late = load<N>(p.late, i);
   }
-  Words<unsigned int> words{};
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-  for (int j = 0; j < N; ++j) {
-    Bits bits{};
-    if constexpr (kStochastic) {
-      if (j % 2 == 0) words = random_words(k, first + j);
-      bits = bits_of_element(words, N == 1 ? first : j);  // more than one begin at an even one
+  NPP_UNROLL
+  for (int j = 0; j < N; j += L) {
+    const auto wj = lanes_of<L, T>(w, j);
+    auto mj = lanes_of<L, T>(m, j), vj = lanes_of<L, T>(v, j);
+    Late<Lanes<T, L>> of{};
+    if constexpr (P::kCorrects) of = {apart<P>(wj, late, j), lanes_of<L, T>(mean, j), {}};
+    const auto next = update<P>(k.rule, k.c, k.x, wj, lanes_of<L, T>(grad, j), mj, vj, of);
+    if constexpr (P::kStochastic) {
+      const auto bits = random_bits<L>(k, i + j);
+      put_stochastic(m, j, mj.x, bits.m);
+      if constexpr (P::kMayHaveSecond) put_stochastic(v, j, vj.x, bits.v);
+      if constexpr (P::kCorrects) put_stochastic(mean, j, of.mean.x, bits.mean);
+      put_stochastic(w, j, next.x, bits.weight);
+    } else {
+      put_nearest(m, j, mj.x);
+      if constexpr (P::kMayHaveSecond) put_nearest(v, j, vj.x);
+      if constexpr (P::kCorrects) put_nearest(mean, j, of.mean.x);
+      put_nearest(w, j, next.x);
     }
-    const T wj = widened(w.values[j]);
-    T mj = widened(m.values[j]), vj = widened(v.values[j]);
-    Late<T> of{};
-    if constexpr (P::kCorrects) of = {apart<P>(wj, late.values[j]), T(widened(mean.values[j])), T(0)};
-    const T next = update<P>(k.rule, k.c, k.x, wj, T(widened(grad.values[j])), mj, vj, of);
-    m.values[j] = narrowed<M, kStochastic>(mj, bits.m);
-    if constexpr (P::kMayHaveSecond) v.values[j] = narrowed<M, kStochastic>(vj, bits.v);
-    w.values[j] = narrowed<W, kStochastic>(next, bits.weight);
-    if constexpr (P::kCopies) copy.values[j] = Narrow<G>::nearest(next);
-    if constexpr (P::kCorrects) {
-      mean.values[j] = narrowed<M, kStochastic>(of.mean, bits.mean);
-      ahead.values[j] = Narrow<G>::nearest(of.ahead);
-    }
+    if constexpr (P::kCopies) put_nearest(copy, j, next.x);
+    if constexpr (P::kCorrects) put_nearest(ahead, j, of.ahead.x);
   }
-  store(p.m + i, m);
-  if (P::has_second(k.rule)) store(p.v + i, v);
+  store(p.m, i, m);
+  if (P::has_second(k.rule)) store(p.v, i, v);
   if constexpr (P::kCorrects) {
-    if (p.mean != nullptr) store(p.mean + i, mean);
-    if (p.ahead != nullptr) store(p.ahead + i, ahead);
+    if (p.mean != nullptr) store(p.mean, i, mean);
+    if (p.ahead != nullptr) store(p.ahead, i, ahead);
   }
-  store(p.out + i, w);
-  if constexpr (P::kCopies) store(p.copy + i, copy);
+  store(p.out, i, w);
+  if constexpr (P::kCopies) store(p.copy, i, copy);
 }
 
 // Copies a weight that received no gradient into the next slot.
 template <class S>
-NPP_HD void carry(const Launch& l, const Span& span, int64_t thread, int64_t threads) {
+NPP_HD void carry(const Launch& l, const Span& span, int thread, int threads) {
   if (l.source == l.target) return;
-  constexpr int N = static_cast<int>(kVectorBytes) / static_cast<int>(sizeof(S));
+  constexpr int N = kVectorBytes / static_cast<int>(sizeof(S));
   const auto* from = pointer<const S>(l.table.at(kSlots + l.source, span.tensor), span.begin);
   auto* to = pointer<S>(l.table.at(kSlots + l.target, span.tensor), span.begin);
-  const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
-  for (int64_t i = thread * N; i < whole; i += threads * N) store(to + i, load<N>(from + i));
-  for (int64_t i = whole + thread; i < span.count; i += threads) store(to + i, load<1>(from + i));
+  const int whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
+  for (int i = thread * N; i < whole; i += threads * N) store(to, i, load<N>(from, i));
+  for (int i = whole + thread; i < span.count; i += threads) store(to, i, load<1>(from, i));
 }
 
 // One thread's part of a step, for a grid of `blocks` blocks of `threads` threads.
 template <class P>
-NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread, int64_t threads) {
+NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int thread, int threads) {
   constexpr int N = kVector<P>;
   for (int64_t chunk = block; chunk < l.chunk_count; chunk += blocks) {
     const Span span = span_of(l.table, l.chunks[chunk]);
@@ -285,26 +351,31 @@ NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int64_t thread,
     }
     const double* row = l.rows + number * row_words(P::kCorrects);
     if (is_skipped(row)) continue;
-    const auto k = constants_of<P>(l, row, span.tensor);
+    const auto k = constants_of<P>(l, row, span);
     const auto p = pointers_of<P>(l, span);
-    const int64_t whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
-    for (int64_t i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, span.begin + i, k);
-    for (int64_t i = whole + thread; i < span.count; i += threads) step_elements<P, 1>(p, i, span.begin + i, k);
+    const int whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
+    if (!P::kCorrects && is_usual(k.c)) {
+      const Constants<P> known = usual(k);
+      for (int i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, known);
+    } else {
+      for (int i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, k);
+    }
+    for (int i = whole + thread; i < span.count; i += threads) step_elements<P, 1>(p, i, k);
   }
 }
 
 // One thread's part of the sum of squares of one chunk's gradients, 0 for a tensor without one.
 template <class G>
-NPP_HD double squares(const Table& table, int64_t chunk, int64_t thread, int64_t threads) {
+NPP_HD double squares(const Table& table, int64_t chunk, int thread, int threads) {
   using T = typename Compute<G>::type;
-  constexpr int N = static_cast<int>(kVectorBytes) / static_cast<int>(sizeof(G));
+  constexpr int N = kVectorBytes / static_cast<int>(sizeof(G));
   const Span span = span_of(table, chunk);
   if (table.at(kRow, span.tensor) < 0) return 0;
   const auto* grad = pointer<const G>(table.at(kGrad, span.tensor), span.begin);
-  const int64_t whole = table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
+  const int whole = table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
   T sum = 0;
-  for (int64_t i = thread * N; i < whole; i += threads * N) {
-    const auto pack = load<N>(grad + i);
+  for (int i = thread * N; i < whole; i += threads * N) {
+    const auto pack = load<N>(grad, i);
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
@@ -313,8 +384,8 @@ NPP_HD double squares(const Table& table, int64_t chunk, int64_t thread, int64_t
       sum += value * value;
     }
   }
-  for (int64_t i = whole + thread; i < span.count; i += threads) {
-    const T value = widened(load<1>(grad + i).values[0]);
+  for (int i = whole + thread; i < span.count; i += threads) {
+    const T value = widened(load<1>(grad, i).values[0]);
     sum += value * value;
   }
   return static_cast<double>(sum);

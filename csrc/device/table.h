@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "../update.h"
+#include "codec.h"
 
 namespace nesterov_pp::device {
 
@@ -27,7 +27,6 @@ enum Column : int {
   kSlots,     // addresses in ring slot 0; those in slot s are s columns further on
 };
 
-constexpr int64_t kVectorBytes = 16;
 // Even, since elements 2b and 2b + 1 share random bits, and a multiple of every vector.
 constexpr int64_t kChunk = 16384;
 
@@ -42,13 +41,13 @@ struct Table {
 struct Span {
   int64_t tensor;
   int64_t begin;
-  int64_t count;
+  int count;
 };
 
 NPP_HD Span span_of(const Table& table, int64_t chunk) {
   const int64_t tensor = chunk >> 32, begin = (chunk & 0xffffffff) * kChunk;
   const int64_t left = table.at(kNumel, tensor) - begin;
-  return {tensor, begin, left < kChunk ? left : kChunk};
+  return {tensor, begin, static_cast<int>(left < kChunk ? left : kChunk)};
 }
 
 }  // namespace nesterov_pp::device

@@ -75,7 +75,7 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
                  target,
                  {Normaliser(normaliser), CorrectionKind(kind)},
                  ring_predicts != 0,
-                 seed};
+                 RoundKeys::from(seed)};
   const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
   return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, blocks, threads); });
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 from nesterov_pp.triton_kernels import kernels
-from nesterov_pp.triton_kernels.plan import SQUARES, shape_of
+from nesterov_pp.triton_kernels.plan import SQUARES, Shape, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,7 +46,7 @@ STEPS = [
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
 
-def compiled(fn, signature: dict[str, str], constants: dict[str, object], capability: int, warps: int):
+def compiled(fn, signature: dict[str, str], constants: dict[str, object], capability: int, shape: Shape):
     source = ASTSource(
         fn=fn,
         signature={name: signature.get(name, "constexpr") for name in fn.arg_names},
@@ -55,7 +55,7 @@ def compiled(fn, signature: dict[str, str], constants: dict[str, object], capabi
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options={"num_warps": shape.warps, "maxnreg": shape.registers, "enable_fp_fusion": False},
     )
 
 
@@ -82,7 +82,7 @@ def described(name: str, kernel) -> dict[str, object]:
 def main(capability: int) -> list[dict[str, object]]:
     found = []
     for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
-        shape = shape_of(weight, corrects=kind is not None)
+        shape = shape_of(weight, moment)
         constants = {
             "W": weight,
             "G": grad,
@@ -99,18 +99,18 @@ def main(capability: int) -> list[dict[str, object]]:
         signature = dict.fromkeys(("table", "chunks"), "*i64")
         signature |= {"rows": "*fp64", "factor": "*fp64"}
         signature |= dict.fromkeys(("tensors", "grads", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
-        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, shape.warps)))
+        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, shape)))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
-    found.append(
-        described("squares", compiled(kernels.squares_kernel, signature, constants, capability, SQUARES.warps))
-    )
+    found.append(described("squares", compiled(kernels.squares_kernel, signature, constants, capability, SQUARES)))
     signature = dict.fromkeys(("partials", "scale", "limit", "result"), "*fp64") | {
         "count": "i32",
         "grad_scale": "*fp32",
     }
     constants = {"UNSCALES": True, "BLOCK": 1024}
-    found.append(described("scaling", compiled(kernels.scaling_kernel, signature, constants, capability, 4)))
+    found.append(
+        described("scaling", compiled(kernels.scaling_kernel, signature, constants, capability, Shape(1024, 4)))
+    )
     return found
 
 
