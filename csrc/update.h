@@ -307,14 +307,16 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   if constexpr (P::kCorrects) correct(rule.kind, x, late, g, decay);
   const V before = m;
   m = c.first.of(m, g);
-  V direction = c.c_grad * g + c.c_momentum * (normaliser == Normaliser::kSign ? before : m), momentum = m;
+  V momentum = m;
+  if (normaliser == Normaliser::kSign) momentum = before;  // values: a choice of references would need addresses
+  V direction = c.c_grad * g + c.c_momentum * momentum;
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
     if constexpr (!P::kCorrects) return w - taken<P>(c, w, direction, v);
     if constexpr (P::kHalfMoments) v = overflowed(v);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
     direction = direction / denominator;
-    momentum = m / denominator;
+    momentum = momentum / denominator;
   }
   if (normaliser == Normaliser::kSign) {
     direction = c.inv_bias2 * sign_of<T>(direction);

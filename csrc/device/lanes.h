@@ -99,6 +99,26 @@ NPP_HD Lanes<T, N> absolute(const Lanes<T, N>& a) {
 }
 
 #if defined(__CUDA_ARCH__)
+NPP_HD float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#else
+NPP_HD float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#endif
+
+// The root nearest to that of `square`, given its inverse to two units in the last place.
+NPP_HD float corrected_root(float square, float inverse) {
+  const float root = square * inverse;
+  return fused(fused(-root, root, square), inverse * 0.5f, root);
+}
+
+// The quotient nearest to a / b, given 1 / b to one unit in the last place.
+NPP_HD float corrected_quotient(float a, float b, float inverse) {
+  const float better = fused(fused(-b, inverse, 1.0f), inverse, inverse);
+  float quotient = a * better;
+  quotient = fused(fused(-b, quotient, a), better, quotient);
+  return fused(fused(-b, quotient, a), better, quotient);
+}
+
+#if defined(__CUDA_ARCH__)
 constexpr unsigned int kLeast = (127U - 100U) << 23, kMost = (127U + 20U) << 23;  // bits of 2^-100 and 2^20
 
 // `most`: bits of the largest square.
@@ -111,14 +131,9 @@ __device__ __forceinline__ bool are_easy(float momentum, float square, unsigned 
 __device__ __forceinline__ float easily_normalised(float momentum, float square, float eps) {
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
-  float root = __fmul_rn(square, inverse);
-  root = __fmaf_rn(__fmaf_rn(-root, root, square), __fmul_rn(inverse, 0.5f), root);
-  const float divisor = __fadd_rn(root, eps);
+  const float divisor = corrected_root(square, inverse) + eps;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
-  inverse = __fmaf_rn(__fmaf_rn(-divisor, inverse, 1.0f), inverse, inverse);
-  float quotient = __fmul_rn(momentum, inverse);
-  quotient = __fmaf_rn(__fmaf_rn(-divisor, quotient, momentum), inverse, quotient);
-  return __fmaf_rn(__fmaf_rn(-divisor, quotient, momentum), inverse, quotient);
+  return corrected_quotient(momentum, divisor, inverse);
 }
 
 template <class P, int N>

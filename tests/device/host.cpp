@@ -101,6 +101,27 @@ double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int
   return sum;
 }
 
+// How many of `count` roots and quotients are not the nearest, with inverses that are `off` units in the last place
+// away from the nearest ones.
+int64_t wrong_roots(const float* squares, int64_t count, int off) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto inverse = static_cast<float>(1 / std::sqrt(static_cast<double>(squares[i])));
+    wrong +=
+        corrected_root(squares[i], bits_of<float>(bits_of<unsigned int>(inverse) + static_cast<unsigned int>(off))) !=
+        std::sqrt(squares[i]);
+  }
+  return wrong;
+}
+int64_t wrong_quotients(const float* a, const float* b, int64_t count, int off) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float inverse = bits_of<float>(bits_of<unsigned int>(1 / b[i]) + static_cast<unsigned int>(off));
+    wrong += corrected_quotient(a[i], b[i], inverse) != a[i] / b[i];
+  }
+  return wrong;
+}
+
 double clipping_factor(double norm, double limit, double loss_scale) { return factor_of(norm, limit, loss_scale); }
 
 // All 65,536 values of a two-byte type.

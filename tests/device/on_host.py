@@ -40,6 +40,8 @@ def library(folder: Path) -> ctypes.CDLL:
         "chunks": I64,
         "squares_on_host": F64,
         "clipping_factor": F64,
+        "wrong_roots": I64,
+        "wrong_quotients": I64,
     }.items():
         getattr(found, name).restype = result
     return found

@@ -382,3 +382,30 @@ def test_every_value_of_two_bytes_is_converted_as_torch_does(lib, dtype):
     got, wanted = narrow.view(dtype), near.to(dtype)
     assert torch.equal(got.isnan(), wanted.isnan())
     assert torch.equal(got.nan_to_num(nan=0.0).view(torch.int16), wanted.nan_to_num(nan=0.0).view(torch.int16))
+
+
+def test_corrected_estimates_are_the_nearest_roots_and_quotients(lib):
+    """Over all that the kernels send this way, and for significands that are the hardest: squares of halves between
+    neighbours, and quotients of neighbours."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(low: int, high: int) -> torch.Tensor:
+        exponents = torch.randint(low, high, (400_000,), generator=generator)
+        significands = 1.0 + torch.rand(400_000, generator=generator, dtype=F64)
+        significands[::3] = 1.0 + torch.randint(0, 1 << 12, significands[::3].shape, generator=generator) * 2.0**-12
+        significands[1::3] = 2.0 - torch.randint(1, 64, significands[1::3].shape, generator=generator) * 2.0**-23
+        return torch.ldexp(significands, exponents).float()
+
+    def pointer(t: torch.Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(t.data_ptr())
+
+    squares, momenta, divisors = drawn(-100, 20), drawn(-100, 20), drawn(-50, 21)
+    hard = (drawn(-50, 10).double() + drawn(-74, -73).double()).square().float()
+    count = ctypes.c_int64(len(squares))
+    for off in (-2, -1, 0, 1, 2):
+        assert lib.wrong_roots(pointer(squares), count, off) == 0
+        assert lib.wrong_roots(pointer(hard), count, off) == 0
+    for off in (-1, 0, 1):
+        assert lib.wrong_quotients(pointer(momenta), pointer(divisors), count, off) == 0
+        assert lib.wrong_quotients(pointer(-momenta), pointer(divisors), count, off) == 0
+    assert lib.wrong_quotients(pointer(momenta), pointer(divisors), count, 1 << 14) > 0
