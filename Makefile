@@ -91,7 +91,7 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		../../$(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/optim tests/stash -k "not compile"
+		../../$(BIN)/python -m pytest $(SIDE_BY_SIDE) -p no:cacheprovider tests/kernels tests/optim tests/stash -k "not compile"
 
 # The C++ is covered in a copy of the tree that is built for it, Python by the tests as they are.
 COVERED := build/coverage
