@@ -5,8 +5,7 @@
 
 namespace nesterov_pp::cpu {
 
-// `streaming` writes the new version past the caches: it was not read, and is too
-// large to stay in them.
+// `streaming` writes the new version past the caches: it was not read, and is too large to stay in them.
 using Kernel = void (*)(const Run&, const StepRow&, bool streaming);
 
 // Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every

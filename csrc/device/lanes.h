@@ -66,10 +66,6 @@ NPP_HD Lanes<T, N> operator/(T a, const Lanes<T, N>& b) {
   return each<N>([&](int j) { return a / b.x[j]; });
 }
 template <class T, int N>
-NPP_HD Lanes<T, N> operator-(const Lanes<T, N>& a) {
-  return each<N>([&](int j) { return -a.x[j]; });
-}
-template <class T, int N>
 NPP_HD Lanes<bool, N> operator==(const Lanes<T, N>& a, const Lanes<T, N>& b) {
   return each<N>([&](int j) { return a.x[j] == b.x[j]; });
 }
