@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nesterov_pp.pipeline.timeline import Event, chrome_trace
+from nesterov_pp.pipeline.distributed.timeline import Event, chrome_trace
 
 _COLOURS = {"forward": "#9ec5e8", "backward": "#f3b183", "step": "#7a9e5f", "wait": "#e6e6e6"}
 

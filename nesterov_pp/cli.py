@@ -213,7 +213,7 @@ def _train(arguments: dict[str, Any]) -> None:
 
 def _compare(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "tensorboard", "tokenizers")
-    from nesterov_pp.pipeline.world import launched
+    from nesterov_pp.pipeline.distributed.world import launched
     from nesterov_pp.training.compare import compare
     from nesterov_pp.training.config import UserError
 

@@ -50,9 +50,9 @@ def bad_arguments(world: World) -> None:
     pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 3, world, method="gpipe-1")
     saved = pipe.state_dict()
     for foreign in (
-        {**saved, "method": "other"},
-        {**saved, "stage": 9},
-        {**saved, "delays": [9]},
+        {**saved, "terms": {**saved["terms"], "method": "other"}},
+        {**saved, "stages": {}},
+        {**saved, "terms": {**saved["terms"], "delays": [9]}},
         {"state": {}, "param_groups": []},
     ):
         try:

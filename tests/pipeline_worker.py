@@ -23,6 +23,42 @@ from torch.utils.checkpoint import checkpoint
 from toy import Block, microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
+from nesterov_pp.pipeline.distributed.links import Channel, Messages
+from nesterov_pp.pipeline.distributed.transport import TorchLinks
+
+
+class HalvedChannel:
+    """A transport of one's own: each tensor travels as two messages."""
+
+    def __init__(self, whole: Channel) -> None:
+        self._whole = whole
+        self.next_to_post, self.waited = 0, 0.0
+
+    def send(self, microbatch: int, messages: Messages) -> None:
+        self._whole.send(microbatch, _halves(messages))
+
+    def post(self, microbatch: int, messages: Messages) -> None:
+        self._whole.post(microbatch, _halves(messages))
+        self.next_to_post = microbatch + 1
+
+    def take(self, microbatch: int) -> None:
+        self._whole.take(microbatch)
+
+    def finish(self) -> None:
+        self._whole.finish()
+
+
+def _halves(messages: Messages) -> Messages:
+    return [(half, peer) for tensor, peer in messages for half in tensor.view(-1).chunk(2)]
+
+
+class HalvedLinks(TorchLinks):
+    def __init__(self, world: World, replicas: int) -> None:
+        super().__init__(world, replicas)
+        for name in ("inputs", "outputs", "gradients_in", "gradients_out"):
+            channel = getattr(self, name)
+            setattr(self, name, None if channel is None else HalvedChannel(channel))
+
 
 UPDATES, REPLICATED_UPDATES = 100, 40
 BASE: dict[str, Any] = {"lr": 3e-3, "seed": 7, "max_grad_norm": 0.5}
@@ -41,9 +77,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "far-ahead": {"receive_ahead": 3},
     "not-ahead": {"receive_ahead": 0},
     "jitter": {},
+    "own-links": {"links": HalvedLinks},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
-ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint")
+ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint", "links")
 
 
 TWO_REPLICAS: dict[str, dict[str, Any]] = {

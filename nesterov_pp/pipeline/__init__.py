@@ -1,6 +1,5 @@
 """Pipelines: delays, partition, recipes, and the virtual pipeline."""
 
-from nesterov_pp.pipeline.asynchronous import AsyncPipeline
 from nesterov_pp.pipeline.delays import (
     Delays,
     DropOuts,
@@ -13,13 +12,13 @@ from nesterov_pp.pipeline.delays import (
     stage_delays,
     version_for_update,
 )
+from nesterov_pp.pipeline.distributed import AsyncPipeline, Links, PipelineError, World, connect
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
 from nesterov_pp.pipeline.stage import microbatch_seed
 from nesterov_pp.pipeline.swarm import Swarm
 from nesterov_pp.pipeline.virtual import VirtualPipeline
 from nesterov_pp.pipeline.workers import VirtualWorkers
-from nesterov_pp.pipeline.world import PipelineError, World, connect
 
 __all__ = [
     "AsyncPipeline",
@@ -27,6 +26,7 @@ __all__ = [
     "DropOuts",
     "Fixed",
     "Geometric",
+    "Links",
     "LocalAccumulation",
     "PipelineError",
     "Placement",

@@ -25,6 +25,7 @@ from nesterov_pp.pipeline.stage import (
     set_horizon,
     set_learning_rate,
 )
+from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -181,24 +182,7 @@ class VirtualPipeline:
 
     def memory(self) -> dict[str, int]:
         """Bytes held: ``weights`` (one version of all stages), ``stash`` (the others), ``moments`` (and means)."""
-        one = [sum(p.numel() * p.element_size() for p in s.parameters(s.newest).values()) for s in self.stashes]
-        frozen = sum(p.numel() * p.element_size() for m in self.stages for p in m.parameters() if not p.requires_grad)
-        moments = sum(
-            value.numel() * value.element_size()
-            for optimizer in self.optimizers
-            if optimizer is not None
-            for state in optimizer.state.values()
-            for name, value in state.items()
-            if name.startswith("exp_avg")
-        )
-        return {
-            "weights": sum(one) + frozen,
-            "stash": sum(
-                (stash.versions - 1 + (stash.beside is not None)) * size
-                for stash, size in zip(self.stashes, one, strict=True)
-            ),
-            "moments": moments,
-        }
+        return memory_of(self._stage_states().values())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next ``step`` depends on, but the global random state; between updates only.
@@ -206,45 +190,27 @@ class VirtualPipeline:
         Raises:
             ValueError: gradients of an unfinished update are waiting.
         """
-        if self.waiting:
-            raise ValueError(
-                f"{self.waiting} microbatch(es) of an update are waiting; "
-                f"save after a multiple of {self.microbatches_per_update} microbatches"
-            )
-        return {
-            "method": self.recipe.name,
-            "delays": list(self.delays),
-            "microbatches": self.microbatches,
-            "updates": self.updates,
-            "stashes": [stash.state_dict() for stash in self.stashes],
-            "optimizers": [None if o is None else o.state_dict() for o in self.optimizers],
-            "forecasts": [forecast.state_dict() for forecast in self.forecasts],
-            "buffers": [{n: b.detach() for n, b in m.named_buffers()} for m in self.stages],
-        }
+        check_finished(self.waiting, self.microbatches_per_update)
+        stages = {i: stage.save() for i, stage in self._stage_states().items()}
+        return save_stages(self._terms(), self.microbatches, self.updates, stages)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: the state is of another method or other delays.
+            ValueError: the state is of another method, model, K, seed or other delays; nothing is changed.
         """
-        if state["method"] != self.recipe.name or list(state["delays"]) != self.delays:
-            raise ValueError(
-                f"the saved pipeline is {state['method']!r} with delays {list(state['delays'])}, "
-                f"this one {self.recipe.name!r} with {self.delays}"
-            )
-        for stash, saved in zip(self.stashes, state["stashes"], strict=True):
-            stash.load_state_dict(saved)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            if optimizer is not None:
-                optimizer.load_state_dict(saved)
-        for forecast, saved in zip(self.forecasts, state["forecasts"], strict=True):
-            forecast.load_state_dict(saved)
-        for module, saved in zip(self.stages, state["buffers"], strict=True):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(saved[name])
-        self.microbatches = int(state["microbatches"])
-        self.updates = int(state["updates"])
+        saved = load_stages(self._terms(), self._stage_states(), state)
+        self._ran_with = [[] for _ in self.stages]
+        self.microbatches, self.updates = int(saved["microbatches"]), int(saved["updates"])
+
+    def _terms(self) -> Terms:
+        return Terms(self.recipe.name, self.microbatches_per_update, list(self.delays), self.flush_every, self.seed)
+
+    def _stage_states(self) -> dict[int, StageState]:
+        forecasts: Sequence[Forecast | None] = self.forecasts or [None] * len(self.stages)
+        parts = zip(self.stashes, self.optimizers, self.stages, forecasts, strict=True)
+        return {i: StageState(*part) for i, part in enumerate(parts)}
 
     def _draw(self) -> list[int] | None:
         """The next microbatch's delays; None if it will be lost."""

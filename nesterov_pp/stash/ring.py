@@ -323,6 +323,18 @@ class WeightStash:
             state["beside"] = {n: p.detach() for n, p in zip(self._names, self._beside, strict=True)}
         return state
 
+    def check(self, state: dict[str, Any]) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
+        """The parts of a state that ``load_state_dict`` would take: newest version, weights, oldest first, and those
+        outside the ring.
+
+        Raises:
+            ValueError: ``load_state_dict`` would refuse it.
+        """
+        self._settle()
+        self._bound.follow(self._position.newest_slot, thorough=True)
+        like = dict(zip(self._names, self._slots[0], strict=True))
+        return check_saved(state, like, self.versions, has_beside=self.beside is not None)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
@@ -331,10 +343,7 @@ class WeightStash:
             ValueError: the state is of a ring of another length or of other parameters, or something was done to the
                 module's parameters that the ring cannot follow; nothing is changed.
         """
-        self._settle()
-        self._bound.follow(self._position.newest_slot, thorough=True)
-        like = dict(zip(self._names, self._slots[0], strict=True))
-        newest, weights, beside = check_saved(state, like, self.versions, has_beside=self.beside is not None)
+        newest, weights, beside = self.check(state)
         self._position.load(newest)
         for version, saved in enumerate(weights, start=self.oldest):
             self._bound.tell(version % self.versions)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.pipeline.stage_state import as_saved_now
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError, settle
 from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
@@ -80,14 +81,8 @@ def _newest(source: Path, config: Config) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{source} holds no checkpoint that all its stages have")
     states = [checkpoint.load(path) for path in whole[max(whole)]]
-    if len(states) == 1 and "stashes" in states[0]["pipeline"]:
-        return states[0]
-    pipelines = [state["pipeline"] for state in states]
-    together = {
-        "microbatches": pipelines[0]["microbatches"],
-        "stashes": [p["stash"] for p in pipelines],
-        "optimizers": [p["optimizer"] for p in pipelines],
-    }
+    pipelines = [as_saved_now(state["pipeline"]) for state in states]
+    together = {**pipelines[0], "stages": {i: stage for p in pipelines for i, stage in p["stages"].items()}}
     return {**states[-1], "pipeline": together}  # the last stage's process has written the metrics
 
 
@@ -110,9 +105,11 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
     besides: dict[Name, Tensor] = {}
     moments: dict[Name, dict[str, Any]] = {}
     saved = state["pipeline"]
-    if saved.get("forecasts"):
+    stages = [saved["stages"][i] for i in range(old.stages)]
+    if any("forecast" in stage for stage in stages):
         raise UserError(f"{old.method} keeps a history of each stage's gradients; its runs cannot be regrouped")
-    for layers, stash, optimizer in zip(_layers_of(old), saved["stashes"], saved["optimizers"], strict=True):
+    for layers, stage in zip(_layers_of(old), stages, strict=True):
+        stash, optimizer = stage["stash"], stage["optimizer"]
         newest = stash["weights"][-1]
         names = _names(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
@@ -125,7 +122,7 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
     pipe = refusals_explained(
         lambda: VirtualPipeline(stage_modules(new, size), next_token_loss, **pipeline_options(new))
     )
-    version = saved["stashes"][0]["newest"]
+    version = stages[0]["stash"]["newest"]
     for layers, stash, optimizer in zip(_layers_of(new), pipe.stashes, pipe.optimizers, strict=True):
         assert optimizer is not None
         names = _names(stash.names, layers)
@@ -144,26 +141,11 @@ def _parts(pipe: VirtualPipeline, config: Config, processes: int) -> Iterable[tu
     if processes == 1:
         yield "", pipe.state_dict()
         return
+    whole = pipe.state_dict()
     for k, stash in enumerate(pipe.stashes):
-        optimizer = pipe.optimizers[k]
-        assert optimizer is not None
-        ring = stash.state_dict()
-        stashed = pipe.recipe.backward != "newest"
-        kept = {} if stashed else dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
-        yield (
-            checkpoint.stage_part(k, config.stages),
-            {
-                "method": pipe.recipe.name,
-                "stage": k,
-                "delays": pipe.delays,
-                "replicas": 1,
-                "microbatches_per_update": pipe.microbatches_per_update,
-                "flush_every": pipe.flush_every,
-                "seed": config.seed,
-                "microbatches": pipe.microbatches,
-                "stash": ring if stashed else {**ring, "weights": ring["weights"][-1:]},
-                "kept": kept,
-                "optimizer": optimizer.state_dict(),
-                "buffers": {},
-            },
-        )
+        own, kept = whole["stages"][k], {}
+        if pipe.recipe.backward == "newest":  # several processes have a ring of one there
+            ring = own["stash"]
+            kept = dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
+            own = {**own, "stash": {**ring, "weights": ring["weights"][-1:]}}
+        yield checkpoint.stage_part(k, config.stages), {**whole, "stages": {k: {**own, "kept": kept}}}

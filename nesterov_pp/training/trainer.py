@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import nesterov_pp
-from nesterov_pp.pipeline.world import launched
+from nesterov_pp.pipeline.distributed.world import launched
 from nesterov_pp.training import checkpoint, plots, report
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, derived_seed, flag, settle
 from nesterov_pp.training.data import Corpus, Text, read_text, tokenize

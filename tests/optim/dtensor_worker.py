@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import nesterov_pp as npp
-from nesterov_pp.pipeline.replicas import check_shards
+from nesterov_pp.pipeline.distributed.replicas import check_shards
 
 STEPS = 5
 

@@ -12,7 +12,7 @@ from launch import ROOT, finish, free_port, start
 from torch.distributed import HashStore
 
 from nesterov_pp.pipeline import PipelineError
-from nesterov_pp.pipeline.world import World, _meet, connect
+from nesterov_pp.pipeline.distributed.world import World, _meet, connect
 
 WORKER = str(ROOT / "tests" / "pipeline_failures.py")
 ENDINGS = str(ROOT / "tests" / "endings_worker.py")
@@ -80,10 +80,10 @@ def test_bad_arguments() -> None:
             'partition must be "time", "parameters", a number of stages or their sizes, not \'luck\'',
             "1 layers cannot be cut into 3 stages",
             "tied parameters must be in one stage",
-            "the saved stage has method 'other', this one 'gpipe-1'",
-            f"the saved stage has stage 9, this one {rank}",
-            "the saved stage has delays [9], this one [0, 0, 0]",
-            "load_state_dict takes what AsyncPipeline.state_dict() returned",
+            "the saved pipeline has method 'other', this one 'gpipe-1'",
+            f"the saved pipeline has no stage {rank + 1}; it has none",
+            "the saved pipeline has delays [9], this one [0, 0, 0]",
+            "load_state_dict takes what a pipeline's state_dict() returned",
             "the run of 3 microbatches is over",
             "load_state_dict comes before the first step",
         ]

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from nesterov_pp.pipeline import stage_delays, version_for_update
+from nesterov_pp.pipeline.distributed.timeline import Event, Timeline, chrome_trace
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
-from nesterov_pp.pipeline.timeline import Event, Timeline, chrome_trace
 
 
 class Stage:

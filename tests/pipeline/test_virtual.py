@@ -356,15 +356,3 @@ def test_bad_arguments(build, sentence):
         build()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_state_of_another_method_or_an_unfinished_update_is_refused():
-    pipe = VirtualPipeline(model(2), F.cross_entropy, method="gpipe")
-    pipe.step(*microbatch(0))
-    with pytest.raises(ValueError, match=r"1 microbatch\(es\) of an update are waiting"):
-        pipe.state_dict()
-    other = VirtualPipeline(model(2), F.cross_entropy)
-    for m in range(1, 4):
-        pipe.step(*microbatch(m))
-    with pytest.raises(ValueError, match="the saved pipeline is 'gpipe' with delays"):
-        other.load_state_dict(pipe.state_dict())

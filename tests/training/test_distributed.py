@@ -84,11 +84,10 @@ def wait_for(process: subprocess.Popen[str], out: Path, microbatch: int) -> None
 
 def weights(out: Path) -> list[dict[str, torch.Tensor]]:
     """The final weights of all stages, from the checkpoints of a run in one process or in several."""
-    saved = checkpoint.checkpoints(out)
-    if saved:
-        return [stash["weights"][-1] for stash in checkpoint.load(saved[-1])["pipeline"]["stashes"]]
-    parts = [checkpoint.checkpoints(out, f".stage-{k}-of-{STAGES}")[-1] for k in range(1, STAGES + 1)]
-    return [checkpoint.load(part)["pipeline"]["stash"]["weights"][-1] for part in parts]
+    marks = [""] if checkpoint.checkpoints(out) else [f".stage-{k}-of-{STAGES}" for k in range(1, STAGES + 1)]
+    files = [checkpoint.load(checkpoint.checkpoints(out, mark)[-1]) for mark in marks]
+    stages = {i: stage for file in files for i, stage in file["pipeline"]["stages"].items()}
+    return [stages[i]["stash"]["weights"][-1] for i in range(STAGES)]
 
 
 def assert_same(found: Path, wanted: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_leaves_its_results(given: Given, tmp_path: Path, capsys: pytest.C
 def test_the_memory_line_is_exact(given: Given, tmp_path: Path) -> None:
     train(given, tmp_path)
     state = checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])
-    stashes = [s["weights"] for s in state["pipeline"]["stashes"]]
+    stashes = [stage["stash"]["weights"] for stage in state["pipeline"]["stages"].values()]
 
     def size(version: dict[str, torch.Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in version.values())

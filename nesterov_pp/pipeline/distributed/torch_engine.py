@@ -22,8 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-Messages = list[tuple[Tensor, int]]
-"""Tensors to send or to receive into, each with the global rank of the other side."""
+from nesterov_pp.pipeline.distributed.links import Messages
 
 
 class _Unending(PipelineScheduleSingle):

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline.delays import version_for_update
+from nesterov_pp.pipeline.distributed.links import Channel, Links
+from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
+from nesterov_pp.pipeline.distributed.timeline import Timeline
+from nesterov_pp.pipeline.distributed.transport import TorchLinks
+from nesterov_pp.pipeline.distributed.versions import Versions
+from nesterov_pp.pipeline.distributed.world import PipelineError, World
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
-from nesterov_pp.pipeline.replicas import BUCKET_BYTES, GradientAverage, check_shards
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
-from nesterov_pp.pipeline.snapshots import StageState, Versions
 from nesterov_pp.pipeline.stage import (
     autocasting,
     build_optimizer,
@@ -26,10 +30,8 @@ from nesterov_pp.pipeline.stage import (
     set_horizon,
     set_learning_rate,
 )
+from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
-from nesterov_pp.pipeline.timeline import Timeline
-from nesterov_pp.pipeline.transport import Channel, Links
-from nesterov_pp.pipeline.world import PipelineError, World
 
 LossFunction = Callable[[Any, Any], Tensor]
 Batch = Callable[[int], tuple[Any, Tensor]]
@@ -62,6 +64,7 @@ class AsyncPipeline:
         check_finite: look for NaN and Inf in every activation before it is sent (on a GPU this waits for it).
         device: where the stage computes; default: where its parameters are.
         timeline: record when what happened, for ``pipe.timeline``.
+        links: ``(world, replicas) -> Links``, how the processes reach each other.
 
     Attributes:
         stage, stages, replica: this process's place, from 0.
@@ -96,9 +99,10 @@ class AsyncPipeline:
         check_finite: bool = True,
         device: torch.device | str | None = None,
         timeline: bool = False,
+        links: Callable[[World, int], Links] = TorchLinks,
         **overrides: Any,
     ) -> None:
-        from nesterov_pp.pipeline.torch_engine import TorchStage
+        from nesterov_pp.pipeline.distributed.torch_engine import TorchStage
 
         recipe = find_recipe(method).override(overrides)
         if replicas < 1 or world.size % replicas:
@@ -131,7 +135,7 @@ class AsyncPipeline:
         self.optimizer_seconds = 0.0
         self.timeline = Timeline(self.stage, timeline)
         self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
-        self._world, self._receive_ahead = world, receive_ahead
+        self._receive_ahead = receive_ahead
         self._losses: dict[int, Tensor] = {}
 
         check_shards(self.module)
@@ -148,11 +152,11 @@ class AsyncPipeline:
             backend=backend,
         )
         self.device = torch.device(device) if device is not None else device_of(self.module)
-        self._links = Links(world, self.stages, replicas, backlog=self._ahead + 3)
+        self._links = links(world, replicas)
         self._average = None
-        if self._links.twins is not None and self.optimizer is not None:
+        if self.optimizer is not None:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
-            self._average = GradientAverage(leaves, self._links.twins, bucket_bytes)
+            self._average = self._links.average(leaves, bucket_bytes)
         self._engine = TorchStage(
             Recomputed(self.module) if recompute else self.module,
             self.stage,
@@ -256,7 +260,7 @@ class AsyncPipeline:
 
     def memory(self) -> dict[str, int]:
         """Bytes this stage holds: ``weights`` (one version), ``stash`` (the further versions), ``moments``."""
-        return StageState(self).memory()
+        return self._state().memory()
 
     def keep_for(self, update: int) -> None:
         """Say that ``state_dict`` will be asked for after so many updates.
@@ -272,18 +276,29 @@ class AsyncPipeline:
         Raises:
             ValueError: gradients of an unfinished update are waiting, or ``keep_for`` was not called in time.
         """
-        return StageState(self).save()
+        check_finished(self.microbatches % self.microbatches_per_update, self.microbatches_per_update)
+        own = {**self._state().save(), "kept": self._versions.needed(self.versions_in_flight())}
+        return save_stages(self._terms(), self.microbatches, self.updates, {self.stage: own})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, before the first ``step``; microbatches that were in flight run again.
 
         Raises:
-            ValueError: the state is of another stage, method or other delays, or the run has begun.
+            ValueError: the state is of another stage, method, K, seed or other delays, or the run has begun; nothing
+                is changed.
         """
         if self._prepared:
             raise ValueError("load_state_dict comes before the first step")
-        StageState(self).load(state)
-        self.microbatches = self._forwarded = int(state["microbatches"])
+        saved = load_stages(self._terms(), {self.stage: self._state()}, state)
+        self._versions.load(saved["stages"][self.stage].get("kept", {}))
+        self.microbatches = self._forwarded = int(saved["microbatches"])
+
+    def _terms(self) -> Terms:
+        k = self.microbatches_per_update
+        return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas)
+
+    def _state(self) -> StageState:
+        return StageState(self.stash, self.optimizer, self.module)
 
     # ------------------------------------------------------------------ events
 
@@ -364,14 +379,7 @@ class AsyncPipeline:
         if self._average is not None and completes:
             with self.timeline.span("average", m):
                 self._average.finish()
-        return None if loss is None else self._mean(loss.detach())
-
-    def _mean(self, loss: Tensor) -> Tensor:
-        if self._links.twins is None:
-            return loss
-        total = loss.clone()
-        torch.distributed.all_reduce(total, group=self._links.twins)
-        return total / self.replicas
+        return None if loss is None else self._links.mean(loss.detach())
 
     def _update(self, update: int) -> None:
         begin = time.perf_counter()

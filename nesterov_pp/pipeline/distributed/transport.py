@@ -1,4 +1,4 @@
-"""Tensors between neighbouring stages: sent without waiting, received ahead.
+"""Tensors between processes over ``torch.distributed``: sent without waiting, received ahead.
 
 Every boundary has one process group for each direction: messages of a pair of processes are matched by their order
 alone, so what is received ahead of one direction must not wait behind the other.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from nesterov_pp.pipeline.distributed.links import Average, Channel, Messages, Side
+from nesterov_pp.pipeline.distributed.replicas import GradientAverage
+from nesterov_pp.pipeline.distributed.world import PipelineError, World
 from nesterov_pp.pipeline.tensors import to_device
-from nesterov_pp.pipeline.world import PipelineError, World
-
-Messages = list[tuple[Tensor, int]]
 
 
-class Channel:
-    """One direction of one boundary, as one of its two processes sees it.
+class TorchChannel:
+    """A ``Channel`` that has a process group of its own.
 
     Args:
         world: for its time-out, and to say why a neighbour is gone.
@@ -100,68 +100,64 @@ class Channel:
         )
 
 
-class Side:
-    """Whole messages between neighbours, tensors of any shape, outside training: evaluation and prediction.
-
-    They go through gloo on any device, so they cannot get in the way of training's.
-    """
+class TorchSide:
+    """A ``Side`` over gloo on any device, so that its messages cannot get in the way of training's."""
 
     def __init__(self, world: World, group: dist.ProcessGroup, ranks: list[int], stage: int) -> None:
         self._world, self._group, self._ranks, self._stage = world, group, ranks, stage
 
     def send_on(self, value: Any) -> None:
-        """To the next stage."""
+        """Send tensors of any shape to the next stage."""
         with self._world.explained("evaluating"):
             dist.send_object_list([to_device(value, "cpu")], self._ranks[self._stage + 1], self._group)
 
     def receive(self, device: torch.device) -> Any:
-        """From the stage before."""
+        """Receive what the stage before has sent."""
         box: list[Any] = [None]
         with self._world.explained("evaluating"):
             dist.recv_object_list(box, self._ranks[self._stage - 1], self._group)
         return to_device(box[0], device)
 
     def broadcast(self, value: Any, stage: int, device: torch.device) -> Any:
-        """``value`` of one stage, on all stages."""
+        """Return the ``value`` of one stage on all stages."""
         box = [to_device(value, "cpu")]
         with self._world.explained("predicting"):
             dist.broadcast_object_list(box, self._ranks[stage], self._group)
         return to_device(box[0], device)
 
 
-class Links:
-    """The groups of one process of a pipeline; every process of the world makes them in the same order.
+class TorchLinks:
+    """``Links`` by process groups; every process of the world makes them in the same order.
 
     Args:
         world: this process among all.
-        stages: P.
-        replicas: R; stage ``rank % P`` of replica ``rank // P``.
-        backlog: as for ``Channel``.
+        replicas: R; process ``rank`` is stage ``rank % P`` of replica ``rank // P``, P the world's size over R.
     """
 
-    def __init__(self, world: World, stages: int, replicas: int, backlog: int) -> None:
-        self.stage, self.replica = world.rank % stages, world.rank // stages
+    def __init__(self, world: World, replicas: int) -> None:
+        stages = world.size // replicas
+        self.stage, self.replica, self.replicas = world.rank % stages, world.rank // stages, replicas
         i, timeout = self.stage, timedelta(seconds=world.timeout)
-        self.ranks = [self.replica * stages + k for k in range(stages)]
+        backlog = stages - i + 2  # as many microbatches as the stage has in flight, and two
         self.inputs: Channel | None = None
         self.outputs: Channel | None = None
         self.gradients_in: Channel | None = None
         self.gradients_out: Channel | None = None
         self.pipeline: dist.ProcessGroup | None = None
-        self.twins: dist.ProcessGroup | None = None
+        self._twins: dist.ProcessGroup | None = None
 
         def group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
             return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
 
         def channel(members: dist.ProcessGroup, other: int, what: str) -> Channel:
-            return Channel(world, members, backlog, i, other, what)
+            return TorchChannel(world, members, backlog, i, other, what)
 
         for replica in range(replicas):
             ranks = [replica * stages + k for k in range(stages)]
             everyone, aside = group(ranks), group(ranks, "gloo")
             if replica == self.replica:
                 self.pipeline = everyone
-                self.side = Side(world, aside, ranks, i)
+                self.side: Side = TorchSide(world, aside, ranks, i)
             for k in range(stages - 1):
                 forward, backward = group(ranks[k : k + 2]), group(ranks[k : k + 2])
                 if world.rank == ranks[k]:
@@ -173,8 +169,20 @@ class Links:
         for k in range(stages if replicas > 1 else 0):
             twins = group([replica * stages + k for replica in range(replicas)])
             if k == self.stage:
-                self.twins = twins
+                self._twins = twins
 
     def channels(self) -> list[Channel]:
         """Those that this process has."""
         return [c for c in (self.inputs, self.outputs, self.gradients_in, self.gradients_out) if c is not None]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the replicas of this stage."""
+        if self._twins is None:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self._twins)
+        return total / self.replicas
+
+    def average(self, leaves: Sequence[Sequence[Tensor]], bucket_bytes: int) -> Average | None:
+        """Average gradients over the replicas of this stage."""
+        return None if self._twins is None else GradientAverage(leaves, self._twins, bucket_bytes)

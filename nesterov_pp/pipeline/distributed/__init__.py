@@ -1,0 +1,7 @@
+"""The pipeline across processes: every stage is a process of its own, and no stage waits for a flush."""
+
+from nesterov_pp.pipeline.distributed.links import Links
+from nesterov_pp.pipeline.distributed.pipeline import AsyncPipeline
+from nesterov_pp.pipeline.distributed.world import PipelineError, World, connect
+
+__all__ = ["AsyncPipeline", "Links", "PipelineError", "World", "connect"]

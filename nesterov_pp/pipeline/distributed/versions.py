@@ -1,0 +1,112 @@
+"""The weight versions that microbatches of a stage run with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from nesterov_pp.optim import StageOptimizer
+from nesterov_pp.stash import Backward, WeightStash
+
+Weights = dict[str, Tensor]
+
+
+class Versions:
+    """Which weights a microbatch runs with: those of a ring, or, without a stash, the newest ones.
+
+    Without a stash (a ring of one) the forwards of microbatches in flight cannot run again after a restart unless the
+    weights that they began with were copied: ``kept``.
+    """
+
+    def __init__(self, stash: WeightStash, delay: int) -> None:
+        self._stash, self._delay = stash, delay
+        self._keep_from: int | None = None
+        self.kept: dict[int, Weights] = {}
+
+    def keep_from(self, version: int) -> None:
+        """Copy the weights of every version from this one on, until the next call."""
+        if not self._all_stashed():
+            self._keep_from = version
+            self._copy()
+
+    def needed(self, in_flight: Iterable[int]) -> dict[int, Weights]:
+        """The copies that a checkpoint needs for the versions in flight: none where the ring holds them all.
+
+        Raises:
+            ValueError: a version was not kept.
+        """
+        if self._all_stashed():
+            return {}
+        newest = self._stash.newest
+        needed = sorted(v for v in in_flight if v < newest)
+        missing = [v for v in needed if v not in self.kept]
+        if missing:
+            raise ValueError(
+                f"microbatches in flight began with version {missing[0]}, which was not kept; "
+                f"call keep_for({newest}) {self._delay} updates before"
+            )
+        return {v: self.kept[v] for v in needed}
+
+    def load(self, kept: Mapping[int, Weights]) -> None:
+        """Take over what ``needed`` gave."""
+        self.kept = dict(kept)
+
+    @contextmanager
+    def use(self, version: int, backward: Backward) -> Iterator[None]:
+        """Bind the module to ``version`` inside the block, for one microbatch."""
+        if backward != "newest":
+            with self._stash.use(version, backward=backward):
+                yield
+            return
+        with self._as_it_was(version), self._stash.use(self._stash.newest, backward=backward):
+            yield
+        if self._stash.in_flight(self._stash.newest):
+            self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
+
+    def during_backward(self, version: int, backward: Backward) -> AbstractContextManager[None]:
+        """Bind the module to the version of the microbatch whose backward runs, in case the module runs again in it.
+
+        A ring binds it too, except for compiled code that does not run as a module.
+        """
+        return nullcontext() if backward == "newest" else self._stash.bind(version, backward=backward)
+
+    def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
+        """Apply the gradients of ``version`` to the newest weights."""
+        if self._all_stashed():
+            optimizer.step(version=version, microbatches=microbatches)
+        else:
+            optimizer.step(microbatches=microbatches)
+            self._copy()
+
+    def _all_stashed(self) -> bool:
+        """Whether the ring holds every version that a microbatch in flight can have."""
+        return self._stash.versions > self._delay
+
+    def _copy(self) -> None:
+        newest = self._stash.newest
+        if self._keep_from is not None and newest >= self._keep_from:
+            self.kept[newest] = {n: p.detach().clone() for n, p in self._stash.parameters(newest).items()}
+        for gone in [v for v in self.kept if v < newest - self._delay]:
+            del self.kept[gone]
+
+    @contextmanager
+    @torch.no_grad()
+    def _as_it_was(self, version: int) -> Iterator[None]:
+        """Put older weights back for a forward that runs again after a restart."""
+        newest = self._stash.newest
+        if version >= newest:
+            yield
+            return
+        live = self._stash.parameters(newest)
+        now = {n: p.detach().clone() for n, p in live.items()}
+        try:
+            for name, p in live.items():
+                p.detach().copy_(self.kept[version][name])
+            with torch.enable_grad():
+                yield
+        finally:
+            for name, p in live.items():
+                p.detach().copy_(now[name])
