@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.tasks import Task
+from benchmarks.task import Task
 from nesterov_pp.pipeline import VirtualPipeline
 
 METHODS = ("nesterov-sgd", "nesterov", "pipedream", "gpipe", "gpipe-1")

@@ -197,7 +197,7 @@ def run(
     rows = [row for row in [*rows, *peers()] if wanted(row)]
     if len(shapes) > COMPILED_AT_MOST:
         missing |= {row.name: f"compiling for {len(shapes):,} tensors takes minutes" for row in rows if row.compiled}
-    # Beside the rows of a group: the copy, our first row, and room for what foreach allocates as it goes.
+    # Shadow the rows of a group: the copy, our first row, and room for what foreach allocates as it goes.
     budget = 0.9 * free_bytes(device) - (28 + anchor.held + 16) * elements
     for group in groups([row for row in rows if row.name not in missing], elements, budget):
         step, copied = copy_step(problems[FLOAT])

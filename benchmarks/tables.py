@@ -20,7 +20,7 @@ from benchmarks import tasks
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
 from benchmarks.summary import table as summary_table
-from nesterov_pp.training.comparison import depth_markdown, markdown
+from nesterov_pp.training.results import depth_markdown, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

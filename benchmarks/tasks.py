@@ -13,15 +13,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks import images, texts
+from benchmarks.task import Task
 from nesterov_pp.kernels import Normaliser
 from nesterov_pp.pipeline import VirtualPipeline, find_recipe
 
@@ -29,26 +30,6 @@ RATES = {True: (3e-4, 1e-3, 3e-3), False: (0.03, 0.1, 0.3)}
 """By whether the rule has a second moment."""
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, and how it is judged.
-
-    Attributes:
-        what: for people.
-        methods: compared by default.
-        stages: the modules, from the global random state.
-        microbatch: of a random generator: inputs and targets.
-        judge: what the trained pipeline does on data it has not seen, by name; the first number is a loss.
-    """
-
-    what: str
-    methods: tuple[str, ...]
-    stages: Callable[[], list[nn.Module]]
-    loss_fn: Callable[[Any, Any], Tensor]
-    microbatch: Callable[[torch.Generator], tuple[Any, Tensor]]
-    judge: Callable[[VirtualPipeline], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -143,11 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _task(given: argparse.Namespace) -> Task:
     """Raises: ValueError: the data cannot be used."""
     if given.task == "images":
-        from benchmarks import images
-
         return images.task(given.data, given.batch or 32)
-    from benchmarks import texts
-
     build = {"continuation": texts.continuation, "language": texts.language}[given.task]
     return build(None if given.data is None else str(given.data), given.batch or 8)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks import Task
+from benchmarks.task import Task
 from nesterov_pp.pipeline import VirtualPipeline
 from nesterov_pp.training.config import UserError
 from nesterov_pp.training.data import Corpus, read_text, tokenize

@@ -186,7 +186,7 @@ NPP_HD V sign_of(const V& x) {
 
 // [note: corrections of late gradients]
 // What a step may add to the update above, with the weights that the gradient was computed with and, for some, a
-// running mean beside the moments; nesterov_pp/kernels/corrections.py has the equations. The order of both is theirs.
+// running mean besides the moments; nesterov_pp/kernels/scalars.py has the equations. The order of both is theirs.
 enum class CorrectionKind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
 
 NPP_HD constexpr bool has_mean(CorrectionKind kind) {

@@ -47,7 +47,7 @@ def run(
     module = nn.ParameterList([torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes])
     module.to(device)
     prediction = options.get("prediction")
-    stash = npp.WeightStash(module, VERSIONS, beside=None if prediction is None else prediction.beside)
+    stash = npp.WeightStash(module, VERSIONS, shadow=None if prediction is None else prediction.shadow)
     optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
     for group in optimizer.param_groups:
         if prediction is not None:
@@ -58,6 +58,6 @@ def run(
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(device, dtype)
         optimizer.step(version=late)
     left = [p.detach() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]
-    left += stash.state_dict().get("beside", {}).values()
+    left += stash.state_dict().get("shadow", {}).values()
     left += [t for s in optimizer.state.values() for n, t in s.items() if n.startswith("exp_avg")]
     return left, optimizer

@@ -308,7 +308,7 @@ def step_kernel(
     step = tl.load(r + _STEP).to(tl.uint32)
     if step == 0:
         return
-    # What is stepped lies in the ring, with the prediction beside it, or the other way round.
+    # What is stepped lies in the ring, and its shadow has the prediction, or the other way round.
     old = _SLOTS + source
     new = _SLOTS + target
     predicted = tl.full((), _SHADOW, tl.int32)

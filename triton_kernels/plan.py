@@ -14,9 +14,8 @@ from torch import Tensor
 
 from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.capture import captures
-from nesterov_pp.kernels.coefficients import Coefficients
-from nesterov_pp.kernels.corrections import Correction
 from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
+from nesterov_pp.kernels.scalars import Coefficients, Correction
 
 from . import kernels
 

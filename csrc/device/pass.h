@@ -20,12 +20,12 @@ struct Launch {
   const int64_t* chunks;
   int64_t chunk_count;
   const double* rows;    // row_words each
-  const double* factor;  // null, or what the gradients are multiplied by beside the rows' grad_scale
+  const double* factor;  // null, or what the gradients are multiplied by besides the rows' grad_scale
   int32_t grads;         // ring slots
   int32_t source;
   int32_t target;
   Rule rule;
-  bool ring_predicts;  // the ring takes predicted weights, and what stands beside it is stepped
+  bool ring_predicts;  // the ring takes predicted weights, and the shadows are stepped
   RoundKeys keys;      // for stochastic rounding
 };
 
@@ -391,7 +391,7 @@ NPP_HD double squares(const Table& table, int64_t chunk, int thread, int threads
   return static_cast<double>(sum);
 }
 
-// What gradients are multiplied by beside the rows' grad_scale: 1 / loss scale, and min(1, limit / (norm + 1e-6)) where
+// What gradients are multiplied by besides the rows' grad_scale: 1 / loss scale, and min(1, limit / (norm + 1e-6)) where
 // they are clipped (limit above 0), as torch.nn.utils.clip_grad_norm_ has it. A norm that is NaN makes it NaN.
 NPP_HD double factor_of(double norm, double limit, double loss_scale) {
   const double unscaled = 1 / loss_scale;

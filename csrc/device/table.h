@@ -23,7 +23,7 @@ enum Column : int {
   kExpAvg,
   kExpAvgSq,  // address, 0 without
   kMean,      // address of a correction's running mean, 0 without
-  kShadow,    // address of what stands beside the ring where it predicts, 0 without
+  kShadow,    // address of the shadow of a ring that predicts, 0 without
   kSlots,     // addresses in ring slot 0; those in slot s are s columns further on
 };
 

@@ -23,7 +23,7 @@ void check_memory(const std::string& name, const char* what, const at::Tensor& t
   fail("the ", what, " of ", name, advice);
 }
 
-void check_beside(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other,
+void check_matches(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other,
                   bool written = true) {
   if (!answers(other)) check_raw(what, name, other);
   if (laid_out_alike(weight, other)) {
@@ -114,7 +114,7 @@ void check_carried(const Item& item, const at::Device& device) {
          "; this pass takes dense tensors without overlap");
   check_memory(name, "", weight, /*written=*/!moves(item) && item.master == nullptr);
   if (moves(item)) {
-    check_beside(name, "next version", weight, *item.next);
+    check_matches(name, "next version", weight, *item.next);
     check_dtype(name, "next version", weight, *item.next);
   }
 }
@@ -124,32 +124,32 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
   const std::string& name = *item.name;
   const at::Tensor& weight = *item.weight;
   if (item.grad->defined()) {
-    check_beside(name, "gradient", weight, *item.grad, /*written=*/false);
+    check_matches(name, "gradient", weight, *item.grad, /*written=*/false);
     check_dtype(name, "gradient", weight, *item.grad);
   }
   if (item.master != nullptr) {
-    check_beside(name, "master weight", weight, *item.master);
+    check_matches(name, "master weight", weight, *item.master);
     if (item.master->scalar_type() != at::kFloat)
       fail("the master weight of ", name, " is ", item.master->scalar_type(), ", but it must be Float");
   }
-  check_beside(name, "first moment", weight, *item.exp_avg);
+  check_matches(name, "first moment", weight, *item.exp_avg);
   check_dtypes(item, stochastic);
   if (item.mean != nullptr) {
-    check_beside(name, "running mean", weight, *item.mean);
+    check_matches(name, "running mean", weight, *item.mean);
     if (item.mean->dtype() != item.exp_avg->dtype())
       fail("the running mean of ", name, " is ", item.mean->scalar_type(), ", but the first moment is ",
            item.exp_avg->scalar_type());
   }
   if (item.late != nullptr) {
-    check_beside(name, "version of the gradient", weight, *item.late, /*written=*/false);
+    check_matches(name, "version of the gradient", weight, *item.late, /*written=*/false);
     check_dtype(name, "version of the gradient", weight, *item.late);
   }
   if (item.shadow != nullptr) {
-    check_beside(name, "copy beside the ring", weight, *item.shadow);
-    check_dtype(name, "copy beside the ring", weight, *item.shadow);
+    check_matches(name, "shadow", weight, *item.shadow);
+    check_dtype(name, "shadow", weight, *item.shadow);
   }
   if (item.exp_avg_sq == nullptr) return;
-  check_beside(name, "second moment", weight, *item.exp_avg_sq);
+  check_matches(name, "second moment", weight, *item.exp_avg_sq);
   if (item.exp_avg_sq->dtype() != item.exp_avg->dtype())
     fail("the second moment of ", name, " is ", item.exp_avg_sq->scalar_type(), ", but the first is ",
          item.exp_avg->scalar_type());
@@ -176,7 +176,7 @@ Task task_of(const Item& item, const Rule& rule, bool stochastic) {
   if (item.exp_avg_sq != nullptr) run.exp_avg_sq = writable(*item.exp_avg_sq);
   if (item.late != nullptr) run.late = elements(*item.late);
   if (item.mean != nullptr) run.mean = writable(*item.mean);
-  // What is stepped lies in the ring, with the prediction beside it, or the other way round.
+  // What is stepped lies in the ring, and its shadow has the prediction, or the other way round.
   const bool swapped = item.ring_predicts;
   const at::Tensor* predicted = swapped ? item.next : item.shadow;
   if (predicted != nullptr) run.ahead = writable(*predicted);

@@ -16,10 +16,9 @@ from nesterov_pp.kernels.backend import (
     describe_backend,
     make_plan,
 )
-from nesterov_pp.kernels.coefficients import Coefficients, Normaliser
-from nesterov_pp.kernels.corrections import Correction, CorrectionKind
-from nesterov_pp.kernels.memory import zeros_like
 from nesterov_pp.kernels.plan import Plan, StepClass, StepSlots, Tensors
+from nesterov_pp.kernels.region import zeros_like
+from nesterov_pp.kernels.scalars import Coefficients, Correction, CorrectionKind, Normaliser
 
 __all__ = [
     "BACKENDS",

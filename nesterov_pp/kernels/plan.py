@@ -8,8 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from nesterov_pp.kernels.coefficients import Coefficients, Normaliser
-from nesterov_pp.kernels.corrections import Correction, CorrectionKind
+from nesterov_pp.kernels.scalars import Coefficients, Correction, CorrectionKind, Normaliser
 
 StepClass = tuple[int, float, float]
 """Parameters of one group with one step count: (group index, steps done, product of mu so far)."""
@@ -32,9 +31,9 @@ class Tensors:
     take copies. ``exp_avg_sqs`` is empty where the rule has no second moment, ``mu_products`` where it has no momentum
     schedule, both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
 
-    ``means`` are the running means of a correction of this ``kind``, if it has one. ``shadows`` stand beside the ring
-    where a step predicts: with ``ring_predicts`` the slots take predicted weights and the shadows are stepped; else the
-    shadows take what is predicted.
+    ``means`` are the running means of a correction of this ``kind``, if it has one. ``shadows`` are copies outside the
+    ring where a step predicts: with ``ring_predicts`` they are stepped while the slots take predicted weights; else
+    they take what is predicted.
     """
 
     names: list[str]

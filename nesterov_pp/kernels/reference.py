@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.coefficients import Coefficients, Normaliser
-from nesterov_pp.kernels.corrections import Correction, CorrectionKind
 from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
 from nesterov_pp.kernels.raw import has_memory, in_transform, is_subclass, is_writable, why_not_raw
 from nesterov_pp.kernels.rounding import Noise
+from nesterov_pp.kernels.scalars import Coefficients, Correction, CorrectionKind, Normaliser
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -205,10 +204,10 @@ class ReferencePlan:
             if t.means:
                 tensors["running mean"] = t.means[i]
             if t.shadows:
-                tensors["copy beside the ring"] = t.shadows[i]
+                tensors["shadow"] = t.shadows[i]
             for what, other in tensors.items():
                 if other is not None:
-                    _check_beside(t.names[i], what, weight, other)
+                    _check_matches(t.names[i], what, weight, other)
             for what, other in tensors.items():
                 if other is not None:
                     whose = t.names[i] if other is weight else f"the {what} of {t.names[i]}"
@@ -302,12 +301,12 @@ class ReferencePlan:
         self._grads = []
 
 
-def _check_beside(name: str, what: str, weight: Tensor, other: Tensor) -> None:
+def _check_matches(name: str, what: str, weight: Tensor, other: Tensor) -> None:
     for attribute in ("layout", "device", "shape"):
         expected, found = getattr(weight, attribute), getattr(other, attribute)
         if expected != found:
             raise ValueError(f"the {what} of {name} has {attribute} {found}, but the parameter has {expected}")
-    if what in ("next version", "gradient", "copy beside the ring") and weight.dtype != other.dtype:
+    if what in ("next version", "gradient", "shadow") and weight.dtype != other.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, but the parameter is {weight.dtype}")
     if what == "first moment" and weight.dtype in (torch.float64, torch.complex128) and other.dtype != weight.dtype:
         raise ValueError(f"the {what} of {name} is {other.dtype}, which does not go with a {weight.dtype} parameter")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nesterov_pp.methods.pipedream import PIPEDREAM
-from nesterov_pp.pipeline.delays import LocalAccumulation
+from nesterov_pp.pipeline.delay_models import LocalAccumulation
 from nesterov_pp.pipeline.recipe import register
 
 PACI = register(
@@ -15,7 +15,7 @@ PACI = register(
         summary="no stash: each stage updates after every 8 backwards, whichever their versions (AdamW, beta2 0.95)",
         reference="arXiv 2606.07881",
         options={**PIPEDREAM.options, "betas": (0.9, 0.95), "weight_decay": 0.1},
-        backward="newest",
+        linearise_at="newest",
         microbatches_per_update=8,
         delays=LocalAccumulation,
         distributed=False,

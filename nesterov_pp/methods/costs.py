@@ -1,17 +1,46 @@
-"""What a recipe costs on a stage of a real pipeline."""
+"""What a recipe costs on a stage of a real pipeline, counted: bytes per parameter in float32, and versions kept."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from nesterov_pp.kernels import Normaliser
-from nesterov_pp.optim import FusedOptimizer, costs
+from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, GapAware, Prediction
 from nesterov_pp.pipeline.recipe import Recipe
 
+_BYTES = 4
 
-def of_step(recipe: Recipe) -> costs.Cost | None:
+
+class Cost(NamedTuple):
+    """Bytes per parameter: ``state`` besides the weights of the ring and the gradient, ``traffic`` of one step."""
+
+    state: int
+    traffic: int
+
+
+def one_pass(
+    *,
+    adaptive: bool,
+    correction: DelayCompensation | GapAware | None = None,
+    prediction: Prediction | Discrepancy | None = None,
+) -> Cost:
+    """Of the one-pass step: every tensor that it reads or writes, once.
+
+    Plain: weights, gradient and moments read, weights and moments written, which is 28 with two moments and 20 with
+    one. A correction reads the weights of the gradient; a running mean is read and written; a prediction is written.
+    """
+    moments = 2 if adaptive else 1
+    has_mean = (correction is not None and correction.mean_name is not None) or isinstance(prediction, Discrepancy)
+    state = moments + has_mean + (prediction is not None)
+    traffic = 3 + 2 * moments + (correction is not None) + 2 * has_mean + (prediction is not None)
+    return Cost(_BYTES * state, _BYTES * traffic)
+
+
+def of_step(recipe: Recipe) -> Cost | None:
     """Bytes per parameter of the recipe's one-pass step; None where the step is no single pass."""
     if not (isinstance(recipe.rule, type) and issubclass(recipe.rule, FusedOptimizer)) or recipe.forecast is not None:
         return None
-    return costs.one_pass(
+    return one_pass(
         adaptive=recipe.rule._normaliser == Normaliser.RMS,
         correction=recipe.options.get("correction"),
         prediction=recipe.options.get("prediction"),
@@ -20,7 +49,7 @@ def of_step(recipe: Recipe) -> costs.Cost | None:
 
 def extra_versions(recipe: Recipe) -> str:
     """How many versions of its weights stage i of P keeps besides the newest, and besides a copy that is predicted."""
-    if not recipe.delayed or recipe.backward != "stashed":
+    if not recipe.delayed or recipe.linearise_at != "version":
         return "none"
     if recipe.microbatches_per_update is None:
         return "1"

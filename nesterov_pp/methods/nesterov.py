@@ -41,7 +41,7 @@ NESTEROV_NO_STASH = register(
         reference="arXiv 2505.01099, Eq. 13",
         rule=NAdam,
         options={k: v for k, v in NADAM.items() if k != "betas"},
-        backward="newest",
+        linearise_at="newest",
         stage_options=_momentum_by_stage,
         lr_factor=discount_by_delay,
         correction_updates=CORRECTION_UPDATES,

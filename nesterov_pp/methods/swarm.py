@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nesterov_pp.methods.nesterov import NESTEROV_NO_STASH
-from nesterov_pp.pipeline.delays import Delays
+from nesterov_pp.pipeline.delay_models import Delays
 from nesterov_pp.pipeline.recipe import register
 from nesterov_pp.pipeline.swarm import Swarm
 

@@ -9,7 +9,7 @@ from nesterov_pp.methods.nesterov import NADAM
 from nesterov_pp.methods.pipedream import ADAMW
 from nesterov_pp.optim import AdamW, NAdam, Prediction
 from nesterov_pp.optim.wrapped import StepsCopies
-from nesterov_pp.pipeline.delays import Delays, Fixed
+from nesterov_pp.pipeline.delay_models import Delays, Fixed
 from nesterov_pp.pipeline.recipe import Recipe, register
 
 

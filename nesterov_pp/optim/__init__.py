@@ -6,7 +6,6 @@ from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAwa
 from nesterov_pp.optim.lion import Lion
 from nesterov_pp.optim.nadam import NAdam
 from nesterov_pp.optim.nag import NAG, convex_schedule
-from nesterov_pp.optim.stage_optimizer import StageOptimizer
 
 __all__ = [
     "NAG",
@@ -18,6 +17,5 @@ __all__ = [
     "Lion",
     "NAdam",
     "Prediction",
-    "StageOptimizer",
     "convex_schedule",
 ]

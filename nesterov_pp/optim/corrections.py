@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.corrections import Correction, CorrectionKind
-from nesterov_pp.stash import Beside
+from nesterov_pp.kernels.scalars import Correction, CorrectionKind
+from nesterov_pp.stash import Shadow
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class GapAware:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The ring holds predicted weights ``x``, at which forward and backward run; ``w`` is kept beside it.
+    """The ring holds predicted weights ``x``, at which forward and backward run; ``w`` is its shadow.
 
     Over a distance ``S = damping + damping^2 + ... + damping^s``, ``s`` being the group's ``"horizon"`` in updates::
 
@@ -99,7 +99,7 @@ class Prediction:
 
     by: Literal["displacement", "momentum"] = "displacement"
     damping: float = 1.0
-    beside: ClassVar[Beside] = "stepped"
+    shadow: ClassVar[Shadow] = "stepped"
 
     def __post_init__(self) -> None:
         if self.by not in ("displacement", "momentum"):
@@ -129,7 +129,7 @@ class Discrepancy:
     decay: float = 0.135
     kind: ClassVar[CorrectionKind] = CorrectionKind.DISCREPANCY
     mean_name: ClassVar[str] = "exp_avg_step"
-    beside: ClassVar[Beside] = "backward"
+    shadow: ClassVar[Shadow] = "linearised"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.decay < 1.0:

@@ -1,4 +1,4 @@
-"""What all optimizers of the family take beside their rule's hyper-parameters, and the checks of both."""
+"""What all optimizers of the family take besides their rule's hyper-parameters, and the checks of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels.corrections import CorrectionKind
+from nesterov_pp.kernels.scalars import CorrectionKind
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.stash import WeightStash
 
@@ -58,13 +58,13 @@ class Options:
         if self.correction is not None and self.stash is None:
             raise ValueError(f"{self.correction} compares with the weights of a WeightStash; give stash=")
         if self.prediction is not None:
-            wanted = self.prediction.beside
-            if self.stash is None or self.stash.beside != wanted:
-                raise ValueError(f"{self.prediction} needs stash=WeightStash(..., beside={wanted!r})")
+            wanted = self.prediction.shadow
+            if self.stash is None or self.stash.shadow != wanted:
+                raise ValueError(f"{self.prediction} needs stash=WeightStash(..., shadow={wanted!r})")
             if self.correction is not None and isinstance(self.prediction, Discrepancy):
                 raise ValueError(f"{self.prediction} does not go with {self.correction}: choose one")
-        elif self.stash is not None and self.stash.beside is not None:
-            raise ValueError(f"a WeightStash with beside={self.stash.beside!r} needs an optimizer with a prediction")
+        elif self.stash is not None and self.stash.shadow is not None:
+            raise ValueError(f"a WeightStash with shadow={self.stash.shadow!r} needs an optimizer with a prediction")
 
     @property
     def are_torchs(self) -> bool:

@@ -6,19 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choose_backend, make_plan
+from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choose_backend, extension, make_plan
 from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
-from nesterov_pp.optim import checkpoint, counts
+from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.device_counts import DeviceCounts
+from nesterov_pp.optim.fresh import MasterWeights
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
-from nesterov_pp.optim.masters import MasterWeights
 from nesterov_pp.optim.options import Options
-from nesterov_pp.optim.snapshot import Snapshot
 
 
 class Prepared:
@@ -59,7 +59,7 @@ class Prepared:
                 parameters.append(p)
         states = [state[p] for p in parameters]
         _resolve(states)
-        checkpoint.check_entries(names, states, entries)
+        saved_state.check_entries(names, states, entries)
         stash = options.stash
         self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
@@ -71,8 +71,8 @@ class Prepared:
         tensors_to_step = list(chain.from_iterable(self._plain))
         odd = only_reference or _odd_state(names, states)
         self.backend = choose_backend(options.backend, tensors_to_step, odd)
-        swapped = stash is not None and stash.beside == "stepped"
-        shadows = stash.leaves_beside(parameters) if stash is not None and stash.beside else []
+        swapped = stash is not None and stash.shadow == "stepped"
+        shadows = stash.shadows_of(parameters) if stash is not None and stash.shadow else []
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
         stepped = shadows if swapped else newest
         masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, stepped, strict=True)]
@@ -236,3 +236,39 @@ def _master(state: dict[str, Any], p: Tensor) -> Tensor:
 def _largest(state: dict[str, Any]) -> Tensor:
     found: Tensor | None = state.get("max_exp_avg_sq")
     return torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format) if found is None else found
+
+
+class Snapshot:
+    """What a plan was made of: notices when somebody has replaced a parameter or an entry of its state since.
+
+    ``leaves`` are all parameters that are stepped, those of every ring slot too.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any], leaves: list[Tensor]) -> None:
+        self._objects = list(_objects(groups, state))
+        self._special = [(p, local(p)) for p in leaves if not is_plain(p) and not is_resolved(p)]
+
+    def holds(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
+        """Whether all are the same objects still, and local shards where they were."""
+        module, _ = extension.load()
+        if module is not None:
+            same = module.holds(groups, state, self._objects)
+        else:
+            now = list(_objects(groups, state))
+            same = len(now) == len(self._objects) and all(map(is_, now, self._objects))
+        return bool(same) and all(_same_place(local(p), then) for p, then in self._special)
+
+
+def _objects(groups: list[dict[str, Any]], state: dict[Any, Any]) -> Iterator[Any]:
+    for group in groups:
+        yield from group["params"]
+    for key, entry in state.items():
+        if not isinstance(key, Tensor):
+            continue  # a user's own
+        yield entry
+        if isinstance(entry, dict):
+            yield from entry.values()
+
+
+def _same_place(now: Tensor, then: Tensor) -> bool:
+    return now.data_ptr() == then.data_ptr() and now.shape == then.shape and now.stride() == then.stride()

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import DEVICE_BACKENDS, Normaliser
-from nesterov_pp.optim import checkpoint, counts
+from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.device_counts import needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_state
 from nesterov_pp.optim.options import Options
@@ -141,7 +141,7 @@ class StatefulOptimizer(Optimizer):
             self.state[p].update({name: values[i] for name, values in entries.items()})
 
     def _states(self) -> dict[Tensor, dict[str, Any]]:
-        """The state of every parameter that has some; not what a user keeps beside it."""
+        """The state of every parameter that has some; not what a user keeps there."""
         return {p: self.state[p] for p in self._parameters() if self.state.get(p)}
 
     def _follow_parameters(self) -> bool:
@@ -176,12 +176,12 @@ class StatefulOptimizer(Optimizer):
         Raises:
             ValueError: it is of other parameters or of another optimizer; nothing has been changed.
         """
-        checkpoint.check_form(state_dict)
+        saved_state.check_form(state_dict)
         loaded: dict[str, Any] = {}
 
         def note(_: Optimizer, state: dict[str, Any]) -> None:  # after all hooks that may change it
             needed = [key for key in self.defaults if key not in self._legacy]
-            checkpoint.check_fits(state, self.param_groups, needed, self._state_names())
+            saved_state.check_fits(state, self.param_groups, needed, self._state_names())
             loaded.update(state)
 
         with self._lock, torch.inference_mode(False):
@@ -190,7 +190,7 @@ class StatefulOptimizer(Optimizer):
                 super().load_state_dict(state_dict)
             finally:
                 handle.remove()
-            checkpoint.keep_dtypes(loaded, self._parameters(), self.state)
+            saved_state.keep_dtypes(loaded, self._parameters(), self.state)
             states = self._states()
             (counts.to_devices if self._capturable() else counts.to_host)(states)
             counts.lay_side_by_side(states)

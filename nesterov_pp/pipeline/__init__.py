@@ -1,6 +1,6 @@
 """Pipelines: delays, partition, recipes, and the virtual pipeline."""
 
-from nesterov_pp.pipeline.delays import (
+from nesterov_pp.pipeline.delay_models import (
     Delays,
     DropOuts,
     Fixed,

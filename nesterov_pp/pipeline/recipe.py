@@ -8,9 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nesterov_pp.optim import StageOptimizer
-from nesterov_pp.pipeline.delays import Delays, Fixed, one_forward_one_backward
-from nesterov_pp.stash import Backward, Beside
+from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward
+from nesterov_pp.stash import LineariseAt, Shadow
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,27 @@ class Placement:
 
 Horizon = Callable[[Placement, int, int], float]
 """``(place, update, correction_updates) -> s``: how many updates ahead a stage looks."""
+
+
+class StageOptimizer(Protocol):
+    """Steps the weights of one ``WeightStash``. Its groups take ``"lr"`` and, where it looks ahead, ``"horizon"``."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Hyper-parameters that may change from step to step."""
+
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]:
+        """The state of every parameter, by parameter."""
+
+    def step(self, *, version: int | None = None, microbatches: int = 1) -> None:
+        """Take the gradients of a version, the sum over some microbatches, and write the next version."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of its state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
 
 
 class Forecast(Protocol):
@@ -56,8 +76,8 @@ class Recipe:
         rule: the optimizer class.
         options: its hyper-parameters; each can be overridden.
         delayed: False for a schedule that waits for its gradients (every delay is 0).
-        backward: "stashed" differentiates at the version of the forward; "newest" linearises at the current weights,
-            "beside" at those of a ``Discrepancy``.
+        linearise_at: where backward differentiates: at the "version" of the forward, at the "newest" weights, or at the
+            "shadow" of a ``Discrepancy``.
         microbatches_per_update: K; None for as many as there are stages.
         stage_options: hyper-parameters that depend on the stage.
         lr_factor: ``(delay, update, correction_updates) -> factor`` on the learning rate.
@@ -79,7 +99,7 @@ class Recipe:
     rule: Callable[..., StageOptimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     delayed: bool = True
-    backward: Backward = "stashed"
+    linearise_at: LineariseAt = "version"
     microbatches_per_update: int | None = 1
     stage_options: Callable[[Placement], dict[str, Any]] = _no_options
     lr_factor: Callable[[int, int, int], float] = _full_rate
@@ -102,7 +122,7 @@ class Recipe:
 
     def check_forward(self, *, recompute: bool, autocast: bool) -> None:
         """Raises: ValueError: the recipe's backward takes other weights than the forward's, and cannot get at them."""
-        if self.backward == "stashed":
+        if self.linearise_at == "version":
             return
         if recompute:
             raise ValueError(f"{self.name!r} keeps activations of older weights, which cannot be recomputed")
@@ -113,11 +133,11 @@ class Recipe:
             )
 
     @property
-    def beside(self) -> Beside | None:
+    def shadow(self) -> Shadow | None:
         """What a stage's ``WeightStash`` keeps outside the ring."""
         owner = self.options.get("prediction", self.rule)
-        beside: Beside | None = getattr(owner, "beside", None)
-        return beside
+        shadow: Shadow | None = getattr(owner, "shadow", None)
+        return shadow
 
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """This recipe with other hyper-parameters. An override wins over a stage-dependent value.

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nesterov_pp.optim import StageOptimizer
-from nesterov_pp.pipeline.recipe import Placement, Recipe
+from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
 from nesterov_pp.pipeline.tensors import device_of
 from nesterov_pp.stash import WeightStash
 
 
 def build_stash(recipe: Recipe, module: nn.Module, versions: int) -> WeightStash:
     """The ring of a stage's weights, with what the recipe keeps outside it."""
-    return WeightStash(module, versions, beside=recipe.beside)
+    return WeightStash(module, versions, shadow=recipe.shadow)
 
 
 def build_optimizer(

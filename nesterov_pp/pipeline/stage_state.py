@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.optim import StageOptimizer
-from nesterov_pp.pipeline.recipe import Forecast
+from nesterov_pp.pipeline.recipe import Forecast, StageOptimizer
 from nesterov_pp.stash import WeightStash
 
 Saved = dict[str, Any]
@@ -55,7 +54,7 @@ class StageState:
         frozen = sum(_bytes(p) for p in self.module.parameters() if not p.requires_grad)
         states = () if self.optimizer is None else self.optimizer.state.values()
         moments = sum(_bytes(t) for state in states for name, t in state.items() if name.startswith("exp_avg"))
-        others = self.stash.versions - 1 + (self.stash.beside is not None)
+        others = self.stash.versions - 1 + (self.stash.shadow is not None)
         return {"weights": one + frozen, "stash": others * one, "moments": moments}
 
     def save(self) -> Saved:
@@ -162,17 +161,21 @@ def as_saved_now(saved: object) -> Saved:
 
 def _of_all_stages(saved: Saved) -> Saved:
     columns = zip(saved["stashes"], saved["optimizers"], saved["buffers"], strict=True)
-    stages = {i: {"stash": s, "optimizer": o, "buffers": b} for i, (s, o, b) in enumerate(columns)}
+    stages = {i: {"stash": _ring(s), "optimizer": o, "buffers": b} for i, (s, o, b) in enumerate(columns)}
     for i, forecast in enumerate(saved["forecasts"]):
         stages[i]["forecast"] = forecast
     return {"terms": _terms_in(saved), "stages": stages, **{n: saved[n] for n in ("microbatches", "updates")}}
 
 
 def _of_one_stage(saved: Saved) -> Saved:
-    stage = {name: saved[name] for name in ("stash", "optimizer", "buffers", "kept")}
+    stage = {"stash": _ring(saved["stash"]), **{name: saved[name] for name in ("optimizer", "buffers", "kept")}}
     updates = saved["microbatches"] // saved["microbatches_per_update"]
     where = {"microbatches": saved["microbatches"], "updates": updates}
     return {"terms": _terms_in(saved), "stages": {saved["stage"]: stage}, **where}
+
+
+def _ring(saved: Saved) -> Saved:
+    return {"shadow" if name == "beside" else name: value for name, value in saved.items()}
 
 
 def _terms_in(saved: Saved) -> Saved:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.optim import StageOptimizer
-from nesterov_pp.pipeline.delays import Delays, Fixed, version_for_update
+from nesterov_pp.pipeline.delay_models import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.partition import stage_list
-from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, StageOptimizer, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
@@ -142,7 +141,7 @@ class VirtualPipeline:
             hidden = inputs
             with autocasting(self.stages[0], self._autocast):
                 for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
-                    bound.enter_context(stash.use(versions[i], backward=self.recipe.backward))
+                    bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
                         hidden = run_stage(self._forwards[i], hidden)
                 loss = self.loss_fn(hidden, targets)

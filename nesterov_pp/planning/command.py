@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nesterov_pp.pipeline.delays import stage_delays
-from nesterov_pp.planning.costs import LayerCost, measure_layers, stage_costs
+from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.planning.layers import LayerCost, measure_layers, stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nesterov_pp.pipeline.delays import stage_delays
-from nesterov_pp.planning.costs import StageCost
+from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.planning.layers import StageCost
 
 
 def memory_per_stage(

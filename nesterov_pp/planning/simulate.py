@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nesterov_pp.pipeline.schedule import forward_limit
-from nesterov_pp.planning.costs import StageCost
+from nesterov_pp.planning.layers import StageCost
 
 SCHEDULES = ("async", "gpipe", "1f1b")
 Event = tuple[str, int]

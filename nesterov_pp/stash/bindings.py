@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from nesterov_pp.stash.bound import BESIDE, Bound
+from nesterov_pp.stash.bound import SHADOW, Bound
 from nesterov_pp.stash.position import Position
 from nesterov_pp.stash.watch import Ending, Watch
 
@@ -23,16 +23,16 @@ class Binding:
     """That the module computes with a version for a while.
 
     Attributes:
-        version: of the weights; BESIDE for those outside the ring.
-        backward: as in ``WeightStash.use``.
+        version: of the weights; SHADOW for those outside the ring.
+        linearise_at: as in ``WeightStash.use``.
         task: autograd's number of the backward; None for a block.
         counted: the block counts as a microbatch in flight.
         ran_backward: a backward of this version ran inside the block.
         nodes: how many nodes of autograd there were before the block.
     """
 
-    def __init__(self, version: int, backward: str, task: int | None = None) -> None:
-        self.version, self.backward, self.task = version, backward, task
+    def __init__(self, version: int, linearise_at: str, task: int | None = None) -> None:
+        self.version, self.linearise_at, self.task = version, linearise_at, task
         self.counted = self.ran_backward = False
         self.nodes = _nodes()
 
@@ -57,7 +57,7 @@ class Bindings:
             ValueError: with ``follow``, where something was done to its parameters that the ring cannot follow.
         """
         position, version = self._position, self.version
-        slot = BESIDE if version == BESIDE else max(version, position.oldest) % position.versions
+        slot = SHADOW if version == SHADOW else max(version, position.oldest) % position.versions
         self._bound.bind(slot, position.newest_slot, follow=follow)
 
     @contextmanager
@@ -100,15 +100,15 @@ class Bindings:
         """Count the microbatch of a forward with gradients; returns what its backward begins with, if anything."""
         block = self._innermost_block()
         if block is None:
-            return (self._position.newest, "stashed", self._position.loads) if self._bound.binds_own() else None
-        if block.version == BESIDE:
+            return (self._position.newest, "version", self._position.loads) if self._bound.binds_own() else None
+        if block.version == SHADOW:
             return None
         if not block.counted:
             block.counted = True
             self._position.count(block.version, 1)
-        return (block.version, block.backward, self._position.loads) if self._bound.binds_own() else None
+        return (block.version, block.linearise_at, self._position.loads) if self._bound.binds_own() else None
 
-    def begin_backward(self, version: int, backward: str, loads: int) -> None:
+    def begin_backward(self, version: int, linearise_at: str, loads: int) -> None:
         """Bind the version of a forward until the backward that is running ends.
 
         Raises:
@@ -119,12 +119,12 @@ class Bindings:
             raise RuntimeError(
                 "this backward is of a forward from before the WeightStash was loaded; run that forward again"
             )
-        if backward == "stashed" and not position.oldest <= version <= position.newest:
+        if linearise_at == "version" and not position.oldest <= version <= position.newest:
             raise RuntimeError(
                 f"this backward is of a forward with version {version}, which has left the ring of versions "
                 f"{position.oldest} to {position.newest}; step it earlier, or keep more than {position.versions}"
             )
-        if block is not None and block.version not in (version, BESIDE):
+        if block is not None and block.version not in (version, SHADOW):
             raise RuntimeError(
                 f"this backward is of a forward with version {version}, but runs inside a block of version "
                 f"{block.version}; run it inside `with stash.use({version}):`, or outside of any block"
@@ -134,12 +134,12 @@ class Bindings:
         task = torch._C._current_graph_task_id()
         binding = next((b for b in self._all if b.task == task), None)
         if binding is None:
-            binding = Binding(version, backward, task)
+            binding = Binding(version, linearise_at, task)
             # Autograd drops its callbacks at the end of a backward, and when it fails.
             ending = Ending(partial(_end, weakref.ref(self), binding))
             torch.autograd.Variable._execution_engine.queue_callback(ending)
             self._all.append(binding)
-        binding.version, binding.backward = version, backward
+        binding.version, binding.linearise_at = version, linearise_at
         self.rebind()
 
     def check_recomputed(self) -> None:
@@ -157,11 +157,11 @@ class Bindings:
                 )
             return
         binding = self._all[-1]
-        if binding.backward == "beside" or (binding.backward == "newest" and binding.version != newest):
+        if binding.linearise_at == "shadow" or (binding.linearise_at == "newest" and binding.version != newest):
             raise RuntimeError(
                 f"a part of the module runs again in a backward, as torch.utils.checkpoint makes it do, but "
-                f"backward={binding.backward!r} needs the activations that version {binding.version} left; "
-                'do without checkpointing, or use backward="stashed"'
+                f"linearise_at={binding.linearise_at!r} needs the activations that version {binding.version} left; "
+                'do without checkpointing, or use linearise_at="version"'
             )
 
     # ------------------------------------------------------------------ inside

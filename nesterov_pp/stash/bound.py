@@ -18,7 +18,7 @@ from torch import nn
 from nesterov_pp.stash.places import Places, described, likeness
 
 _trains = attrgetter("requires_grad")
-BESIDE = -1
+SHADOW = -1
 """Stands for the weights outside the ring, where a slot is asked for."""
 
 
@@ -29,7 +29,7 @@ class Bound:
         module: the module, bound to slot 0.
         names: of the parameters in the ring.
         slots: the leaves of every slot.
-        beside: those outside the ring, if any.
+        shadows: those outside the ring, if any.
         gathered: ``fully_shard`` keeps some of them, and binds others while the module runs.
     """
 
@@ -38,10 +38,10 @@ class Bound:
         module: nn.Module,
         names: Sequence[str],
         slots: Sequence[Sequence[nn.Parameter]],
-        beside: Sequence[nn.Parameter],
+        shadows: Sequence[nn.Parameter],
         gathered: bool,
     ) -> None:
-        self._names, self._slots, self._beside = names, slots, beside
+        self._names, self._slots, self._shadows = names, slots, shadows
         self._gathered = gathered
         self._places = Places(module, slots[0])
         self._like = [likeness(p) for p in slots[0]]
@@ -57,7 +57,7 @@ class Bound:
 
     def leaves(self, slot: int) -> Sequence[nn.Parameter]:
         """Those of a slot."""
-        return self._beside if slot == BESIDE else self._slots[slot]
+        return self._shadows if slot == SHADOW else self._slots[slot]
 
     def bind(self, slot: int, newest: int, *, follow: bool = True) -> None:
         """Make the module compute with a slot.
@@ -98,7 +98,7 @@ class Bound:
                 self._check_likeness(leaves)
             if found:
                 self._take_over(found, newest)
-        if self._slot != BESIDE and list(map(_trains, leaves)) != self._told[self._slot]:
+        if self._slot != SHADOW and list(map(_trains, leaves)) != self._told[self._slot]:
             self._freeze_as(leaves, self._told[self._slot], newest)
 
     def tell(self, slot: int) -> None:
@@ -129,7 +129,7 @@ class Bound:
     @torch.no_grad()
     def _take_over(self, found: dict[int, nn.Parameter], newest: int) -> None:
         for i, p in found.items():
-            for leaves in (self._slots[newest], self._beside):
+            for leaves in (self._slots[newest], self._shadows):
                 if leaves:
                     leaves[i].copy_(p)
             leaf = self._slots[newest][i]

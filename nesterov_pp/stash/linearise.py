@@ -1,4 +1,4 @@
-"""Backward at other weights than those of the forward."""
+"""LineariseAt at other weights than those of the forward."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 def linearised_elsewhere(
-    leaves: Sequence[Tensor], elsewhere: Callable[[], Sequence[Tensor]], *, backward: str, gathered: bool
+    leaves: Sequence[Tensor], elsewhere: Callable[[], Sequence[Tensor]], *, linearise_at: str, gathered: bool
 ) -> AbstractContextManager[Any]:
     """Hooks that swap the weights autograd saves, and views of them, for other ones when backward runs.
 
     Args:
         leaves: the weights of the forward.
         elsewhere: those to take instead, when backward runs.
-        backward: for people.
+        linearise_at: for people.
         gathered: ``fully_shard`` keeps some of the leaves.
 
     Raises:
         ValueError: autocast or tensor parallelism would hide the weights.
     """
     if not gathered and any(hasattr(leaf, "to_local") for leaf in leaves):
-        raise ValueError(f'backward="{backward}" cannot follow DTensor weights; use backward="stashed"')
+        raise ValueError(f'linearise_at="{linearise_at}" cannot follow DTensor weights; use linearise_at="version"')
     device_types = {leaf.device.type for leaf in leaves}
     if any(torch.is_autocast_enabled(kind) for kind in device_types):
         raise ValueError(
-            f'backward="{backward}" cannot see through the weight copies that autocast makes; '
-            'leave autocast out of this stage or use backward="stashed"'
+            f'linearise_at="{linearise_at}" cannot see through the weight copies that autocast makes; '
+            'leave autocast out of this stage or use linearise_at="version"'
         )
     # What fully_shard keeps it gathers again for the backward: the newest weights.
     plain = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.numel() and not hasattr(leaf, "to_local")]

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_pp.stash.bindings import Binding, Bindings
-from nesterov_pp.stash.bound import BESIDE, Bound
+from nesterov_pp.stash.bound import SHADOW, Bound
 from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves
 from nesterov_pp.stash.linearise import linearised_elsewhere
 from nesterov_pp.stash.position import Position
 from nesterov_pp.stash.saved import check_saved
 from nesterov_pp.stash.watch import detach
 
-Backward = Literal["stashed", "newest", "beside"]
-Beside = Literal["stepped", "backward"]
+LineariseAt = Literal["version", "newest", "shadow"]
+Shadow = Literal["stepped", "linearised"]
 
 
 class WeightStash:
@@ -41,9 +41,9 @@ class WeightStash:
             allocated here (same shapes, dtypes, devices). Frozen parameters and buffers are shared by all versions;
             parameters tied inside the module stay tied.
         versions: ring length, the delay ``tau`` of the stage plus one; at least 1.
-        beside: one more copy of the weights outside the ring, for an optimizer with a ``prediction``. "stepped": the
-            weights that are stepped, while the ring holds predictions. "backward": the weights that
-            ``use(version, backward="beside")`` linearises at. Default: none.
+        shadow: one more copy of the weights outside the ring, for an optimizer with a ``prediction``. "stepped": the
+            weights that are stepped, while the ring holds predictions. "linearised": the weights that
+            ``use(version, linearise_at="shadow")`` differentiates at. Default: none.
 
     Outside ``use`` the module is bound to the newest version. ``module.parameters()`` gives the leaves of the version
     that is bound. Not safe to use from several threads at once.
@@ -53,19 +53,19 @@ class WeightStash:
     replaced by like ones (``load_state_dict(assign=True)``), whose values become those of the newest version.
 
     Raises:
-        ValueError: ``versions`` is below 1, ``beside`` is something else, or a parameter cannot be kept in a ring: it
+        ValueError: ``versions`` is below 1, ``shadow`` is something else, or a parameter cannot be kept in a ring: it
             has no values yet (the meta device, lazy modules), shares memory with another one, overlaps itself, or
             carries hooks (register them afterwards, on each of ``parameters(version)``); or ``versions`` is above 1
             and ``fully_shard`` keeps the module's weights.
     """
 
-    def __init__(self, module: nn.Module, versions: int, *, beside: Beside | None = None) -> None:
+    def __init__(self, module: nn.Module, versions: int, *, shadow: Shadow | None = None) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(f"a WeightStash takes a torch.nn.Module, not {type(module).__name__}")
         if not isinstance(versions, int) or versions < 1:
             raise ValueError(f"versions must be at least 1 (the delay plus one), a whole number, not {versions!r}")
-        if beside not in (None, "stepped", "backward"):
-            raise ValueError(f"beside must be 'stepped', 'backward' or None, not {beside!r}")
+        if shadow not in (None, "stepped", "linearised"):
+            raise ValueError(f"shadow must be 'stepped', 'linearised' or None, not {shadow!r}")
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         check_stashable(named)
         self._gathered = gathers_itself(module)
@@ -75,17 +75,17 @@ class WeightStash:
                 "method without a stash, such as nesterov-no-stash, or a delay of 0"
             )
         self.versions = versions
-        self.beside = beside
+        self.shadow = shadow
         self._names = list(named)
         first = list(named.values())
         self._slots = [first] + [new_leaves(first) for _ in range(versions - 1)]
-        self._beside = new_leaves(first) if beside is not None else []
+        self._shadows = new_leaves(first) if shadow is not None else []
         with torch.no_grad():
-            for leaf, p in zip(self._beside, first if self._beside else [], strict=True):
+            for leaf, p in zip(self._shadows, first if self._shadows else [], strict=True):
                 leaf.copy_(p)
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
         self._position = Position(versions)
-        self._bound = Bound(module, self._names, self._slots, self._beside, self._gathered)
+        self._bound = Bound(module, self._names, self._slots, self._shadows, self._gathered)
         self._bindings = Bindings(self._position, self._bound)
         self._owner: weakref.ref[Any] | None = None
         weakref.finalize(self, detach, self._bindings.watch.attach(module)).atexit = False
@@ -106,7 +106,7 @@ class WeightStash:
     def in_use(self) -> int:
         """The version that the module is bound to: that of the innermost ``use`` or backward, else the newest."""
         version = self._bindings.version
-        return self.newest if version == BESIDE else version
+        return self.newest if version == SHADOW else version
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +123,7 @@ class WeightStash:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weights that are stepped, by name: those of the newest version, unless the ring holds predictions."""
-        leaves = self._beside if self.beside == "stepped" else self._slots[self._position.newest_slot]
+        leaves = self._shadows if self.shadow == "stepped" else self._slots[self._position.newest_slot]
         return dict(zip(self._names, leaves, strict=True))
 
     def in_flight(self, version: int) -> int:
@@ -142,7 +142,7 @@ class WeightStash:
         self._position.count(version, -1)
 
     @contextmanager
-    def use(self, version: int, *, backward: Backward = "stashed") -> Iterator[None]:
+    def use(self, version: int, *, linearise_at: LineariseAt = "version") -> Iterator[None]:
         """Run the module with the weights of ``version`` inside the block.
 
         A block in which the module runs forward with gradients counts as one microbatch in flight until
@@ -151,39 +151,39 @@ class WeightStash:
 
         Args:
             version: between ``oldest`` and ``newest``.
-            backward: "stashed" (default) differentiates at ``version``. "newest" keeps the activations of ``version``
-                but linearises at the weights that are newest when backward runs, as a pipeline without a stash
-                does: autograd's saved weights are replaced by the newest ones. "beside" takes those of
-                ``WeightStash(beside="backward")`` instead. Weights that an operator saved as a converted copy cannot
+            linearise_at: where backward differentiates: by default at ``version``. "newest" keeps the activations of
+                ``version`` but takes the weights that are newest when backward runs, as a pipeline without a stash
+                does: they replace the weights that autograd has saved. "shadow" takes those of
+                ``WeightStash(shadow="linearised")`` instead. Weights that an operator saved as a converted copy cannot
                 be replaced, so autocast is refused.
 
         Raises:
             ValueError: the version is not in the ring; weights are to be replaced under autocast; or something was done
                 to the module's parameters that the ring cannot follow.
             RuntimeError: (from a backward) a backward inside the block is of a forward with another version; or the
-                module is to run again in a backward that is not "stashed", which takes what no version has.
+                module is to run again in a backward that takes other weights than those of its forward.
         """
-        if backward not in ("stashed", "newest", "beside"):
-            raise ValueError(f"backward must be 'stashed', 'newest' or 'beside', not {backward!r}")
-        if backward == "beside" and self.beside != "backward":
-            raise ValueError("backward='beside' needs a WeightStash built with beside='backward'")
+        if linearise_at not in ("version", "newest", "shadow"):
+            raise ValueError(f"linearise_at must be 'version', 'newest' or 'shadow', not {linearise_at!r}")
+        if linearise_at == "shadow" and self.shadow != "linearised":
+            raise ValueError("linearise_at='shadow' needs a WeightStash built with shadow='linearised'")
         self._settle()
         slot = self._position.slot_of(version)
         self._bound.follow(self._position.newest_slot, thorough=True)
         hooks: AbstractContextManager[Any] = nullcontext()
-        if backward != "stashed" and torch.is_grad_enabled():
+        if linearise_at != "version" and torch.is_grad_enabled():
             hooks = linearised_elsewhere(
                 self._slots[slot],
-                lambda: self._beside if backward == "beside" else self._slots[self._position.newest_slot],
-                backward=backward,
+                lambda: self._shadows if linearise_at == "shadow" else self._slots[self._position.newest_slot],
+                linearise_at=linearise_at,
                 gathered=self._gathered,
             )
         # What runs in a backward runs for the second time.
         counts = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-        with self._bindings.block(Binding(version, backward), counts=counts), hooks:
+        with self._bindings.block(Binding(version, linearise_at), counts=counts), hooks:
             yield
 
-    def bind(self, version: int, *, backward: Backward = "stashed") -> AbstractContextManager[None]:
+    def bind(self, version: int, *, linearise_at: LineariseAt = "version") -> AbstractContextManager[None]:
         """Bind the module to a version inside the block, for a backward: ``use`` that never counts as a microbatch.
 
         Raises:
@@ -192,16 +192,16 @@ class WeightStash:
         self._settle()
         self._position.slot_of(version)
         self._bound.follow(self._position.newest_slot, thorough=True)
-        return self._bindings.block(Binding(version, backward))
+        return self._bindings.block(Binding(version, linearise_at))
 
     @contextmanager
     def use_stepped(self) -> Iterator[None]:
         """Run the module with ``weights()`` inside the block, without gradients: what a trained model is judged by."""
-        if self.beside != "stepped":
+        if self.shadow != "stepped":
             yield
             return
         self._settle()
-        with torch.no_grad(), self._bindings.block(Binding(BESIDE, "stashed")):
+        with torch.no_grad(), self._bindings.block(Binding(SHADOW, "version")):
             yield
 
     def gather_gradients(self, versions: Sequence[int]) -> int:
@@ -268,9 +268,9 @@ class WeightStash:
             )
         return [[slot[i] for i in order] for slot in self._slots]
 
-    def leaves_beside(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def shadows_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The copies outside the ring of ``parameters``, which may be leaves of any version."""
-        return [self._beside[self._index[id(p)]] for p in parameters]
+        return [self._shadows[self._index[id(p)]] for p in parameters]
 
     def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
         """Check a step that takes the gradients of ``version``; returns its slots (gradients, source, target).
@@ -307,7 +307,7 @@ class WeightStash:
     def state_dict(self) -> dict[str, Any]:
         """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies.
 
-        Where there are weights outside the ring, they are under ``"beside"``.
+        Where there are weights outside the ring, they are under ``"shadow"``.
 
         Raises:
             ValueError: something was done to the module's parameters that the ring cannot follow.
@@ -319,8 +319,8 @@ class WeightStash:
             "newest": self.newest,
             "weights": [{n: p.detach() for n, p in self.parameters(v).items()} for v in live],
         }
-        if self.beside is not None:
-            state["beside"] = {n: p.detach() for n, p in zip(self._names, self._beside, strict=True)}
+        if self.shadow is not None:
+            state["shadow"] = {n: p.detach() for n, p in zip(self._names, self._shadows, strict=True)}
         return state
 
     def check(self, state: dict[str, Any]) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
@@ -333,7 +333,7 @@ class WeightStash:
         self._settle()
         self._bound.follow(self._position.newest_slot, thorough=True)
         like = dict(zip(self._names, self._slots[0], strict=True))
-        return check_saved(state, like, self.versions, has_beside=self.beside is not None)
+        return check_saved(state, like, self.versions, has_shadow=self.shadow is not None)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -343,16 +343,16 @@ class WeightStash:
             ValueError: the state is of a ring of another length or of other parameters, or something was done to the
                 module's parameters that the ring cannot follow; nothing is changed.
         """
-        newest, weights, beside = self.check(state)
+        newest, weights, shadow = self.check(state)
         self._position.load(newest)
         for version, saved in enumerate(weights, start=self.oldest):
             self._bound.tell(version % self.versions)
             for name, leaf in self.parameters(version).items():
                 leaf.copy_(saved[name])
                 leaf.grad = None
-        if beside is not None:
-            for name, leaf in zip(self._names, self._beside, strict=True):
-                leaf.copy_(beside[name])
+        if shadow is not None:
+            for name, leaf in zip(self._names, self._shadows, strict=True):
+                leaf.copy_(shadow[name])
         self._bindings.rebind()
 
     # ------------------------------------------------------------------ inside

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_saved(
-    state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_beside: bool
+    state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_shadow: bool
 ) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
     """The parts of a saved ring: its newest version, the weights, oldest first, and those outside the ring.
 
@@ -17,7 +17,7 @@ def check_saved(
         state: what ``WeightStash.state_dict`` returned.
         like: the parameters of one version here.
         versions: the length of the ring here.
-        has_beside: whether it has weights outside.
+        has_shadow: whether it has weights outside.
 
     Raises:
         ValueError: it is of a ring of another length or of other parameters.
@@ -28,12 +28,12 @@ def check_saved(
             f"the saved ring holds {len(weights)} versions at version {newest}; "
             f"this one keeps {versions} and needs {min(newest + 1, versions)}"
         )
-    beside = state.get("beside")
-    if ("beside" in state) != has_beside or (has_beside and not isinstance(beside, dict)):
+    shadow = state.get("shadow", state.get("beside"))  # the name it had
+    if has_shadow != (shadow is not None) or not isinstance(shadow, dict | None):
         raise ValueError("one of the saved ring and this one has weights outside the ring, and the other has none")
-    for saved in weights if beside is None else [*weights, beside]:
+    for saved in weights if shadow is None else [*weights, shadow]:
         _check_weights(saved, like)
-    return newest, weights, beside
+    return newest, weights, shadow
 
 
 def _check_weights(saved: dict[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -94,10 +94,10 @@ class Watch:
         """A forward did not get to its end."""
         self._outermost = None
 
-    def _begin_backward(self, version: int, backward: str, loads: int, _: Any) -> None:
+    def _begin_backward(self, version: int, linearise_at: str, loads: int, _: Any) -> None:
         bindings = None if self._bindings is None else self._bindings()
         if bindings is not None and not torch.compiler.is_compiling():
-            bindings.begin_backward(version, backward, loads)
+            bindings.begin_backward(version, linearise_at, loads)
 
 
 class Ending:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from nesterov_pp.training import checkpoint, comparison, plots, report
+from nesterov_pp.training import checkpoint, plots, report, results
 from nesterov_pp.training.config import FREE, Config, RunError, UserError, differs, flag, settle
 from nesterov_pp.training.data import read_text, tokenize
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder, read_object
@@ -133,15 +133,15 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
         end = f"-{depth}-stages" if len(depths) > 1 else ""
         rows, curves = _judged([job for job in finished if job.config.stages == depth])
         checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves))
-        sentence = comparison.sentence(rows)
-        checkpoint.write_text(out / f"compare{end}.md", comparison.markdown(rows, sentence))
-        console.print(comparison.table(rows, f"{depth} stages" if end else "Comparison"))
+        sentence = results.sentence(rows)
+        checkpoint.write_text(out / f"compare{end}.md", results.markdown(rows, sentence))
+        console.print(results.table(rows, f"{depth} stages" if end else "Comparison"))
         by_depth[depth] = rows
         sentences += [sentence] if sentence else []
     if not depths:
         return
     if len(depths) > 1:
-        checkpoint.write_text(out / "compare.md", comparison.depth_markdown(by_depth))
+        checkpoint.write_text(out / "compare.md", results.depth_markdown(by_depth))
         checkpoint.write_atomic(out / "compare.png", lambda file: plots.draw_depths(file, by_depth))
     rows = [row for rows in by_depth.values() for row in rows]
     result = {"methods": rows, "comparison": " ".join(sentences), "failed": list(failed)}
@@ -162,14 +162,14 @@ def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[C
         runs.setdefault((job.config.method, job.config.lr), []).append(job)
     rows = [
         {
-            **comparison.summarise([read_object(job.folder.summary) for job in of_point]),
+            **results.summarise([read_object(job.folder.summary) for job in of_point]),
             "stages": of_point[0].config.stages,
             "lr": of_point[0].config.lr,
         }
         for of_point in runs.values()
     ]
-    best = comparison.best_rates(rows)
+    best = results.best_rates(rows)
     curves = {
         row["method"]: [read_curves(job.folder.metrics) for job in runs[row["method"], row["lr"]]] for row in best
     }
-    return comparison.relate(best, {m: comparison.mean_curve(c) for m, c in curves.items()}), curves
+    return results.relate(best, {m: results.mean_curve(c) for m, c in curves.items()}), curves

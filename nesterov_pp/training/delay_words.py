@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from nesterov_pp.pipeline import Recipe
-from nesterov_pp.pipeline.delays import Delays, DropOuts, Fixed, Geometric, Stragglers, Trace, Uniform
+from nesterov_pp.pipeline.delay_models import Delays, DropOuts, Fixed, Geometric, Stragglers, Trace, Uniform
 
 T = TypeVar("T")
 

@@ -56,8 +56,8 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
     bands = "" if many else ", lowest to highest shaded"
     axes.set_title("Validation loss" + (f": mean of {seeds} seeds{bands}" if seeds > 1 else ""))
     lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1]) if many else axes.get_lines()
-    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if many else {}
-    axes.legend(handles=lines, frameon=False, title="method (loss at the end)", handlelength=3.5, **beside)
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8} if many else {}
+    axes.legend(handles=lines, frameon=False, title="method (loss at the end)", handlelength=3.5, **place)
     _save(figure, file)
 
 

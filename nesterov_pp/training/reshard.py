@@ -102,7 +102,7 @@ def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
 
 def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, Any]) -> VirtualPipeline:
     weights: dict[Name, Tensor] = {}
-    besides: dict[Name, Tensor] = {}
+    shadows: dict[Name, Tensor] = {}
     moments: dict[Name, dict[str, Any]] = {}
     saved = state["pipeline"]
     stages = [saved["stages"][i] for i in range(old.stages)]
@@ -114,8 +114,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         names = _names(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
             raise UserError(f"{old.method} keeps more than one state a parameter; its runs cannot be regrouped")
-        if "beside" in stash:
-            besides.update(zip(names, stash["beside"].values(), strict=True))
+        if "shadow" in stash:
+            shadows.update(zip(names, stash["shadow"].values(), strict=True))
         weights.update(zip(names, newest.values(), strict=True))
         moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
@@ -127,8 +127,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         assert optimizer is not None
         names = _names(stash.names, layers)
         ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
-        beside = dict(zip(stash.names, (besides[name] for name in names), strict=True)) if besides else {}
-        kept = {"beside": beside} if beside else {}
+        shadow = dict(zip(stash.names, (shadows[name] for name in names), strict=True)) if shadows else {}
+        kept = {"shadow": shadow} if shadow else {}
         stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions), **kept})
         own = optimizer.state_dict()
         optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(names)}})
@@ -144,7 +144,7 @@ def _parts(pipe: VirtualPipeline, config: Config, processes: int) -> Iterable[tu
     whole = pipe.state_dict()
     for k, stash in enumerate(pipe.stashes):
         own, kept = whole["stages"][k], {}
-        if pipe.recipe.backward == "newest":  # several processes have a ring of one there
+        if pipe.recipe.linearise_at == "newest":  # several processes have a ring of one there
             ring = own["stash"]
             kept = dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
             own = {**own, "stash": {**ring, "weights": ring["weights"][-1:]}}

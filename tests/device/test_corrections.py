@@ -59,7 +59,7 @@ def test_parameters_without_a_gradient_are_carried_and_clipping_goes_with_correc
     for name, device in ((backend, DEVICE), ("cpu", "cpu")):
         generator = torch.Generator().manual_seed(0)
         module = torch.nn.ParameterList([torch.randn(n, generator=generator) for n in LISTED]).to(device)
-        stash = npp.WeightStash(module, 3, beside="stepped")
+        stash = npp.WeightStash(module, 3, shadow="stepped")
         prediction = npp.optim.Prediction("momentum")
         options = {"correction": GapAware(), "prediction": prediction, "max_grad_norm": 0.5}
         optimizer = npp.NAdam(module.parameters(), stash=stash, backend=name, **options)

@@ -25,7 +25,7 @@ from nesterov_pp.kernels import (
     extension,
     make_plan,
 )
-from nesterov_pp.kernels.corrections import HAS_MEAN
+from nesterov_pp.kernels.scalars import HAS_MEAN
 
 MISSING = extension.load()[1] or (None if shutil.which("c++") else "there is no C++ compiler")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -62,7 +62,7 @@ def drawn(n: int, dtype: torch.dtype, generator: torch.Generator, offset: int = 
 class Problem:
     """Tensors of a step: the table of the device pass, and copies for the cpu backend.
 
-    ``kind``: of a correction, None for a plain step; ``shadows``: that they stand beside the ring, which predicts with
+    ``kind``: of a correction, None for a plain step; ``shadows``: that the ring has them; it predicts with
     ``ring_predicts``.
     """
 
@@ -199,7 +199,7 @@ def test_a_step_has_the_bits_of_the_cpu_backend(lib, dtypes, normaliser, offset)
     assert_as_expected(problem, expected)
 
 
-# Where predictions go: nowhere, beside the ring, or into it while what is beside is stepped.
+# Where predictions go: nowhere, into the shadow, or into the ring while the shadow is stepped.
 WAYS = [
     {"ring_predicts": True, "shadows": True},
     {"shadows": True, "offset": 1},

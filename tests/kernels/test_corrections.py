@@ -27,9 +27,9 @@ def test_backends_equal_the_reference(dtype, backend, rule, case):
     expected, _ = run(rule, CASES[case], "reference", dtype)
     torch.testing.assert_close(ours, expected, **MANY_STEPS[dtype])
     plain, _ = run(rule, {}, backend, dtype)
-    beside, newest, last = VERSIONS * len(SIZES), (VERSIONS - 1) * len(SIZES), len(SIZES) - 1
-    if case == "discrepancy":  # leaves the ring alone, and writes something else beside it
-        assert not torch.equal(ours[beside + last], ours[newest + last])
+    shadow, newest, last = VERSIONS * len(SIZES), (VERSIONS - 1) * len(SIZES), len(SIZES) - 1
+    if case == "discrepancy":  # leaves the ring alone, and writes something else into the shadow
+        assert not torch.equal(ours[shadow + last], ours[newest + last])
     else:
         assert not torch.equal(ours[newest + last], plain[newest + last])
 
@@ -78,7 +78,7 @@ def test_a_correction_of_no_strength_and_a_horizon_of_none_leave_the_bits(dtype,
     rings = []
     for prediction in (None, Prediction("displacement"), Prediction("momentum")):
         module = nn.ParameterList([torch.ones(1000, dtype=dtype)])
-        stash = npp.WeightStash(module, VERSIONS, beside=prediction.beside if prediction else None)
+        stash = npp.WeightStash(module, VERSIONS, shadow=prediction.shadow if prediction else None)
         options = {} if prediction is None else {"prediction": prediction}
         optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
         for group in optimizer.param_groups:
@@ -98,11 +98,11 @@ def test_a_correction_of_no_strength_and_a_horizon_of_none_leave_the_bits(dtype,
     ("options", "sentence"),
     [
         ({"correction": GapAware()}, "compares with the weights of a WeightStash; give stash="),
-        ({"prediction": Prediction()}, r"needs stash=WeightStash\(..., beside='stepped'\)"),
-        ({"stash": (2, "backward"), "prediction": Prediction()}, "beside='stepped'"),
+        ({"prediction": Prediction()}, r"needs stash=WeightStash\(..., shadow='stepped'\)"),
+        ({"stash": (2, "linearised"), "prediction": Prediction()}, "shadow='stepped'"),
         ({"stash": (2, "stepped")}, "needs an optimizer with a prediction"),
         (
-            {"stash": (2, "backward"), "prediction": Discrepancy(), "correction": GapAware()},
+            {"stash": (2, "linearised"), "prediction": Discrepancy(), "correction": GapAware()},
             "does not go with GapAware",
         ),
     ],
@@ -110,8 +110,8 @@ def test_a_correction_of_no_strength_and_a_horizon_of_none_leave_the_bits(dtype,
 def test_options_that_do_not_go_together(options, sentence):
     module = nn.Linear(2, 2)
     if "stash" in options:
-        versions, beside = options["stash"]
-        options = {**options, "stash": npp.WeightStash(module, versions, beside=beside)}
+        versions, shadow = options["stash"]
+        options = {**options, "stash": npp.WeightStash(module, versions, shadow=shadow)}
     with pytest.raises(ValueError, match=sentence):
         npp.AdamW(module.parameters(), **options)
 
@@ -186,10 +186,10 @@ def test_masters_without_a_delay_are_no_distance_from_their_rounded_copies(backe
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_masters_beside_predictions(backend):
-    """What is stepped is kept twice, in float32 and rounded beside the ring, which has the predictions."""
+    """What is stepped is kept twice, in float32 and rounded in the shadow of the ring, which has the predictions."""
     torch.manual_seed(0)
     module = nn.Linear(40, 30).bfloat16()
-    stash = npp.WeightStash(module, 2, beside="stepped")
+    stash = npp.WeightStash(module, 2, shadow="stepped")
     optimizer = npp.AdamW(
         module.parameters(), lr=1e-2, stash=stash, master_weights=True, prediction=Prediction(), backend=backend
     )
@@ -214,7 +214,7 @@ def test_a_correction_goes_on_after_a_checkpoint():
     def made() -> tuple[npp.WeightStash, FusedOptimizer]:
         torch.manual_seed(0)
         module = nn.Linear(3, 3)
-        stash = npp.WeightStash(module, 2, beside="stepped")
+        stash = npp.WeightStash(module, 2, shadow="stepped")
         options = {"correction": GapAware(), "prediction": Prediction("momentum")}
         return stash, npp.AdamW(module.parameters(), stash=stash, **options)
 

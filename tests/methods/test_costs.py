@@ -55,7 +55,7 @@ class Step:
         stash, (state,) = self.stash, self.optimizer.state.values()
         (late,) = stash.parameters(stash.oldest).values()
         found = {f"version {v}": p for v in (3, 4, 5) for p in stash.parameters(v).values()}
-        found |= {f"beside {n}": p for n, p in stash.state_dict().get("beside", {}).items()}
+        found |= {f"shadow {n}": p for n, p in stash.state_dict().get("shadow", {}).items()}
         found |= {n: t for n, t in state.items() if t.numel() == 64}
         assert late.grad is not None
         return {n: t.detach() for n, t in found.items()} | {"grad": late.grad}
@@ -84,7 +84,7 @@ def test_a_step_reads_and_writes_what_is_counted(name, backend):
             read.add(n)
     cost = of_step(recipes()[name])
     assert cost is not None
-    # The weights that are read are one tensor and those written another: a slot, or the copy beside the ring.
+    # The weights that are read are one tensor and those written another: a slot, or its shadow.
     assert 4 * (len(read) + len(written)) == cost.traffic, (sorted(read), sorted(written))
     assert (cost.state, cost.traffic) == THEORY.get(name, tuple(cost))
 
@@ -94,7 +94,7 @@ def test_a_stage_keeps_what_is_counted(name):
     step = Step(name, "auto")
     (state,) = step.optimizer.state.values()
     held = sum(t.numel() * t.element_size() for n, t in state.items() if n.startswith("exp_avg"))
-    held += sum(t.numel() * t.element_size() for t in step.stash.state_dict().get("beside", {}).values())
+    held += sum(t.numel() * t.element_size() for t in step.stash.state_dict().get("shadow", {}).values())
     cost = of_step(recipes()[name])
     assert cost is not None
     assert held / 64 == cost.state

@@ -167,8 +167,8 @@ def refused_in_pipelines(mesh: DeviceMesh) -> None:
         check_shards(split)
     stash = npp.WeightStash(split, versions=1)
     with (
-        pytest.raises(ValueError, match='backward="newest" cannot follow DTensor weights'),
-        stash.use(0, backward="newest"),
+        pytest.raises(ValueError, match='linearise_at="newest" cannot follow DTensor weights'),
+        stash.use(0, linearise_at="newest"),
     ):
         pass
 

@@ -539,7 +539,7 @@ CASES: dict[str, tuple[Case, type[Exception], str]] = {
     "using a version to come": (used(7), V, "version 7 does not exist"),
     "using a negative version": (used(-1), V, "version -1 does not exist"),
     "using a word": (used("1"), V, "version must be a whole number"),
-    "unknown backward": (used(1, backward="sideways"), V, "backward must be .*stashed"),
+    "unknown backward": (used(1, linearise_at="sideways"), V, "linearise_at must be .*version"),
     "parameters of a version to come": (lambda w: w.stash.parameters(9), V, "version 9 does not exist"),
     "releasing what is not in flight": (lambda w: w.stash.release(2), V, "version 2"),
     "releasing a version to come": (lambda w: w.stash.release(9), V, "version 9 does not exist"),

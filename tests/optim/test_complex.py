@@ -27,7 +27,7 @@ import nesterov_pp as npp
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_complex_parameters_with_every_option(name, options, dtype, backend):
-    """Beside real ones, of no dimension and of none elements, and with transposed gradients."""
+    """Shadow real ones, of no dimension and of none elements, and with transposed gradients."""
 
     def scenario(make):
         generator = torch.Generator().manual_seed(0)

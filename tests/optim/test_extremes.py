@@ -178,13 +178,13 @@ def test_amsgrad(dtype):
 def late_run(
     rule: str, options: dict[str, Any], backend: str, dtype: torch.dtype, infinite: Tensor, huge: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Late steps in a ring of 3: all versions and what is beside them after every step, and the state at the end."""
+    """Late steps in a ring of 3: all versions and their shadow after every step, and the state at the end."""
     generator, device = torch.Generator().manual_seed(0), on(backend)
     w = torch.randn(37, generator=generator, dtype=torch.float64)
     w[infinite[::2]], w[infinite[1::2]] = INF, -INF
     module = torch.nn.ParameterList([w.to(device, dtype)])
     prediction = options.get("prediction")
-    stash = npp.WeightStash(module, 3, beside=None if prediction is None else prediction.beside)
+    stash = npp.WeightStash(module, 3, shadow=None if prediction is None else prediction.shadow)
     optimizer = RULES[rule](module.parameters(), stash=stash, backend=backend, **options)
     seen = []
     for t in range(6):
@@ -196,7 +196,7 @@ def late_run(
         next(iter(stash.parameters(late).values())).grad = grad.to(device, dtype)
         optimizer.step(version=late)
         seen += [p.detach().cpu() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]
-        seen += [t.cpu() for t in stash.state_dict().get("beside", {}).values()]
+        seen += [t.cpu() for t in stash.state_dict().get("shadow", {}).values()]
     state = [t.cpu() for s in optimizer.state.values() for n, t in s.items() if n.startswith("exp_avg")]
     return [t.clone() for t in seen], state
 

@@ -133,14 +133,14 @@ def as_before(saved: dict[str, Any]) -> dict[str, Any]:
         "delays": saved["terms"]["delays"],
         "microbatches": saved["microbatches"],
         "updates": saved["updates"],
-        "stashes": [stage["stash"] for stage in stages],
+        "stashes": [{"beside" if k == "shadow" else k: v for k, v in stage["stash"].items()} for stage in stages],
         "optimizers": [stage["optimizer"] for stage in stages],
         "forecasts": [stage["forecast"] for stage in stages if "forecast" in stage],
         "buffers": [stage["buffers"] for stage in stages],
     }
 
 
-@pytest.mark.parametrize("method", ["nesterov", "poly-forecast"])
+@pytest.mark.parametrize("method", ["nesterov", "poly-forecast", "lwp"])
 def test_an_earlier_form_of_all_stages_loads(method: str) -> None:
     pipe, resumed = trained(16, method=method), trained(0, method=method)
     resumed.load_state_dict(as_before(copy.deepcopy(pipe.state_dict())))

@@ -222,7 +222,7 @@ def test_no_stash_linearises_at_the_current_weights(stages):
         relabelled,
         F.cross_entropy,
         method=npp.pipeline.Recipe(
-            **{**vars(recipes()["nesterov-no-stash"]), "backward": "stashed", "correction_updates": 1}
+            **{**vars(recipes()["nesterov-no-stash"]), "linearise_at": "version", "correction_updates": 1}
         ),
         lr=lr,
     )

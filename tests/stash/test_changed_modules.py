@@ -154,14 +154,14 @@ def test_a_replacement_is_taken_over(kind: str, change: Callable[[nn.Module, dic
     torch.testing.assert_close(run(change), run(in_place), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("beside", ["stepped", "backward"])
-def test_a_replacement_is_taken_over_outside_the_ring_too(beside: Any) -> None:
+@pytest.mark.parametrize("shadow", ["stepped", "linearised"])
+def test_a_replacement_is_taken_over_outside_the_ring_too(shadow: Any) -> None:
     module = layer("linear")
-    stash = WeightStash(module, 2, beside=beside)
+    stash = WeightStash(module, 2, shadow=shadow)
     assign(module, layer("linear", seed=5).state_dict())
     with stash.use(0), torch.no_grad():
         assert torch.equal(module.weight, layer("linear", seed=5).weight)
-    assert torch.equal(stash.state_dict()["beside"]["weight"], module.weight)
+    assert torch.equal(stash.state_dict()["shadow"]["weight"], module.weight)
     assert module.weight is stash.parameters(0)["weight"]
 
 

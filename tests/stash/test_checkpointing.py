@@ -259,21 +259,21 @@ def test_parts_that_run_by_themselves(reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 def test_a_backward_that_is_not_stashed_refuses_to_run_again(reentrant: bool) -> None:
     stage, stash, optimizer = ring(reentrant, 3)
-    with stash.use(0, backward="newest"):
+    with stash.use(0, linearise_at="newest"):
         objective(stage(data(0).requires_grad_())).backward()  # the newest is what the forward ran with
-    with stash.use(0, backward="newest"):
+    with stash.use(0, linearise_at="newest"):
         loss = objective(stage(data(0).requires_grad_()))
     optimizer.step(version=0, microbatches=2)
-    with pytest.raises(RuntimeError, match="backward='newest' needs the activations that version 0 left"):
+    with pytest.raises(RuntimeError, match="linearise_at='newest' needs the activations that version 0 left"):
         loss.backward()
-    beside = WeightStash(Stage(reentrant), 2, beside="backward")
-    with beside.use(0, backward="beside"):
-        loss = objective(beside._bound._places._module(data(0).requires_grad_()))
-    with pytest.raises(RuntimeError, match="backward='beside' needs the activations"):
+    shadowed = WeightStash(Stage(reentrant), 2, shadow="linearised")
+    with shadowed.use(0, linearise_at="shadow"):
+        loss = objective(shadowed._bound._places._module(data(0).requires_grad_()))
+    with pytest.raises(RuntimeError, match="linearise_at='shadow' needs the activations"):
         loss.backward()
 
 
-@pytest.mark.parametrize("method", [name for name, recipe in recipes().items() if recipe.backward != "stashed"])
+@pytest.mark.parametrize("method", [name for name, recipe in recipes().items() if recipe.linearise_at != "version"])
 def test_methods_that_are_not_stashed_refuse_checkpointed_stages(method: str) -> None:
     pipe = VirtualPipeline([Stage(False, blocks=1) for _ in range(3)], F.mse_loss, method, lr=0.01)
     steps = (pipe.step(data(m).requires_grad_(), data(m + 100)) for m in range(20))

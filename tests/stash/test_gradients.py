@@ -84,7 +84,7 @@ def test_backward_at_the_newest_weights(kind):
     stash = WeightStash(module, 3)
     optimizer = npp.NAdam(module.parameters(), lr=0.5, stash=stash)
     x, y = data(0).requires_grad_(), data(0).requires_grad_()
-    with stash.use(0, backward="newest"):
+    with stash.use(0, linearise_at="newest"):
         loss = objective(module(x))
     expected = objective(overwritten(y))
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_backward_at_the_newest_weights_refuses_autocast():
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(ValueError, match="cannot see through"),
-        stash.use(0, backward="newest"),
+        stash.use(0, linearise_at="newest"),
     ):
         pass
     assert stash.in_flight(0) == 0

@@ -156,7 +156,7 @@ def test_copies_that_are_stepped_are_written_to_the_ring_whatever_happens(base: 
 
     def build() -> tuple[nn.Module, WeightStash, StepsCopies]:
         module = layer("encoder")
-        stash = WeightStash(module, 2, beside="stepped")
+        stash = WeightStash(module, 2, shadow="stepped")
         optimizer = StepsCopies(module.parameters(), lr=0.01, stash=stash, base=base)
         for group in optimizer.param_groups:
             group["horizon"] = 1.0
@@ -209,7 +209,7 @@ def test_copies_that_are_stepped_are_written_to_the_ring_whatever_happens(base: 
 
 def test_an_optimizer_of_torch_that_fails_half_way_is_not_gone_on_with() -> None:
     module = layer("encoder")
-    stash = WeightStash(module, 2, beside="stepped")
+    stash = WeightStash(module, 2, shadow="stepped")
     optimizer = StepsCopies(module.parameters(), lr=0.01, stash=stash, base="muon")
     saved, ring_saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(stash.state_dict())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nesterov_pp.training import comparison, plots, report
+from nesterov_pp.training import plots, report, results
 from nesterov_pp.training.config import Config, UserError
 from nesterov_pp.training.metrics import Curves, MetricsLog, microbatches_done, read_curves
 
@@ -111,7 +111,7 @@ def run(method: str, seed: int, validation: float) -> dict[str, object]:
 
 
 def test_a_row_of_a_comparison() -> None:
-    row = comparison.summarise([run("a", 0, 2.0), run("a", 1, 2.5), run("a", 2, 2.1)])
+    row = results.summarise([run("a", 0, 2.0), run("a", 1, 2.5), run("a", 2, 2.1)])
     assert row["validation_losses"] == [2.0, 2.5, 2.1]
     assert row["validation_loss"] == pytest.approx(2.2)
     assert row["spread"] == 0.5
@@ -122,24 +122,20 @@ def test_a_row_of_a_comparison() -> None:
 
 
 def test_the_comparison_says_what_was_measured_whichever_way_it_falls() -> None:
-    a = comparison.summarise([run("a", 0, 2.0), run("a", 1, 2.25)])
-    b = comparison.summarise([run("b", 0, 3.0), run("b", 1, 3.0)])
-    c = comparison.summarise([run("c", 0, 2.0), run("c", 1, 2.0)])
-    assert comparison.sentence([a, b]) == (
-        "Validation loss: a is 0.875 below b (more than the spread over seeds, 0.250)."
-    )
-    assert comparison.sentence([b, a]) == (
-        "Validation loss: b is 0.875 above a (more than the spread over seeds, 0.250)."
-    )
-    assert comparison.sentence([a, c]) == (
+    a = results.summarise([run("a", 0, 2.0), run("a", 1, 2.25)])
+    b = results.summarise([run("b", 0, 3.0), run("b", 1, 3.0)])
+    c = results.summarise([run("c", 0, 2.0), run("c", 1, 2.0)])
+    assert results.sentence([a, b]) == ("Validation loss: a is 0.875 below b (more than the spread over seeds, 0.250).")
+    assert results.sentence([b, a]) == ("Validation loss: b is 0.875 above a (more than the spread over seeds, 0.250).")
+    assert results.sentence([a, c]) == (
         "Validation loss: a is 0.125 above c (not more than the spread over seeds, 0.250)."
     )
-    assert comparison.sentence([a]) == ""
+    assert results.sentence([a]) == ""
 
 
 def test_the_markdown_table_has_every_method_and_seed() -> None:
-    rows = [comparison.summarise([run(m, s, 2.0 + s) for s in range(3)]) for m in ("a", "b")]
-    header, _, *lines = comparison.markdown(rows, "Conclusion.").splitlines()
+    rows = [results.summarise([run(m, s, 2.0 + s) for s in range(3)]) for m in ("a", "b")]
+    header, _, *lines = results.markdown(rows, "Conclusion.").splitlines()
     assert header.count("|") == 10
     assert lines[0] == "| a | 3.0000 | 2.000 3.000 4.000 | 2.0000 | 20.09 | 2.5000 | 1,001 | 10.0 % | 102 B |"
     assert lines[1].startswith("| b |")

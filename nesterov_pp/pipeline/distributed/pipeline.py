@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.pipeline.delays import version_for_update
+from nesterov_pp.pipeline.delay_models import version_for_update
 from nesterov_pp.pipeline.distributed.links import Channel, Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
 from nesterov_pp.pipeline.distributed.timeline import Timeline
@@ -139,7 +139,7 @@ class AsyncPipeline:
         self._losses: dict[int, Tensor] = {}
 
         check_shards(self.module)
-        self.stash = build_stash(recipe, self.module, 1 if recipe.backward == "newest" else self.delay + 1)
+        self.stash = build_stash(recipe, self.module, 1 if recipe.linearise_at == "newest" else self.delay + 1)
         self._place = Placement(self.stage + 1, self.stages, self.delay)
         self._versions = Versions(self.stash, self.delay)
         self.optimizer = build_optimizer(
@@ -353,7 +353,7 @@ class AsyncPipeline:
             inputs, targets = self._asked(m) if self.is_first or self.is_last else ((), torch.empty(0))
             inputs = inputs if isinstance(inputs, tuple) else (inputs,)
             with ExitStack() as bound:
-                bound.enter_context(self._versions.use(self._version(m), self.recipe.backward))
+                bound.enter_context(self._versions.use(self._version(m), self.recipe.linearise_at))
                 bound.enter_context(self._autocasting())
                 with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
                     output = self._engine.forward(m, inputs)
@@ -372,7 +372,7 @@ class AsyncPipeline:
             if self._average is not None and completes:
                 self._average.expect(self._version(m) % self.stash.versions)
             loss = self._losses.pop(m, None)
-            with self._versions.during_backward(self._version(m), self.recipe.backward):
+            with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
                 gradients = self._engine.backward(m, loss)
         if self._links.gradients_out is not None:
             self._links.gradients_out.send(m, gradients)

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from nesterov_pp.optim import StageOptimizer
-from nesterov_pp.stash import Backward, WeightStash
+from nesterov_pp.pipeline.recipe import StageOptimizer
+from nesterov_pp.stash import LineariseAt, WeightStash
 
 Weights = dict[str, Tensor]
 
@@ -55,23 +55,23 @@ class Versions:
         self.kept = dict(kept)
 
     @contextmanager
-    def use(self, version: int, backward: Backward) -> Iterator[None]:
+    def use(self, version: int, linearise_at: LineariseAt) -> Iterator[None]:
         """Bind the module to ``version`` inside the block, for one microbatch."""
-        if backward != "newest":
-            with self._stash.use(version, backward=backward):
+        if linearise_at != "newest":
+            with self._stash.use(version, linearise_at=linearise_at):
                 yield
             return
-        with self._as_it_was(version), self._stash.use(self._stash.newest, backward=backward):
+        with self._as_it_was(version), self._stash.use(self._stash.newest, linearise_at=linearise_at):
             yield
         if self._stash.in_flight(self._stash.newest):
             self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
 
-    def during_backward(self, version: int, backward: Backward) -> AbstractContextManager[None]:
+    def during_backward(self, version: int, linearise_at: LineariseAt) -> AbstractContextManager[None]:
         """Bind the module to the version of the microbatch whose backward runs, in case the module runs again in it.
 
         A ring binds it too, except for compiled code that does not run as a module.
         """
-        return nullcontext() if backward == "newest" else self._stash.bind(version, backward=backward)
+        return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
     def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""

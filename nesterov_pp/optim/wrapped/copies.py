@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nesterov_pp.optim.basis_rotation import BasisRotation
 from nesterov_pp.optim.uninterrupted import uninterrupted
-from nesterov_pp.stash import Beside, WeightStash
+from nesterov_pp.optim.wrapped.rotation import BasisRotation
+from nesterov_pp.stash import Shadow, WeightStash
 
 Build = Callable[[dict[str, nn.Parameter]], list[Optimizer]]
 _NO_HIDDEN_MATRIX = {"tokens", "positions", "embedding", "embeddings", "embed_tokens", "wte", "wpe"} | {
@@ -25,7 +25,7 @@ _NO_HIDDEN_MATRIX = {"tokens", "positions", "embedding", "embeddings", "embed_to
 
 
 class StepsCopies:
-    """Steps the weights that a ``WeightStash(beside="stepped")`` keeps outside its ring with optimizers of torch, and
+    """Steps the weights that a ``WeightStash(shadow="stepped")`` keeps outside its ring with optimizers of torch, and
     writes the next version as ``x = w' + s (w' - w)``; s is the groups' ``"horizon"``, 0 where they have none.
 
     A step takes several passes over memory. It is for rules that are no element-wise pass anyhow: matrix products.
@@ -47,7 +47,7 @@ class StepsCopies:
         ValueError: a hyper-parameter is out of range, the base is unknown, or another backend is asked for.
     """
 
-    beside: ClassVar[Beside] = "stepped"
+    shadow: ClassVar[Shadow] = "stepped"
 
     def __init__(
         self,
