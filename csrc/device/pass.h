@@ -391,8 +391,8 @@ NPP_HD double squares(const Table& table, int64_t chunk, int thread, int threads
   return static_cast<double>(sum);
 }
 
-// What gradients are multiplied by besides the rows' grad_scale: 1 / loss scale, and min(1, limit / (norm + 1e-6)) where
-// they are clipped (limit above 0), as torch.nn.utils.clip_grad_norm_ has it. A norm that is NaN makes it NaN.
+// What gradients are multiplied by besides the rows' grad_scale: 1 / loss scale, and min(1, limit / (norm + 1e-6))
+// where they are clipped (limit above 0), as torch.nn.utils.clip_grad_norm_ has it. A norm that is NaN makes it NaN.
 NPP_HD double factor_of(double norm, double limit, double loss_scale) {
   const double unscaled = 1 / loss_scale;
   if (!(limit > 0)) return unscaled;

@@ -24,7 +24,7 @@ void check_memory(const std::string& name, const char* what, const at::Tensor& t
 }
 
 void check_matches(const std::string& name, const char* what, const at::Tensor& weight, const at::Tensor& other,
-                  bool written = true) {
+                   bool written = true) {
   if (!answers(other)) check_raw(what, name, other);
   if (laid_out_alike(weight, other)) {
     check_memory(name, what, other, written);

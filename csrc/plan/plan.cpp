@@ -91,9 +91,10 @@ Item Plan::item(size_t i, const at::Tensor& grad) const {
 }
 
 // [note: memory before it is needed]
-// What a step reads of its tensors besides their elements, some 20 cache lines each, lies all over the memory behind two
-// or three pointers one after the other. A loop that met them one by one would spend most of the step waiting, if the
-// tensors are many and small; so each of these is asked for a few tensors ahead, pointers before what they point to.
+// What a step reads of its tensors besides their elements, some 20 cache lines each, lies all over the memory behind
+// two or three pointers one after the other. A loop that met them one by one would spend most of the step waiting, if
+// the tensors are many and small; so each of these is asked for a few tensors ahead, pointers before what they point
+// to.
 void Plan::prefetch(size_t i) const {
   constexpr size_t kApart = 4;
   const size_t n = t_.names.size(), near = i + kApart, middle = near + kApart, far = middle + kApart;

@@ -18,8 +18,8 @@ namespace nesterov_pp {
 // what is there, which `module.to()` may do. `owners` keeps these places. `exp_avg_sqs` is empty where the rule has no
 // second moment, `mu_products` where it has no momentum schedule, `means` where a correction has no running mean;
 // `steps` and `mu_products` where the caller counts: then every parameter has a row of its own. A master is undefined
-// where the parameter has none. `shadows` are copies outside the ring: they are stepped while the slots take predictions, or
-// take the predictions; empty where nothing is predicted.
+// where the parameter has none. `shadows` are copies outside the ring: they are stepped while the slots take
+// predictions, or take the predictions; empty where nothing is predicted.
 struct Tensors {
   std::vector<std::string> names;
   std::vector<int64_t> numbers;
