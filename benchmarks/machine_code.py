@@ -1,7 +1,7 @@
-"""Compiles the CUDA sources for several architectures and counts what the machine code does: no GPU takes part.
+"""Compile the CUDA sources for several architectures and count what the machine code does, without a GPU.
 
 ``python -m benchmarks.machine_code`` needs ``nvcc``, and ``cuobjdump`` from the toolkit or from Triton. The C++ around
-the kernels is compiled against the headers of the torch at hand, which need not have CUDA.
+the kernels is compiled against the headers of the installed torch, which need not have CUDA.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
-MOST_STOCHASTIC = 0.8
+MOST_STOCHASTIC = 0.7
 DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
 BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 FORMS = ("step, no second moment", "step", "step, sign", "corrected step")  # in the order of Form in csrc/spec.h
 
 
 class MissingToolError(RuntimeError):
-    """A program that this needs is not on the machine."""
+    """The error raised if a required program is not on the machine."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,27 @@ class Kernel:
     loads_128: int
     stores_128: int
     spills: int  # loads and stores of local memory
-    loop: float = 0.0  # instructions of the main loop for each parameter; 0 for other kernels than steps
-    moved: int = 0  # bytes that a step reads and writes for each parameter
+    loop: float = 0.0  # instructions of the main loop per parameter; 0 for kernels that are not steps
+    moved: int = 0  # bytes that a step reads and writes per parameter
 
     @property
     def share(self) -> float:
-        """What the main loop takes of the issue slots that an H200's memory leaves; 0 for other kernels than steps."""
+        """The share of the issue slots that the main loop uses at the memory speed of an H200; 0 if not a step."""
         return self.loop / (SLOTS_PER_BYTE * self.moved) if self.moved else 0.0
 
 
 def nvcc() -> tuple[Path, Path]:
-    """The compiler and the folder of its headers."""
+    """Return the compiler and the folder of its headers."""
     home = toolkit(os.environ)
     if home is None:
-        raise MissingToolError("the CUDA sources need nvcc, and no CUDA toolkit was found (CUDA_HOME, nvcc)")
+        raise MissingToolError(
+            "the CUDA sources need nvcc, but no CUDA toolkit was found; set CUDA_HOME or put nvcc on the PATH"
+        )
     return home / "bin" / "nvcc", home / "include"
 
 
 def cuobjdump() -> Path:
-    """From the toolkit, or the one that Triton brings along."""
+    """Return the ``cuobjdump`` on the PATH, or the one that comes with Triton."""
     found = shutil.which("cuobjdump")
     if found is not None:
         return Path(found)
@@ -77,11 +79,11 @@ def cuobjdump() -> Path:
         bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         if bundled.exists():
             return bundled
-    raise MissingToolError("reading machine code needs cuobjdump, from the CUDA toolkit or from Triton")
+    raise MissingToolError("reading machine code needs cuobjdump; install the CUDA toolkit or Triton")
 
 
 def compile_kernels(folder: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Path]:
-    """Every .cu file as an object file with machine code for all architectures; warnings are errors."""
+    """Compile every .cu file to an object file with machine code for all architectures; warnings are errors."""
     compiler, _ = nvcc()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Werror", "all-warnings"]
@@ -97,7 +99,7 @@ def compile_kernels(folder: Path, architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def check_host_code(folder: Path) -> None:
-    """The C++ that launches the kernels, against torch's headers."""
+    """Check that the C++ that launches the kernels compiles against torch's headers."""
     import torch
 
     _, cuda_headers = nvcc()
@@ -115,7 +117,7 @@ def check_host_code(folder: Path) -> None:
 
 
 def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
-    """What is in the object files."""
+    """Return the kernels in the object files."""
     tool = cuobjdump()
     found = []
     for file in objects:
@@ -152,14 +154,17 @@ def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTUR
 
 
 class Streams(NamedTuple):
-    """Bytes for each parameter."""
+    """The bytes that a step reads and writes per parameter."""
 
     read: int
     written: int
 
 
 def described(mangled: str) -> tuple[str, Streams | None]:
-    """The kernel's name and dtypes: "step: float32 weights, bfloat16 gradients, float32 moments"; what a step moves."""
+    """Return the kernel's name with its dtypes, and the bytes that a step moves.
+
+    An example of a name is "step: float32 weights, bfloat16 gradients, float32 moments".
+    """
     name = _run(["c++filt", mangled]).replace("nesterov_pp::", "").strip()
     step = re.search(r"Pass<(\w+), (\w+), (\w+), \(Form\)(\d), (true|false)>", name)
     if step is None:
@@ -179,7 +184,7 @@ def described(mangled: str) -> tuple[str, Streams | None]:
 
 
 def most_share(name: str) -> float:
-    """Of the issue slots on an H200, for a step; corrections are not held to any."""
+    """Return the largest share of an H200's issue slots that a step may use; corrected steps have no limit."""
     if name.startswith("corrected") or "step" not in name:
         return float("inf")
     if "stochastic" in name:
@@ -188,8 +193,11 @@ def most_share(name: str) -> float:
 
 
 def problems(kernels: list[Kernel]) -> list[str]:
-    """What the passes are not to have: spilled registers, more of them than two or four blocks can have, streams that
-    are not read and written 128 bits at a time, more instructions than the memory leaves time for. A sentence each."""
+    """Return a sentence for each problem of a pass.
+
+    Problems are spilled registers, more registers than two or four blocks can have, streams that are not read and
+    written 128 bits at a time, and more instructions than the memory leaves time for.
+    """
     found = []
     for kernel in kernels:
         few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic", kernel.name)
@@ -209,18 +217,18 @@ def problems(kernels: list[Kernel]) -> list[str]:
 
 
 def _streams(name: str) -> tuple[int, int]:
-    """How many tensors a pass reads and writes."""
+    """Return how many tensors a pass reads and how many it writes."""
     if "step" not in name:
         return int(name.startswith("squares")), 0
     second = ", no second moment" not in name and ", sign" not in name
-    # w, g, m and v are read, w, m and v written; with a correction the late weights and a running mean are read too,
-    # the mean and what is predicted written.
+    # w, g, m and v are read; w, m and v are written. A correction also reads the late weights and a running mean, and
+    # writes the mean and the predicted weights.
     corrects = 2 * name.startswith("corrected")
     return 3 + second + corrects, 2 + second + corrects
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One row a kernel, with the numbers of all architectures."""
+    """Return a table with one row per kernel, with the numbers of all architectures."""
     architectures = sorted({k.architecture for k in kernels})
     lines = [
         "| kernel | "
@@ -241,13 +249,13 @@ def table(kernels: list[Kernel]) -> str:
 def _run(command: list[object]) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"`{shlex.join(map(str, command))}` fails:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"`{shlex.join(map(str, command))}` failed:\n{done.stderr[-4000:]}")
     return done.stdout + done.stderr
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"also write the table into {PAGE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -201,6 +201,7 @@ NPP_HD constexpr bool compares(CorrectionKind kind) {
 struct Rule {
   Normaliser normaliser = Normaliser::kRms;
   CorrectionKind kind = CorrectionKind::kNone;
+  bool predicts = false;  // whether there is a shadow, so that a weight is predicted
 };
 
 template <class T>
@@ -274,12 +275,11 @@ NPP_HD void correct(CorrectionKind kind, const CorrectionScalars<T>& x, Late<V>&
   }
 }
 
-// After the update: the running mean of what was done, and the predicted weight.
+// After the update: the predicted weight, and the running mean that it takes.
 template <class T, class V>
-NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V& w, const V& next, const V& direction,
-                    const V& momentum, Late<V>& late) {
+NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V& w, const V& next, const V& momentum,
+                    Late<V>& late) {
   const V last = difference(next, w);
-  if (kind == CorrectionKind::kGap) late.mean = x.square_mean.of(late.mean, direction);
   V further = x.ahead_last * last - x.ahead_momentum * momentum;
   if (kind == CorrectionKind::kDiscrepancy) {
     late.mean = x.mean.of(late.mean, last);
@@ -288,12 +288,13 @@ NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V&
   late.ahead = next + further;
 }
 
-// What a plain step normalised by rms takes from a weight. A function of its own, since a device has a faster one.
+// The weight after a plain step normalised by rms, given both moments. A function of its own, since a device has a
+// faster one, which may also change what NaN they are.
 template <class P, class T, class V>
-NPP_HD V taken(const Scalars<T>& c, const V& w, const V& momentum, V& v) {
+NPP_HD V stepped(const Scalars<T>& c, const V& w, const V& momentum, V& /*m*/, V& v) {
   if constexpr (P::kHalfMoments) v = overflowed(v);
   const V direction = momentum / (square_root(v * c.inv_bias2) + c.eps);
-  return c.has_decay ? decay_of(c, w) + direction : direction;
+  return w - (c.has_decay ? decay_of(c, w) + direction : direction);
 }
 
 // Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of them; `P` a Pass
@@ -312,18 +313,21 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   V direction = c.c_grad * g + c.c_momentum * momentum;
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
-    if constexpr (!P::kCorrects) return w - taken<P>(c, w, direction, v);
+    if constexpr (!P::kCorrects) return stepped<P>(c, w, direction, m, v);
     if constexpr (P::kHalfMoments) v = overflowed(v);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
     direction = direction / denominator;
-    momentum = momentum / denominator;
+    if (rule.predicts) momentum = momentum / denominator;
   }
   if (normaliser == Normaliser::kSign) {
     direction = c.inv_bias2 * sign_of<T>(direction);
     momentum = sign_of<T>(m);
   }
   const V next = w - (c.has_decay ? decay + direction : direction);
-  if constexpr (P::kCorrects) predict(rule.kind, x, w, next, direction, momentum, late);
+  if constexpr (P::kCorrects) {
+    if (rule.kind == CorrectionKind::kGap) late.mean = x.square_mean.of(late.mean, direction);
+    if (rule.predicts) predict(rule.kind, x, w, next, momentum, late);
+  }
   return next;
 }
 

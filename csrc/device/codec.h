@@ -102,11 +102,15 @@ __device__ __forceinline__ unsigned int nearest_pair(float first, float second) 
   return pair;
 }
 
-// Plus the lower half of `noise`, or the upper one. What an operation on NaN gives is 0x7fffffff: bounded so that noise
-// does not turn it into -0.
+// What an operation on NaN gives is 0x7fffffff, which noise would turn into -0: another NaN.
+__device__ __forceinline__ float roundable(float value) {
+  return __int_as_float(min(__float_as_int(value), 0x7fc00000));
+}
+
+// Plus the lower half of `noise`, or the upper one.
 __device__ __forceinline__ unsigned int noisy(float value, Noise16 noise) {
-  const auto bounded = static_cast<unsigned int>(min(__float_as_int(value), 0x7fc00000));
-  return __dp2a_lo(noise.word, noise.upper ? 0x0100U : 0x0001U, bounded);
+  if (noise.upper) return (noise.word >> 16) + __float_as_uint(value);
+  return __dp2a_lo(noise.word, 0x0001U, __float_as_uint(value));
 }
 #endif
 
@@ -127,8 +131,8 @@ NPP_HD void put_nearest(Pack<S, N>& pack, int begin, const T (&values)[L]) {
   }
 }
 
-// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element.
-template <int L, class T, class S, int N>
+// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element. `roundable_already`: see above.
+template <bool roundable_already, int L, class T, class S, int N>
 NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
   if constexpr (!kSame<S, BFloat16>) {
     put_nearest(pack, begin, values);
@@ -137,7 +141,8 @@ NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], co
     for (int j = 0; j < L; ++j) {
 #if defined(__CUDA_ARCH__)
       if (j % 2 != 0) continue;
-      const unsigned int first = noisy(values[j], noise[j]), second = L == 1 ? 0 : noisy(values[j + 1], noise[j + 1]);
+      const auto of = [&](int k) { return noisy(roundable_already ? values[k] : roundable(values[k]), noise[k]); };
+      const unsigned int first = of(j), second = L == 1 ? 0 : of(j + 1);
       const unsigned int pair = __byte_perm(first, second, 0x7632);
       __builtin_memcpy(&pack.values[begin + j], &pair, L == 1 ? sizeof(S) : sizeof(pair));
 #else

@@ -3,12 +3,12 @@
 // [note: roots and quotients without branches of their own]
 // A correctly rounded root or quotient is an estimate by the hardware and some fused multiply-adds that correct it, if
 // nothing on the way overflows or loses bits; for the rest there is a slower way. CUDA's own root and division ask for
-// each of them which it is, and branch: a third of the instructions of a step. `taken` makes the same estimates and
+// each of them which it is, and branch: a third of the instructions of a step. `stepped` makes the same estimates and
 // corrections for some elements, asks once for all of them, and else has CUDA compute them one by one. With
-// 2^-100 <= momentum, square <= 2^20 and eps <= 2^20, root + eps is from 2^-50 to 2^21, the quotient from
-// 2^-121 to 2^70, and remainders are multiples of 2^-147, so that every step is exact where it has to be. The bits are
-// those of the CPU either way. Weights that are not finite, and second moments that overflow where they are stored, go
-// the slow way too, which spares the others a question.
+// 2^-100 <= momentum, 2^-100 <= square <= 2^20 and eps <= 2^20, root + eps is from 2^-50 to 2^21, the quotient is at
+// least 2^-121, and remainders are multiples of 2^-147, so that every step is exact where it has to be, unless
+// something overflows: then the new weight is not finite. The bits are those of the CPU either way. Second moments that
+// overflow where they are stored go the slow way too; so does NaN, which is made ready for stochastic rounding there.
 #pragma once
 
 #include "codec.h"
@@ -114,16 +114,9 @@ NPP_HD float corrected_quotient(float a, float b, float inverse) {
   return fused(fused(-b, quotient, a), better, quotient);
 }
 
+constexpr float kLeast = 0x1p-100f, kMost = 0x1p20f;
+
 #if defined(__CUDA_ARCH__)
-constexpr unsigned int kLeast = (127U - 100U) << 23, kMost = (127U + 20U) << 23;  // bits of 2^-100 and 2^20
-
-// `most`: bits of the largest square.
-__device__ __forceinline__ bool are_easy(float momentum, float square, unsigned int most) {
-  const unsigned int m = __float_as_uint(momentum);
-  const bool easy = m + m - 2 * kLeast <= 2 * (kMost - kLeast);
-  return easy & (__float_as_uint(square) - kLeast <= most - kLeast);
-}
-
 __device__ __forceinline__ float easily_normalised(float momentum, float square, float eps) {
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
@@ -133,41 +126,55 @@ __device__ __forceinline__ float easily_normalised(float momentum, float square,
 }
 
 template <class P, int N>
-__device__ __forceinline__ Lanes<float, N> taken(const Scalars<float>& c, const Lanes<float, N>& w,
-                                                 const Lanes<float, N>& momentum, Lanes<float, N>& v) {
+__device__ __forceinline__ Lanes<float, N> stepped(const Scalars<float>& c, const Lanes<float, N>& w,
+                                                   const Lanes<float, N>& momentum, Lanes<float, N>& m,
+                                                   Lanes<float, N>& v) {
   const Lanes<float, N> square = v * c.inv_bias2;
+  const float least = c.eps <= kMost ? kLeast : __builtin_inff();
   // The largest float16, as a square: what is above it may overflow.
-  const unsigned int most = P::kHalfMoments ? __float_as_uint(fminf(65504.0f * c.inv_bias2, 0x1p20f)) : kMost;
-  bool easy = c.eps <= 0x1p20f;
+  const float most = P::kHalfMoments ? fminf(65504.0f * c.inv_bias2, kMost) : kMost;
+  // Positive numbers are in the order of their bits, and whatever else there is comes after them.
+  unsigned int furthest = 0;
+  bool easy = true;
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-    easy &= are_easy(momentum.x[j], square.x[j], most) & (nesterov_pp::absolute(w.x[j]) < __builtin_inff());
-  Lanes<float, N> result;
-  if (easy) {
-    result = each<N>([&](int j) { return easily_normalised(momentum.x[j], square.x[j], c.eps); });
-    return c.has_decay ? c.decay * w + result : result;
+  for (int j = 0; j < N; ++j) {
+    furthest = __viaddmax_u32(__float_as_uint(square.x[j]), 0U - __float_as_uint(kLeast), furthest);
+    easy &= nesterov_pp::absolute(momentum.x[j]) >= least;
   }
+  easy &= furthest <= __float_as_uint(most) - __float_as_uint(kLeast);
+  const auto direction = each<N>([&](int j) { return easily_normalised(momentum.x[j], square.x[j], c.eps); });
+  Lanes<float, N> next = w - (c.has_decay ? c.decay * w + direction : direction);
+#pragma unroll
+  for (int j = 0; j < N; ++j) easy &= nesterov_pp::absolute(next.x[j]) < __builtin_inff();
+  if (easy) return next;
   // One element at a time, so that the code is there once.
-  Lanes<float, N> ws = w, ms = momentum;
+  Lanes<float, N> ws = w, directions = momentum;
 #pragma unroll 1
   for (int k = 0; k < N; ++k) {
-    float direction = ms.x[0], first = v.x[0];
-    if constexpr (P::kHalfMoments) first = overflowed(first);
+    float weight = ws.x[0], direction = directions.x[0], first = m.x[0], second = v.x[0];
+    if constexpr (P::kHalfMoments) second = overflowed(second);
     // Parameters that have had no gradient yet are not to be slow.
-    if (direction != 0 || !(first >= 0) || !(c.eps > 0))
-      direction = __fdiv_rn(direction, __fadd_rn(__fsqrt_rn(__fmul_rn(first, c.inv_bias2)), c.eps));
-    const float last = c.has_decay ? __fadd_rn(decay_of(c, ws.x[0]), direction) : direction;
+    if (direction != 0 || !(second >= 0) || !(c.eps > 0))
+      direction = __fdiv_rn(direction, __fadd_rn(__fsqrt_rn(__fmul_rn(second, c.inv_bias2)), c.eps));
+    weight = __fsub_rn(weight, c.has_decay ? __fadd_rn(decay_of(c, weight), direction) : direction);
+    if constexpr (P::kStochastic) {
+      weight = roundable(weight);
+      first = roundable(first);
+      second = roundable(second);
+    }
 #pragma unroll
     for (int j = 0; j + 1 < N; ++j) {
       ws.x[j] = ws.x[j + 1];
-      ms.x[j] = ms.x[j + 1];
+      directions.x[j] = directions.x[j + 1];
+      m.x[j] = m.x[j + 1];
       v.x[j] = v.x[j + 1];
-      result.x[j] = result.x[j + 1];
+      next.x[j] = next.x[j + 1];
     }
-    v.x[N - 1] = first;
-    result.x[N - 1] = last;
+    m.x[N - 1] = first;
+    v.x[N - 1] = second;
+    next.x[N - 1] = weight;
   }
-  return result;
+  return next;
 }
 #endif
 

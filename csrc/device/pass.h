@@ -134,6 +134,24 @@ NPP_HD void keep(T& x) {
 #endif
 }
 
+// The keys in registers: those in the memory of constants would be read anew for every few elements, unless each thread
+// of a warp reads one of them and hands it to the others.
+NPP_HD RoundKeys held(const RoundKeys& keys) {
+#if defined(__CUDA_ARCH__)
+  RoundKeys all;
+  const unsigned int lane = threadIdx.x % 32;
+  const unsigned int mine = reinterpret_cast<const unsigned int*>(&keys)[lane < 2 * kRounds ? lane : 0];
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) {
+    all.a[k] = __shfl_sync(0xffffffffU, mine, k);
+    all.b[k] = __shfl_sync(0xffffffffU, mine, kRounds + k);
+  }
+  return all;
+#else
+  return keys;
+#endif
+}
+
 template <class P>
 NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span& span) {
   using T = typename P::T;
@@ -150,25 +168,21 @@ NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span&
   if constexpr (P::kStochastic) {
     const auto pair = static_cast<uint64_t>(span.begin) / 2;
     k.first_pair = static_cast<unsigned int>(pair);
-    k.keys = l.keys;
+    k.keys = held(l.keys);
     k.philox = PhiloxOfFirst::from(
         {0, static_cast<unsigned int>(pair >> 32), static_cast<unsigned int>(l.table.at(kNumber, span.tensor)),
          static_cast<unsigned int>(row[kCoefficients])},
         l.keys);
     for (unsigned int* x : {&k.philox.key_c, &k.philox.key_a, &k.philox.c, &k.philox.d}) keep(*x);
-    NPP_UNROLL
-    for (int round = 2; round < kRounds; ++round) {
-      keep(k.keys.a[round]);
-      keep(k.keys.b[round]);
-    }
   }
   return k;
 }
 
-// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, and a long mean.
+// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, a long mean, and an
+// eps that is none too large.
 template <class T>
 NPP_HD bool is_usual(const Scalars<T>& c) {
-  return !c.has_l2 && c.has_decay && c.first.is_small;
+  return !c.has_l2 && c.has_decay && c.first.is_small && c.eps <= T(kMost);
 }
 template <class P>
 NPP_HD Constants<P> usual(const Constants<P>& k) {
@@ -230,18 +244,19 @@ NPP_HD Pointers<P> pointers_of(const Launch& l, const Span& span) {
   return p;
 }
 
-// Random bits for L elements from element i of a chunk on, which is even unless L is 1: see random.h.
+// Random bits for L elements from element i + begin of a chunk on; both are even unless L is 1: see random.h.
 template <int L>
 struct Bits {
   Noise16 weight[L], m[L], v[L], mean[L];
 };
 
 template <int L, class P>
-NPP_HD Bits<L> random_bits(const Constants<P>& k, int i) {
+NPP_HD Bits<L> random_bits(const Constants<P>& k, int i, int begin) {
   Bits<L> bits{};
+  const unsigned int pair = k.first_pair + static_cast<unsigned int>(i) / 2 + static_cast<unsigned int>(begin) / 2;
   NPP_UNROLL
   for (int j = 0; j < L; j += 2) {
-    const auto words = k.philox(k.first_pair + static_cast<unsigned int>(i + j) / 2, k.keys);
+    const auto words = k.philox(pair + static_cast<unsigned int>(j) / 2, k.keys);
     NPP_UNROLL
     for (int half = 0; half < 2 && j + half < L; ++half) {
       const bool odd = L == 1 ? i % 2 != 0 : half != 0;
@@ -302,11 +317,12 @@ NPP_HD void step_elements(const Pointers<P>& p, int i, const Constants<P>& k) {
     if constexpr (P::kCorrects) of = {apart<P>(wj, late, j), lanes_of<L, T>(mean, j), {}};
     const auto next = update<P>(k.rule, k.c, k.x, wj, lanes_of<L, T>(grad, j), mj, vj, of);
     if constexpr (P::kStochastic) {
-      const auto bits = random_bits<L>(k, i + j);
-      put_stochastic(m, j, mj.x, bits.m);
-      if constexpr (P::kMayHaveSecond) put_stochastic(v, j, vj.x, bits.v);
-      if constexpr (P::kCorrects) put_stochastic(mean, j, of.mean.x, bits.mean);
-      put_stochastic(w, j, next.x, bits.weight);
+      const auto bits = random_bits<L>(k, i, j);
+      constexpr bool roundable = P::kMayHaveSecond && !P::kCorrects;  // `stepped` has seen to it
+      put_stochastic<roundable>(m, j, mj.x, bits.m);
+      if constexpr (P::kMayHaveSecond) put_stochastic<roundable>(v, j, vj.x, bits.v);
+      if constexpr (P::kCorrects) put_stochastic<roundable>(mean, j, of.mean.x, bits.mean);
+      put_stochastic<roundable>(w, j, next.x, bits.weight);
     } else {
       put_nearest(m, j, mj.x);
       if constexpr (P::kMayHaveSecond) put_nearest(v, j, vj.x);

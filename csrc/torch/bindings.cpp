@@ -131,6 +131,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                       std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, std::vector<at::Tensor> means,
                       std::vector<at::Tensor> shadows, int normaliser, bool corrects, int kind, bool ring_predicts) {
+            const bool predicts = !shadows.empty();
             Tensors tensors{
                 std::move(names),
                 std::move(numbers),
@@ -144,7 +145,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                 std::move(mu_products),
                 std::move(means),
                 std::move(shadows),
-                {static_cast<nesterov_pp::Normaliser>(normaliser), static_cast<nesterov_pp::CorrectionKind>(kind)},
+                {static_cast<nesterov_pp::Normaliser>(normaliser), static_cast<nesterov_pp::CorrectionKind>(kind),
+                 predicts},
                 corrects,
                 ring_predicts};
             hold(tensors, slots);

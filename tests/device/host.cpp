@@ -1,4 +1,4 @@
-// The pass of csrc/device run by the host: every thread of every block in turn.
+// Runs the pass of csrc/device on the host: every thread of every block in turn.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +20,12 @@ void run_pass(const Launch& l, int64_t blocks, int64_t threads) {
     for (int64_t thread = 0; thread < threads; ++thread) step<P>(l, block, blocks, thread, threads);
 }
 
+bool has_shadow(const Table& table) {
+  for (int64_t k = 0; k < table.tensors; ++k)
+    if (table.at(kShadow, k) != 0) return true;
+  return false;
+}
+
 }  // namespace
 
 extern "C" {
@@ -39,7 +45,7 @@ void words_changed(void* words, int64_t* begin, int64_t* end) {
 void words_sent(void* words) { static_cast<HostTable*>(words)->sent(); }
 const int64_t* words_data(void* words) { return static_cast<HostTable*>(words)->all().data(); }
 
-// Counts the chunks, and writes them where `to` is not null.
+// Counts the chunks, and writes them to `to` unless it is null.
 int64_t chunks(const int64_t* sizes, int64_t tensors, int64_t* to) {
   const auto found = chunks_of(std::vector<int64_t>(sizes, sizes + tensors));
   if (to != nullptr) std::memcpy(to, found.data(), found.size() * sizeof(int64_t));
@@ -60,7 +66,7 @@ int is_supported(int weight, int grad, int moment, int normaliser, int corrects,
       {{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0});
 }
 
-// Whether there is such a pass.
+// Runs a pass, and returns whether there is such a pass.
 int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
                  const double* factor, int grads, int source, int target, int kind, int ring_predicts, uint64_t seed,
                  int weight, int grad, int moment, int normaliser, int corrects, int stochastic, int64_t blocks,
@@ -73,7 +79,7 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
                  grads,
                  source,
                  target,
-                 {Normaliser(normaliser), CorrectionKind(kind)},
+                 {Normaliser(normaliser), CorrectionKind(kind), has_shadow({words, tensors})},
                  ring_predicts != 0,
                  RoundKeys::from(seed)};
   const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
@@ -101,8 +107,8 @@ double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int
   return sum;
 }
 
-// How many of `count` roots and quotients are not the nearest, with inverses that are `off` units in the last place
-// away from the nearest ones.
+// Counts how many of `count` roots and quotients are not the nearest numbers, given inverses that are `off` units in
+// the last place away from the nearest ones. A quotient that overflows may become anything that is not finite.
 int64_t wrong_roots(const float* squares, int64_t count, int off) {
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -117,14 +123,15 @@ int64_t wrong_quotients(const float* a, const float* b, int64_t count, int off) 
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float inverse = bits_of<float>(bits_of<unsigned int>(1 / b[i]) + static_cast<unsigned int>(off));
-    wrong += corrected_quotient(a[i], b[i], inverse) != a[i] / b[i];
+    const float found = corrected_quotient(a[i], b[i], inverse), nearest = a[i] / b[i];
+    wrong += std::isfinite(nearest) || std::isfinite(found) ? found != nearest : 0;
   }
   return wrong;
 }
 
 double clipping_factor(double norm, double limit, double loss_scale) { return factor_of(norm, limit, loss_scale); }
 
-// All 65,536 values of a two-byte type.
+// Widens all 65,536 values of a two-byte type.
 void widen_all(int dtype, float* to) {
   for (unsigned int bits = 0; bits < 65536; ++bits) {
     const auto low = static_cast<unsigned short>(bits);
