@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
 
-setup: $(VENV)/.installed ## create .venv, install everything, build the extension
+setup: $(VENV)/.installed ## create .venv, install everything and build the extension
 
 # torch comes first: the extension is built against the torch it runs with.
 $(VENV)/.torch:
@@ -33,15 +33,15 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,analysis,test,dev]'
 	@touch $@
 
-demo: setup ## train on real text, about ten minutes; ends with a table and a plot in runs/demo (again: goes on, or shows them)
+demo: setup ## train on real text (about ten minutes), with a table and a plot in runs/demo; run it again to resume or to show them
 	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo --resume
 
 # One thread a process: four processes share the cores.
-demo-distributed: setup ## the pipeline in four processes on this machine, about three minutes; survives kill -9 of any of them
+demo-distributed: setup ## train the pipeline in four processes on this machine (about three minutes); survives kill -9 of any of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 4 --max-restarts 3 -m nesterov_pp train \
 		--microbatches 6000 --context 32 --lr 2e-3 --checkpoint-every 250 --out runs/demo-distributed --resume
 
-compare-small: setup ## 24 methods, 3 seeds, the better of 2 learning rates, 8 stages; up to an hour on 2 cores
+compare-small: setup ## compare 24 methods: 3 seeds, the better of 2 learning rates, 8 stages (up to an hour on 2 cores)
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume
 
 # Two processes; the tests of a file share what its fixtures make.
@@ -50,35 +50,35 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 # What Triton's interpreter runs where there is no GPU.
 INTERPRETED := $(addprefix tests/device/test_,backends.py capturable.py corrections.py)
 
-test: check ## make check and the tests
+test: check ## run make check and the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(INTERPRETED)
 
-test-all: check ## make check and all tests, the slow ones and those of other frameworks too
+test-all: check ## run make check and all tests, including the slow ones and those of other frameworks
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
 	$(BIN)/python -m pytest -m ""
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "" $(INTERPRETED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
-check: setup ## format, lint and types
+check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: setup ## put Python and C++ sources into their form
+format: setup ## format the Python and C++ sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-cuda-build: setup ## compile the CUDA sources for three architectures (needs nvcc), and count in the machine code
+cuda-build: setup ## compile the CUDA sources for three architectures (needs nvcc), and count what the machine code does
 	$(BIN)/python -m benchmarks.machine_code
 
-bench: setup ## measure the step beside torch's
+bench: setup ## measure the optimizer step and torch's
 	$(BIN)/python -m pytest benchmarks -m "" --benchmark-enable
 
 GPU_CHECK ?=
-gpu-check: ## on a machine with a GPU, without a network: build, test, measure and check the kernels, within nine minutes
+gpu-check: ## build, test, measure and check the kernels within nine minutes (needs a GPU, but no network)
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # In a copy of the tree, so that the extension in use stays as it is. torch itself is not instrumented: no leak check.
@@ -95,7 +95,7 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 
 # The C++ is covered in a copy of the tree that is built for it, Python by the tests as they are.
 COVERED := build/coverage
-coverage: setup ## which lines the tests run: tables of Python and C++
+coverage: setup ## show which lines the tests run, in tables for Python and C++
 	rm -rf $(COVERED) && mkdir -p $(COVERED)
 	cp -r csrc nesterov_pp triton_kernels tests benchmarks docs examples setup.py pyproject.toml Makefile *.md LICENSE MANIFEST.in $(COVERED)
 	rm -f $(COVERED)/nesterov_pp/_C*
@@ -108,6 +108,6 @@ coverage: setup ## which lines the tests run: tables of Python and C++
 	cd $(COVERED) && ../../$(BIN)/gcovr -r . --filter csrc/ --merge-lines --txt cpp.txt
 	@cat $(COVERED)/python.txt $(COVERED)/cpp.txt
 
-clean: ## remove what was built and installed; runs/ stays
+clean: ## remove what was built and installed, but keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	rm -f nesterov_pp/*.so nesterov_pp/_built_with_torch.txt

@@ -1,7 +1,7 @@
-"""Builds ``nesterov_pp._C`` against the torch of the environment it will run in, with CUDA where there is a toolkit.
+"""Build ``nesterov_pp._C`` against the torch of the environment it will run in, with CUDA if there is a toolkit.
 
-Environment: ``NPP_CUDA=0`` leaves CUDA out, ``NPP_CUDA=1`` fails where it cannot be built; ``CUDA_HOME``,
-``TORCH_CUDA_ARCH_LIST`` and ``CXX`` as torch has them; ``NPP_WERROR=1`` makes warnings errors.
+Environment variables: ``NPP_CUDA=0`` leaves CUDA out, and ``NPP_CUDA=1`` fails if CUDA cannot be built;
+``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST`` and ``CXX`` work as in torch; ``NPP_WERROR=1`` turns warnings into errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ try:
     import torch
 except ImportError:
     sys.exit(
-        "nesterov_pp builds against the torch it will run with, and this build environment has none: "
+        "nesterov_pp builds against the torch it will run with, but this build environment has none: "
         "install torch first, then run `pip install --no-build-isolation .`"
     )
 from setuptools import Extension, find_packages, setup
@@ -27,7 +27,7 @@ EXTENSION = "nesterov_pp._C"
 
 
 def toolkits() -> list[Path]:
-    """The folders of CUDA toolkits. ``nvcc`` on the path may be a script that calls one elsewhere."""
+    """Return the folders of CUDA toolkits. The ``nvcc`` on the PATH may be a script that calls another one."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
@@ -40,14 +40,14 @@ def toolkits() -> list[Path]:
 
 
 def release(home: Path) -> tuple[int, int]:
-    """Major and minor version of a toolkit."""
+    """Return the major and minor version of a toolkit."""
     said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"release (\d+)\.(\d+)", said)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def cuda() -> Path | None:
-    """The toolkit to build the CUDA kernels with; None, after a line that says why, for an extension without them."""
+    """Return the toolkit to build the CUDA kernels with, or print why they are left out and return None."""
     wanted, built_with = os.environ.get("NPP_CUDA", ""), torch.version.cuda
     if wanted == "0":
         why = "NPP_CUDA=0"
@@ -61,7 +61,7 @@ def cuda() -> Path | None:
         why = "no CUDA toolkit was found (CUDA_HOME, nvcc)"
         if found:
             home, (major, minor) = next(iter(found.items()))
-            why = f"torch {torch.__version__} is of CUDA {built_with}, and the toolkit in {home} of {major}.{minor}"
+            why = f"torch {torch.__version__} has CUDA {built_with}, but the toolkit in {home} is {major}.{minor}"
     if wanted == "1":
         sys.exit(f"nesterov_pp cannot be built with CUDA, as NPP_CUDA=1 asks: {why}")
     print(f"nesterov_pp is built without CUDA kernels: {why}", file=sys.stderr)
@@ -69,7 +69,7 @@ def cuda() -> Path | None:
 
 
 def architectures(home: Path) -> str:
-    """Where no GPU is visible: one of each generation, and code that newer ones can compile."""
+    """Return the targets if no GPU is visible: one of each generation, and PTX that newer ones can compile."""
     return "8.0;9.0;10.0+PTX" if release(home) >= (12, 8) else "8.0;9.0+PTX"
 
 
@@ -92,12 +92,12 @@ def extension() -> Extension:
         "-O3",
         "-g0",
         "-fopenmp",
-        "-ffp-contract=off",  # the same bits whatever instruction set the kernels are compiled for
+        "-ffp-contract=off",  # the same bits for every instruction set of the kernels
         "-fno-math-errno",  # else sqrt is not vectorised
         "-Wall",
         "-Wextra",
     ]
-    cuda_flags = ["-O3", "--fmad=false"]  # for the bits of the CPU
+    cuda_flags = ["-O3", "--fmad=false"]  # for the same bits as on the CPU
     if os.environ.get("NPP_WERROR") == "1":
         flags.append("-Werror")
         cuda_flags += ["-Werror", "all-warnings"]
@@ -111,7 +111,7 @@ def extension() -> Extension:
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         extra_link_args=["-fopenmp", "-s"],
     )
-    # torch's headers as system headers, whose warnings are not ours.
+    # Include torch's headers as system headers, to suppress their warnings.
     for folder in ext.include_dirs:
         flags += ["-isystem", folder]
         cuda_flags += ["-isystem", folder]
@@ -121,18 +121,18 @@ def extension() -> Extension:
 
 
 class Build(BuildExtension):
-    """Also leaves a note of the torch built against, which nesterov_pp.kernels.extension reads."""
+    """The build, which also records the torch version built against, for ``nesterov_pp.kernels.extension``."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # What an earlier build left here looks up to date even if it was built against another torch.
+        # The files of an earlier build look up to date even if they were built against another torch.
         self.force = True
         self.build_temp += f"/torch-{torch.__version__}"
 
     def run(self) -> None:
         if shutil.which(get_cxx_compiler()) is None:
             sys.exit(
-                f"nesterov_pp needs a C++ compiler, and `{get_cxx_compiler()}` was not found: "
+                f"nesterov_pp needs a C++ compiler, but `{get_cxx_compiler()}` was not found: "
                 "install g++, or name a compiler in the environment variable CXX"
             )
         super().run()

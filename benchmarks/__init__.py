@@ -1,1 +1,1 @@
-"""Measurements of the step; ratios in one run, never absolute bars."""
+"""Measurements of the step, as ratios within one run and never against absolute thresholds."""

@@ -1,7 +1,7 @@
-"""What the engine of an asynchronous pipeline costs, beside the same stages called in turn in one process.
+"""The cost of the engine of an asynchronous pipeline, against the same stages called in turn in one process.
 
-Both pipelines live side by side in every process and take turns every few microbatches, so that what else the machine
-does meets both. CPU time is that of the thread that computes; waiting for a neighbour is not in it.
+Every process holds both pipelines, which take turns every few microbatches, so that other load on the machine affects
+both. CPU time is that of the thread that computes; it does not include waiting for a neighbour.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ TURNS, PER_TURN, WARM_UP = 16, 8, 8
 
 
 def measure(world: World, stages: Callable[[], list[nn.Module]], batch: Any, lr: float) -> list[dict[str, float]]:
-    """For each turn the CPU milliseconds a microbatch of this process: "async" (its stage), "in turn" (all stages)."""
+    """Return the CPU milliseconds per microbatch of this process in each turn.
+
+    "async" is its stage of the pipeline, "in turn" all stages, and "transfer" one message each way.
+    """
     total = WARM_UP + TURNS * PER_TURN + world.size
     pipe = AsyncPipeline(stages(), F.mse_loss, batch, total, world, lr=lr)
     whole = VirtualPipeline(stages(), F.mse_loss, lr=lr, seed=0)
@@ -50,7 +53,7 @@ def _cpu_ms(act: Callable[[], Any]) -> float:
 
 
 def _exchange(world: World, message: Tensor) -> None:
-    """What two stages send each other in a microbatch: one message each way."""
+    """Exchange what two stages send each other in a microbatch: one message each way."""
     other, arrived = 1 - world.rank, torch.empty_like(message)
     works = [dist.isend(message, other), dist.irecv(arrived, other)]
     for work in works:
@@ -59,7 +62,10 @@ def _exchange(world: World, message: Tensor) -> None:
 
 
 def costs(found: list[list[dict[str, float]]]) -> dict[str, list[float]]:
-    """By turn, of what each of two processes found: "engine", beyond the transfer, and "with transfer", as shares."""
+    """Return the cost in each turn as a share of the CPU time in turn, from the measurements of two processes.
+
+    "engine" is the cost without the transfer, "with transfer" the cost including it.
+    """
     result: dict[str, list[float]] = {"engine": [], "with transfer": []}
     for turn in zip(*found, strict=True):
         whole = statistics.mean(one["in turn"] for one in turn)

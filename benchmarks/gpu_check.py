@@ -1,7 +1,7 @@
-"""Builds, tests, measures and checks the kernels on a machine with a GPU: ``python -m benchmarks.gpu_check``.
+"""Build, test, measure and check the kernels on a machine with a GPU: ``python -m benchmarks.gpu_check``.
 
-It needs no network and no virtual environment: everything runs in the Python that it is started with. What is found
-goes into ``gpu-check.json``, which is written anew after each part, so that nothing is lost where it is stopped.
+This needs no network and no virtual environment: everything runs in the Python that starts it. The results go into
+``gpu-check.json``, which is rewritten after each part, so that nothing is lost if the run is stopped.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 510.0  # for all parts; with what lies around them it is over within nine minutes
-GRACE = 5.0  # seconds to say what was found so far, after the time limit
+SECONDS = 510.0  # for all parts; with everything around them, a run ends within nine minutes
+GRACE = 5.0  # seconds after the time limit to report the results so far
 TAIL = 20_000  # characters of a part's output that are kept
-SHOWN = 3_000  # characters of it that are printed
+SHOWN = 3_000  # characters of the kept output that are printed
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 DEVICE_TESTS = ("tests/device", "tests/triton")
 NUMERICAL_TESTS = ("tests/kernels", "tests/optim", "tests/stash")
@@ -37,7 +37,7 @@ NEEDED = {
     "rich": ("tests/test_cli.py", "tests/training", "tests/planning/test_command.py", "tests/analysis/test_command.py"),
     "scipy": ("tests/analysis/test_sdde.py", "tests/analysis/test_random_delays.py"),
 }
-"""What test files need that they do not import themselves: the commands print with rich."""
+"""The packages that test files need without importing them: the commands print with rich."""
 BACKENDS = """
 from nesterov_pp.kernels import available_backends
 found = available_backends()
@@ -69,16 +69,16 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to run.
+    """One command to run.
 
-    ``headline`` is a pattern: the last line of the output that matches is the one shown, and a part that succeeds
-    without such a line has failed. ``result`` is a JSON file that the part leaves.
+    ``headline`` is a regular expression: the last line of the output that matches is shown, and a part that exits with
+    status 0 but without such a line has failed. ``result`` is a JSON file that the part writes.
     """
 
     name: str
     command: tuple[str, ...]
     limit: float  # seconds
-    tool: str = ""  # a program that it needs; where that is not installed, the part is not run
+    tool: str = ""  # a program that the part needs; if it is not installed, the part is not run
     headline: str = ""
     result: Path | None = None
 
@@ -94,7 +94,7 @@ class Outcome:
 
 @dataclass
 class Report:
-    """What is known so far; ``write`` replaces the file as a whole."""
+    """The results so far; ``write`` replaces the whole file."""
 
     path: Path
     facts: dict[str, Any]
@@ -108,7 +108,7 @@ class Report:
 
 
 def write_json(path: Path, found: object) -> None:
-    """Put a whole file in the place of the old one."""
+    """Write a JSON file, which replaces the old one when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(found, indent=1) + "\n")
@@ -119,7 +119,7 @@ def write_json(path: Path, found: object) -> None:
 
 
 def parts(out: Path) -> list[Part]:
-    """In the order of what would be missed most where the time does not suffice."""
+    """Return the parts, the most important first, in case the time does not suffice."""
     python = sys.executable
     left_out = ("--ignore", *DEVICE_TESTS, *unimportable())
     side_by_side = (python, "-m", "benchmarks.side_by_side")
@@ -138,7 +138,7 @@ def parts(out: Path) -> list[Part]:
         return Part(name, command, limit, headline="^measured", result=result)
 
     def sanitizer(check: str) -> Part:
-        # torch's memory pool would hide what lies outside of a tensor.
+        # torch's memory pool would hide accesses outside of a tensor.
         tool = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--target-processes", "all")
         short = (*step, "--workload", "short", "--steps", "2", "--ring", "3")
         command = (*tool, "--tool", check, "--error-exitcode", "1", *short)
@@ -157,14 +157,14 @@ def parts(out: Path) -> list[Part]:
         sanitizer("racecheck"),
         sanitizer("initcheck"),
         Part("ncu", (*counters, *metrics, *step, "--steps", "1"), 60, tool="ncu", headline="gpu__time_duration"),
-        # By itself, since compiling may take longer than all else.
+        # A part of its own, since compiling may take longer than everything else.
         roofline("compiled", 150, "--rows", "compile", "--workload", "gpt2-small", "1b"),
         tests("tests", ["tests", *left_out], 200),
     ]
 
 
 def unimportable(root: Path = ROOT) -> dict[str, str]:
-    """Test files, and folders of them, that need what is not installed here, with its name: pytest would stop there."""
+    """Return the test files and folders that need a missing package, with its name; pytest would stop at them."""
     files = sorted((root / "tests").rglob("*.py"))
     own = {f.stem for f in files} | {"benchmarks", "nesterov_pp", "setup"}
     found = {path: name for name, paths in NEEDED.items() for path in paths if importlib.util.find_spec(name) is None}
@@ -180,10 +180,10 @@ def unimportable(root: Path = ROOT) -> dict[str, str]:
 
 
 def run_part(part: Part, left: float, environment: Mapping[str, str]) -> Outcome:
-    """Run a part in a process group of its own, which is gone afterwards, for ``left`` seconds at most."""
+    """Run a part for at most ``left`` seconds, in a process group of its own that is killed afterwards."""
     if part.tool and shutil.which(part.tool, path=environment.get("PATH")) is None:
         return Outcome(part.name, NOT_RUN, line=f"not run: {part.tool} is not installed")
-    if left < part.limit / 4:  # it would be killed
+    if left < part.limit / 4:  # too little: it would be killed
         return Outcome(part.name, NOT_RUN, line="not run: no time left")
     limit = min(part.limit, left)
     start = time.monotonic()
@@ -199,7 +199,7 @@ def run_part(part: Part, left: float, environment: Mapping[str, str]) -> Outcome
     if status == 0 and (line or not part.headline):
         return Outcome(part.name, PASSED, seconds, line, tail)
     if status == 0:
-        line = f"no line of its output has {part.headline!r}"
+        line = f"no line of its output matches {part.headline!r}"
     else:
         why = f"killed at its limit of {limit:.3g} s" if status is None else f"exit status {status}"
         line = f"{why}: {line or _last(tail)}"
@@ -207,7 +207,7 @@ def run_part(part: Part, left: float, environment: Mapping[str, str]) -> Outcome
 
 
 def _wait(part: Part, limit: float, environment: Mapping[str, str], output: int) -> int | None:
-    """The exit status, or None where it had to be killed."""
+    """Return the exit status, or None if the process had to be killed."""
     process = subprocess.Popen(
         part.command,
         cwd=ROOT,
@@ -216,7 +216,7 @@ def _wait(part: Part, limit: float, environment: Mapping[str, str], output: int)
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # Ignored in a shell's background jobs, and so in all that they start.
+        # SIGINT is ignored in a shell's background jobs, and so in all processes that they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -227,7 +227,7 @@ def _wait(part: Part, limit: float, environment: Mapping[str, str], output: int)
             process.wait(GRACE)
         return None
     finally:
-        _signal(process.pid, signal.SIGKILL)  # and what it may have left running
+        _signal(process.pid, signal.SIGKILL)  # and any processes that it left running
         process.wait()
 
 
@@ -242,7 +242,7 @@ def _last(output: str, pattern: str = "") -> str:
 
 
 def run(chosen: Sequence[Part], seconds: float, report: Report, environment: Mapping[str, str]) -> bool:
-    """Run the parts one after the other; whether none failed."""
+    """Run the parts one after the other and return whether none failed."""
     end = time.monotonic() + seconds
     report.write()
     for part in chosen:
@@ -260,7 +260,7 @@ def run(chosen: Sequence[Part], seconds: float, report: Report, environment: Map
 
 
 def _quartiles(found: Any) -> Any:
-    """A result without the samples, which stay in its own file."""
+    """Return a result without its samples, which stay in its own file."""
     if isinstance(found, dict):
         return {key: _quartiles(value) for key, value in found.items() if not key.startswith("samples")}
     return [_quartiles(value) for value in found] if isinstance(found, list) else found
@@ -279,7 +279,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def toolkit(environment: Mapping[str, str]) -> Path | None:
-    """The CUDA toolkit's own folder. The nvcc on the PATH may be a script that calls it, so it is asked itself."""
+    """Return the folder of the CUDA toolkit, or None.
+
+    The ``nvcc`` on the PATH may be a script that calls the toolkit's, so ``nvcc`` itself is asked for the folder.
+    """
     named = environment.get("CUDA_HOME")
     if named and (Path(named) / "bin" / "nvcc").exists():
         return Path(named)
@@ -292,7 +295,7 @@ def toolkit(environment: Mapping[str, str]) -> Path | None:
 
 
 def said(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What a short command prints; empty where it fails."""
+    """Return the output of a short command; empty if it fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
@@ -307,10 +310,10 @@ def driver() -> str:
 
 
 def environment_for_parts(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same with what the parts need to find.
+    """Return the environment with the paths that the parts need.
 
-    This tree in PYTHONPATH, since nothing is installed; the toolkit's folder in CUDA_HOME, where torch's extension
-    builder looks, and its tools in PATH.
+    PYTHONPATH includes this tree, since nothing is installed; CUDA_HOME is the toolkit's folder, where torch's
+    extension builder looks, and PATH includes the toolkit's tools.
     """
 
     def added(name: str, folder: Path) -> str:
@@ -322,7 +325,7 @@ def environment_for_parts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def machine(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the results were found with; ``gpu`` is None where torch sees none."""
+    """Return the machine and software of the results; ``gpu`` is None if torch finds none."""
     probed = said([sys.executable, "-c", PROBE], environment).splitlines()
     try:
         found = json.loads(next(line for line in reversed(probed) if line.startswith("{")))
@@ -343,18 +346,26 @@ def main(arguments: Sequence[str]) -> int:
     names = [part.name for part in parts(RESULTS)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="for the results (default: %(default)s)"
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder for the results (default: %(default)s)"
     )
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together (default: %(default)g)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"run only these parts, of {', '.join(names)} (default: all)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="seconds for all parts together (default: %(default)g)"
+    )
     options = parser.parse_args(arguments)
     environment = environment_for_parts(os.environ)
     facts = machine(environment)
     if facts["gpu"] is None:
-        why = "its torch finds none" if facts["torch"] else "it has no torch to look with"
-        print(f"gpu-check needs a GPU, and {sys.executable} has none: {why}.", file=sys.stderr)
+        why = "finds none" if facts["torch"] else "cannot be imported"
+        print(f"gpu-check needs a GPU, but the torch of {sys.executable} {why}.", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the running part ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running part ends too
     out = options.out.resolve()
     chosen = [part for part in parts(out) if options.only is None or part.name in options.only]
     facts["left out"] = [f"{file} needs {name}, which is not installed" for file, name in unimportable().items()]

@@ -1,4 +1,4 @@
-"""A small residual network on pictures: 32 x 32, in zip files, in folders named by their class."""
+"""The image task: a small residual network on 32 x 32 pictures, in zip files with a folder for each class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = ("nesterov-sgd", "nesterov", "pipedream", "gpipe", "gpipe-1")
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut; group normalisation, since a microbatch is small."""
+    """Two 3 x 3 convolutions with a shortcut, and group normalisation, since a microbatch is small."""
 
     def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 def stages(classes: int, width: int = 16) -> list[nn.Module]:
-    """Eight: the first convolution, six residual blocks, the classifier."""
+    """Return eight stages: the first convolution, six residual blocks, and the classifier."""
     w = width
     blocks = [Residual(w, w), Residual(w, w), Residual(w, 2 * w, 2), Residual(2 * w, 2 * w)]
     blocks += [Residual(2 * w, 4 * w, 2), Residual(4 * w, 4 * w)]
@@ -46,7 +46,7 @@ def stages(classes: int, width: int = 16) -> list[nn.Module]:
 
 
 def read(path: Path) -> tuple[Tensor, Tensor]:
-    """Pictures [N, 3, 32, 32], float32 of mean 0 and deviation 1, and classes [N] in the order of their names."""
+    """Return pictures [N, 3, 32, 32], float32 with mean 0 and deviation 1, and classes [N] in the order of names."""
     from PIL import Image
 
     pictures, names = [], []
@@ -61,7 +61,7 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def task(data: Path | None, batch: int) -> Task:
-    """Pictures of a folder with ``train.zip`` and ``test.zip``, by default scikit-learn's digits.
+    """Return the task for a folder with ``train.zip`` and ``test.zip``, by default for scikit-learn's digits.
 
     Raises:
         ValueError: the folder has no such files, or scikit-learn is not installed.
@@ -71,7 +71,7 @@ def task(data: Path | None, batch: int) -> Task:
     def microbatch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(x), (batch,), generator=generator)
         images = x[chosen]
-        if data is None:  # a mirrored digit is none
+        if data is None:  # a mirrored digit is not a digit
             return images, y[chosen]
         flipped = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
         return torch.where(flipped, images.flip(3), images), y[chosen]
@@ -87,7 +87,7 @@ def task(data: Path | None, batch: int) -> Task:
 
 
 def judge(pipe: VirtualPipeline, data: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Loss in nats and share of pictures that are classified right."""
+    """Return the loss in nats and the share of pictures classified correctly."""
     outputs = torch.cat([pipe.predict(part) for part in torch.split(data[0], 500)])
     loss = float(F.cross_entropy(outputs, data[1]))
     return {"loss": loss, "accuracy": float((outputs.argmax(1) == data[1]).float().mean())}
@@ -95,7 +95,7 @@ def judge(pipe: VirtualPipeline, data: tuple[Tensor, Tensor]) -> dict[str, float
 
 def _pictures(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
     if not all((folder / name).is_file() for name in ("train.zip", "test.zip")):
-        raise ValueError(f"{folder} has no train.zip and test.zip")
+        raise ValueError(f"{folder} must contain train.zip and test.zip")
     return read(folder / "train.zip"), read(folder / "test.zip"), folder.name
 
 

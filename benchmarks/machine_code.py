@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import corrected_steps
 from benchmarks.gpu_check import toolkit
 from benchmarks.main_loop import SLOTS_PER_BYTE, code_of, main_loop, operation
 
@@ -96,6 +97,15 @@ def compile_kernels(folder: Path, architectures: tuple[int, ...] = ARCHITECTURES
         ]
         list(pool.map(_run, commands))
     return objects
+
+
+def corrected_uses(folder: Path) -> list[corrected_steps.Use]:
+    """Count the instructions of each kind of correction, on an H200's architecture."""
+    compiler, _ = nvcc()
+    made = folder / "corrected_steps.cubin"
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-I", SOURCES, "-arch=sm_90", "-cubin"]
+    _run([compiler, *flags, corrected_steps.write_source(folder), "-o", made])
+    return corrected_steps.uses_in(_run([cuobjdump(), "-sass", made]))
 
 
 def check_host_code(folder: Path) -> None:
@@ -241,7 +251,8 @@ def table(kernels: list[Kernel]) -> str:
         last = rows[architectures[-1]]
         cells = [f"{rows[a].registers}, {rows[a].instructions}" for a in architectures]
         measured = rows.get(90, last)
-        slots = f"{measured.loop:.1f} | {measured.share:.0%}" if measured.moved else " | "
+        counted = measured.moved > 0 and not name.startswith("corrected")
+        slots = f"{measured.loop:.1f} | {measured.share:.0%}" if counted else " | "
         lines.append(f"| {name} | {' | '.join(cells)} | {last.loads_128}, {last.stores_128} | {slots} |")
     return "\n".join(lines)
 
@@ -261,17 +272,19 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             check_host_code(Path(folder))
             found = kernels_of(compile_kernels(Path(folder)))
+            uses = corrected_uses(Path(folder))
     except MissingToolError as reason:
         print(reason, file=sys.stderr)
         return 1
-    print(table(found))
+    tables = f"{table(found)}\n\n{corrected_steps.table(uses)}"
+    print(tables)
     if options.write:
         text = PAGE.read_text()
         start, end = "<!-- machine code -->\n", "<!-- /machine code -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        PAGE.write_text(before + start + table(found) + "\n" + end + after)
-    wrong = problems(found)
+        PAGE.write_text(before + start + tables + "\n" + end + after)
+    wrong = problems(found) + corrected_steps.problems(uses)
     print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
     return 1 if wrong else 0
 

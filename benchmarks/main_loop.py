@@ -1,7 +1,7 @@
-"""Finds the loop of a CUDA kernel that passes over the elements, in its machine code, and counts its instructions.
+"""Find the loop over the elements in the machine code of a CUDA kernel, and count its instructions.
 
-A multiprocessor issues one instruction a clock for each of its four schedulers, whatever the instruction does. What the
-memory leaves of these slots while it moves the bytes of a parameter is the most that a step may take for one.
+A multiprocessor issues one instruction per clock for each of its four schedulers, whatever the instruction does. The
+issue slots that pass while the memory moves the bytes of a parameter are the most that a step may use for it.
 """
 
 from __future__ import annotations
@@ -9,41 +9,41 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# An H200: multiprocessors, schedulers, lanes of an instruction, clock under load; over the bytes that a copy moves.
+# For an H200: multiprocessors, schedulers, lanes per instruction, clock under load; over a copy's bytes per second.
 SLOTS_PER_BYTE = 132 * 4 * 32 * 1.755e9 / 4.3e12
 
 Code = list[tuple[int, str]]
-"""Address and text of each instruction."""
+"""The address and text of each instruction."""
 
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)")
 _OPERATION = re.compile(r"^(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
 class Loop(NamedTuple):
-    """``instructions`` of one round but for those of slow ways, and the ``bytes`` that it loads."""
+    """One iteration of a loop: its ``instructions`` outside slow paths, and the ``bytes`` that it loads."""
 
     instructions: int
     bytes: int
 
 
 def code_of(listing: str) -> Code:
-    """The instructions in what ``cuobjdump -sass`` prints of one function."""
+    """Return the instructions in the output of ``cuobjdump -sass`` for one function."""
     return [
         (int(address, 16), text.strip()) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", listing)
     ]
 
 
 def operation(instruction: str) -> str:
-    """``LDG.E.EF.128`` of ``@P0 LDG.E.EF.128 R4, desc[UR4][R2.64]``."""
+    """Return the operation of an instruction: ``LDG.E.EF.128`` of ``@P0 LDG.E.EF.128 R4, desc[UR4][R2.64]``."""
     found = _OPERATION.match(instruction)
     return found.group(1) if found else ""
 
 
 def main_loop(code: Code) -> Loop | None:
-    """The loop that loads 16 bytes at a time and computes; the shorter one where it is there for the usual case too.
+    """Return the loop that loads 16 bytes at a time and computes; the shorter one if the usual case has its own.
 
-    What a branch jumps over that has a loop of its own inside is a slow way: CUDA's root and quotient, one by one, of
-    numbers out of the ordinary.
+    Code that a branch jumps over and that contains a loop is a slow path: CUDA's square root and division of unusual
+    numbers, one by one.
     """
     loops = []
     for last, text in code:
@@ -68,7 +68,7 @@ def _target(text: str) -> int | None:
 
 
 def _slow_ways(body: Code) -> list[tuple[int, int]]:
-    """First and last address of each part of a loop that is jumped over and has a loop inside."""
+    """Return the first and last address of each part of a loop that a branch jumps over and that contains a loop."""
     start, end = body[0][0], body[-1][0]
     jumps = [(address, target) for address, text in body[:-1] if (target := _target(text)) is not None]
     inner = [(target, address) for address, target in jumps if start < target <= address]
@@ -80,7 +80,7 @@ def _slow_ways(body: Code) -> list[tuple[int, int]]:
 
 
 def _bytes(text: str) -> int:
-    """What an instruction loads of a tensor: such loads are marked as used once."""
+    """Return the bytes of a tensor that an instruction loads: such loads are marked as used once."""
     name = operation(text)
     if not name.startswith("LDG") or ".EF" not in name:
         return 0

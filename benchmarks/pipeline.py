@@ -1,8 +1,8 @@
-"""The pipeline across processes, measured: ``python -m benchmarks.pipeline [--json FILE] [--plan] [--trace DIR]``.
+"""Measure the pipeline across processes: ``python -m benchmarks.pipeline [--json FILE] [--plan] [--trace DIR]``.
 
-Two processes, each pinned to a core of its own with one thread, take turns at the asynchronous pipeline and at torch's
-own GPipe and 1F1B on the same two stages. Every peer is measured in every round, so that what else the machine does
-meets all of them.
+Two processes, each pinned to a core of its own with one thread, alternate between the asynchronous pipeline and torch's
+own GPipe and 1F1B on the same two stages. Every peer is measured in every round, so that other load on the machine
+affects all of them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LR = 1e-4
 
 
 def stages(count: int = STAGES) -> list[nn.Module]:
-    """Stages of the same blocks, so that they are balanced."""
+    """Return stages of the same blocks, so that they are balanced."""
     torch.manual_seed(0)
     return [nn.Sequential(*(Block(WIDTH, HEADS, 0.0) for _ in range(BLOCKS))) for _ in range(count)]
 
 
 def batch(m: int) -> tuple[Tensor, Tensor]:
-    """Noise in, noise out; the input's gradient is not needed."""
+    """Return noise as input and target; the gradient of the input is not needed."""
     return _noise(m % 8)
 
 
@@ -55,7 +55,7 @@ def _noise(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def asynchronous(world: World, modules: list[nn.Module]) -> dict[str, float]:
-    """Milliseconds a microbatch and the share of waiting of this stage, in steady state."""
+    """Return the milliseconds per microbatch and the share of waiting of this stage, in steady state."""
     total = WARM_UP + MEASURED + world.size
     pipe = AsyncPipeline(modules, F.mse_loss, batch, total, world, lr=LR)
     for _ in range(WARM_UP):
@@ -71,7 +71,7 @@ def asynchronous(world: World, modules: list[nn.Module]) -> dict[str, float]:
 
 
 def synchronous(world: World, name: str, modules: list[nn.Module]) -> dict[str, float]:
-    """Milliseconds a microbatch of one of torch's schedules with an update after every flush."""
+    """Return the milliseconds per microbatch of one of torch's schedules, with an update after every flush."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
     module, last = modules[world.rank], world.size - 1
@@ -95,9 +95,10 @@ def synchronous(world: World, name: str, modules: list[nn.Module]) -> dict[str, 
 
 
 def memory(world: World) -> dict[str, float]:
-    """Bytes that a stage holds at its highest, and what the formula says."""
+    """Return the bytes that a stage holds at its peak, the bytes by the formula, and the delay."""
     wide, count = 768, world.size
-    small = AsyncPipeline(stages(count), F.mse_loss, batch, count, world, lr=LR)  # what is loaded once, and not counted
+    # A small pipeline first, for what is loaded once and not counted.
+    small = AsyncPipeline(stages(count), F.mse_loss, batch, count, world, lr=LR)
     while small.microbatches < small.total:
         small.step()
     del small
@@ -119,7 +120,7 @@ def memory(world: World) -> dict[str, float]:
 
 
 def _activations(module: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps of one microbatch, its input included, without the weights."""
+    """Return the bytes that autograd keeps for one microbatch, including its input but not the weights."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     seen: dict[int, int] = {}
 
@@ -127,7 +128,7 @@ def _activations(module: nn.Module, x: Tensor) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # an output that is kept as it is would keep itself alive
+        return t.detach()  # without detach(), a saved output would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         output = module(x.requires_grad_())
@@ -148,7 +149,7 @@ def _status(name: str) -> int:
 
 
 def planned(world: World, what: str) -> list[dict[str, Any]]:
-    """What the planner says and what processes take, for stages that compute or sleep."""
+    """Return the planned times and those that processes take, for stages that compute or sleep."""
     modules = stages(world.size) if what == "compute" else plan.sleeping(world.size)
 
     def run(world: World, schedule: str, modules: list[nn.Module]) -> float:
@@ -160,7 +161,7 @@ def planned(world: World, what: str) -> list[dict[str, Any]]:
 
 
 def traced(world: World) -> list[Any]:
-    """Events of a short run."""
+    """Return the events of a short run."""
     pipe = AsyncPipeline(stages(world.size), F.mse_loss, batch, 24, world, lr=LR, timeline=True)
     while pipe.microbatches < pipe.total:
         pipe.step()
@@ -168,7 +169,7 @@ def traced(world: World) -> list[Any]:
 
 
 def worker(folder: Path, what: str) -> None:
-    """One process: leaves its rounds in a file."""
+    """Run one process, which writes its results to a file."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
@@ -188,7 +189,7 @@ def worker(folder: Path, what: str) -> None:
                 "1F1B": lambda: synchronous(world, "1F1B", stages()),
             }
             found = {name: [] for name in peers}
-            for k in range(ROUNDS):  # in turn forwards and backwards, for a machine that gets slower or faster
+            for k in range(ROUNDS):  # alternately forwards and backwards, in case the machine gets slower or faster
                 for name, peer in list(peers.items())[:: 1 if k % 2 else -1]:
                     world.gather(None)
                     found[name].append(peer())
@@ -197,7 +198,7 @@ def worker(folder: Path, what: str) -> None:
 
 
 def run(what: str, processes: int) -> list[Any]:
-    """What each process found."""
+    """Run the processes and return the results of each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -214,12 +215,12 @@ def run(what: str, processes: int) -> list[Any]:
             for rank in range(processes)
         ]
         if any(process.wait() for process in started):
-            raise SystemExit("a process failed")
+            raise SystemExit("a process failed; see its output above")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 def table(found: list[Any], held: list[Any]) -> tuple[list[str], dict[str, Any]]:
-    """Rows for people, and the numbers in them: medians over rounds."""
+    """Return the lines of a table for display, and the numbers in them: medians over rounds."""
 
     def rounds(name: str, key: str, rank: int = STAGES - 1) -> list[float]:
         return [one[key] for one in found[rank][name]]
@@ -250,24 +251,26 @@ def table(found: list[Any], held: list[Any]) -> tuple[list[str], dict[str, Any]]
 
 
 def memory_row(held: list[Any]) -> str:
-    """Of the table."""
+    """Return the row of the memory."""
     found = ", ".join(f"{h['measured'] / h['formula'] - 1:+.1%} (delay {h['delay']:.0f})" for h in held)
     return f"| memory of a stage over (tau + 1) (weights + activations) + moments + gradients | within 5 % | {found} |"
 
 
 def _spread(values: list[float], scale: float) -> str:
-    """The median, and the quartiles."""
+    """Return the median and the quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{scale * middle:.1f} ({scale * low:.1f} to {scale * high:.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--plan", action="store_true", help="only what `plan` predicts, beside what processes take")
-    parser.add_argument("--memory", action="store_true", help="only the memory of four stages")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file (default: none)")
     parser.add_argument(
-        "--trace", type=Path, help="only draw a timeline, of one stage a core but at most four, into this folder"
+        "--plan", action="store_true", help="only compare the times that `plan` predicts with real ones"
+    )
+    parser.add_argument("--memory", action="store_true", help="only measure the memory of four stages")
+    parser.add_argument(
+        "--trace", type=Path, help="only draw a timeline into this folder, with one stage per core but at most four"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Plain C++ loops with an optimizer's streams: what the memory gives, measured beside the optimizers."""
+"""Plain C++ loops with an optimizer's streams: the memory bandwidth, measured along with the optimizers."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wext
 
 
 class NoCompilerError(RuntimeError):
-    """The plain loops cannot be compiled here."""
+    """The error raised if the plain loops cannot be compiled here."""
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loops, compiled for this processor: anew in each process, since the folder may come from another machine.
+    """Compile the loops for this processor, once in each process, since the folder may come from another machine.
 
     Raises:
-        NoCompilerError: there is no compiler, or it fails.
+        NoCompilerError: there is no compiler, or the compiler fails.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     target = BUILD / "plain.so"
-    # Moved into place when complete: another process may have the old file loaded.
+    # Moved into place when complete, since another process may have the old file loaded.
     unfinished = BUILD / f"plain.{os.getpid()}.so"
     command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, str(SOURCE), "-o", str(unfinished)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except OSError as error:
         raise NoCompilerError(
-            f"the plain loops need a C++ compiler, and `{command[0]}` does not run: {error}"
+            f"the plain loops need a C++ compiler, but `{command[0]}` cannot be run: {error}"
         ) from error
     except subprocess.CalledProcessError as error:
-        raise NoCompilerError(f"`{shlex.join(command)}` fails: {error.stderr.strip()}") from error
+        raise NoCompilerError(f"`{shlex.join(command)}` failed: {error.stderr.strip()}") from error
     unfinished.replace(target)
     found = ctypes.CDLL(str(target))
     found.sum_of_squares.restype = ctypes.c_double
@@ -59,18 +59,18 @@ def _sizes(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
 
 
 def seven_streams(lists: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
-    """One pass over four lists of float32 tensors (p, g, m, v), of which all but g are written too."""
+    """Return a pass that reads four lists of float32 tensors (p, g, m, v) and writes all but g."""
     call, sizes = library().seven_streams, _sizes(lists[0])
     pointers = [_pointers(tensors) for tensors in lists]
 
-    def run(_kept: object = lists) -> None:  # the pointers are good for as long as the tensors live
+    def run(_kept: object = lists) -> None:  # keeps the tensors alive, and so the pointers valid
         call(*pointers, sizes, ctypes.c_int64(len(sizes)), ctypes.c_int(torch.get_num_threads()))
 
     return run
 
 
 def read_once(tensors: Sequence[Tensor]) -> Callable[[], float]:
-    """One pass that reads a list of float32 tensors; returns the sum of their squares."""
+    """Return a pass that reads a list of float32 tensors and returns the sum of their squares."""
     call, sizes, pointers = library().sum_of_squares, _sizes(tensors), _pointers(tensors)
 
     def run(_kept: object = tensors) -> float:

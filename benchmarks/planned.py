@@ -1,7 +1,7 @@
-"""What ``nesterov_pp.planning`` predicts, beside what processes take: ``python -m benchmarks.pipeline --plan``.
+"""The times that ``nesterov_pp.planning`` predicts, next to measured ones: ``python -m benchmarks.pipeline --plan``.
 
-Two processes compute, on a core each. Two and four more processes sleep where they would compute, unequally long, so
-that four stages run side by side on a machine with two cores.
+Two processes compute, on one core each. Two and four more processes sleep instead of computing, for unequal times, so
+that four stages run in parallel on a machine with two cores.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nesterov_pp.pipeline import World
 from nesterov_pp.planning import SCHEDULES, Network, StageCost, measure_layers, simulate
 
 SLEEPS = (0.012, 0.009, 0.015, 0.010)
-"""Seconds that a stage's forward takes; its backward takes twice as long."""
+"""The seconds that each stage's forward takes; its backward takes twice as long."""
 
 SIMULATED = 400
 Run = Callable[[World, str, list[nn.Module]], float]
-"""(world, schedule, stages) to milliseconds a microbatch in steady state."""
+"""A function of (world, schedule, stages) that returns milliseconds per microbatch in steady state."""
 
 
 class _Pause(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Pause(torch.autograd.Function):
 
 
 class Sleeping(nn.Module):
-    """Takes its time, and has one parameter to step."""
+    """A stage that sleeps instead of computing, with one parameter to step."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class Sleeping(nn.Module):
 
 
 def sleeping(count: int) -> list[nn.Module]:
-    """Stages that sleep."""
+    """Return stages that sleep."""
     return [Sleeping(seconds) for seconds in SLEEPS[:count]]
 
 
 def compare(
     world: World, modules: list[nn.Module], example: Tensor, run: Run, per_update: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """For each schedule the planned and the real milliseconds a microbatch, stages measured where they run."""
+    """Return the planned and real milliseconds per microbatch of each schedule, with stages measured where they run."""
     found: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in SCHEDULES}
     for _ in range(rounds):
         costs = _costs(world, modules, example)
@@ -75,7 +75,7 @@ def compare(
 
 
 def _costs(world: World, modules: Sequence[nn.Module], example: Tensor) -> list[StageCost]:
-    """Of all stages, each measured by its own process while the others measure theirs."""
+    """Return the costs of all stages, each measured by its own process while the others measure theirs."""
     is_last = world.rank == world.size - 1
     world.gather(None)
     (cost,) = measure_layers([modules[world.rank]], example, lambda output: F.mse_loss(output, example), repeats=9)
@@ -85,7 +85,7 @@ def _costs(world: World, modules: Sequence[nn.Module], example: Tensor) -> list[
 
 
 def rows(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A table for people: ``found`` by what the stages do."""
+    """Return the lines of a table for display, from ``found`` by what the stages do."""
     lines = ["| stages | schedule | planned, ms a microbatch | real | real / planned |", "|---|---|---|---|---|"]
     for what, schedules in found.items():
         for one in schedules:

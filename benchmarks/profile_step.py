@@ -1,8 +1,8 @@
-"""A few steps to look at with a profiler: ``python -m benchmarks.profile_step --help``.
+"""Run a few steps under a profiler: ``python -m benchmarks.profile_step --help``.
 
-``nsys profile --capture-range=cudaProfilerApi``, ``ncu --profile-from-start off`` or ``compute-sanitizer`` goes in
-front. Only the measured steps lie between the profiler's start and stop. On a GPU they are NVTX ranges, with ranges for
-the parts of a step inside.
+Put ``nsys profile --capture-range=cudaProfilerApi``, ``ncu --profile-from-start off`` or ``compute-sanitizer`` in
+front. Only the measured steps lie between the profiler's start and stop. On a GPU each step is an NVTX range, which
+contains ranges for the parts of the step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def in_range(call: Callable[..., Any], name: str, mark: Range) -> Callable[..., 
 
 
 class Marked:
-    """A plan whose calls are ranges: the compiled plans themselves take no new attributes."""
+    """A plan whose calls are ranges; a wrapper, since the compiled plans accept no new attributes."""
 
     def __init__(self, plan: Any, mark: Range) -> None:
         self._plan, self._mark = plan, mark
@@ -61,7 +61,7 @@ def mark_parts(step: Ours, mark: Range) -> None:
 
 
 def backends(asked: str, device: str) -> list[str]:
-    """The backends to run: the one asked for, or all that have kernels for the device and can be used."""
+    """Return the backend asked for, or all backends that have kernels for the device and can be used."""
     if asked != "all":
         return [asked]
     reasons = npp.kernels.available_backends()
@@ -80,18 +80,39 @@ def run(steps: dict[str, Ours], count: int, mark: Range) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__)
     parser.add_argument(
-        "--backend", choices=[*npp.kernels.BACKENDS, "all"], default="auto", help="all: each with kernels"
+        "--backend",
+        choices=[*npp.kernels.BACKENDS, "all"],
+        default="auto",
+        help="backend to run, or all with kernels for the device (default: %(default)s)",
     )
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="gpt2-small")
+    parser.add_argument(
+        "--workload", choices=list(WORKLOADS), default="gpt2-small", help="list of tensors (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each backend (default: %(default)s)")
-    parser.add_argument("--ring", type=int, default=0, metavar="VERSIONS", help="length of a ring (default: no ring)")
+    parser.add_argument(
+        "--ring",
+        type=int,
+        default=0,
+        metavar="VERSIONS",
+        help="step in a ring of this many versions (default: no ring)",
+    )
     parser.add_argument("--clip", type=float, metavar="NORM", help="clip gradients to this norm (default: no clipping)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        default="float32",
+        help="dtype of parameters and gradients (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to run on (default: cuda if torch finds a GPU, else cpu)",
+    )
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        print("--device cuda needs a GPU, and torch finds none.", file=sys.stderr)
+        print("--device cuda needs a GPU, but torch finds none.", file=sys.stderr)
         return 2
     problem = Problem(WORKLOADS[options.workload](), getattr(torch, options.dtype), torch.device(options.device))
     mark: Range = torch.cuda.nvtx.range if on_gpu else no_range

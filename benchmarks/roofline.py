@@ -1,8 +1,8 @@
-"""How near each step comes to the memory's speed: ``python -m benchmarks.roofline --help``.
+"""Measure how close each step comes to the memory bandwidth: ``python -m benchmarks.roofline --help``.
 
-What a step must move (each input read once, each output written once) over its time, beside a copy of as many bytes
-in the same round. On a GPU the time of the device is taken while the host is ahead, as it is in training, and the time
-of the host by itself.
+The bytes that a step must move (each input read once, each output written once) over its time are compared with a copy
+of as many bytes in the same round. On a GPU the device time is measured while the host is ahead, as it is in training,
+and the host time is measured by itself.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from benchmarks.rows import DEVICE_BACKENDS, WORKLOADS, Problem, Row, our_rows, 
 from benchmarks.step import machine
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-OPERATIONS = 20  # of csrc/update.h, for each parameter
+OPERATIONS = 20  # in csrc/update.h, per parameter
 COPY = "copy"
 UNMEASURED = 3
 COMPILED_AT_MOST = 300  # tensors: compiling for more takes minutes
-CYCLES = 2e9  # of a GPU in a second, or fewer
-LONGEST_WAIT = 0.25  # seconds that the device is kept busy for
+CYCLES = 2e9  # clock cycles of a GPU per second, at most
+LONGEST_WAIT = 0.25  # seconds that the device is kept busy, at most
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperative", "cuLaunchKernel", "cuLaunchCooperative", "cudaGraphLaunch")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -45,10 +45,10 @@ MARKERS = ("o", "s", "^", "D", "v")
 
 class Clock(Protocol):
     def time(self, step: w.Step) -> tuple[float, float]:
-        """Seconds of one step on the device and of the host in it."""
+        """Return the seconds that one step takes on the device, and on the host."""
 
     def launches(self, step: w.Step) -> int | None:
-        """Kernels that one step launches; None where there are none to count."""
+        """Return the number of kernels that one step launches; None if there are none to count."""
 
 
 class HostClock:
@@ -75,7 +75,7 @@ class CudaClock:
         host = time.perf_counter() - start
         w.prepare(step)
         torch.cuda.synchronize()
-        # The device waits until the host has launched everything, so that its gaps are not the host's.
+        # The device waits until the host has launched everything, so that no gap in its work is the host's.
         torch.cuda._sleep(int(CYCLES * min(LONGEST_WAIT, 1.5 * host + 5e-5)))  # type: ignore[no-untyped-call]
         self._begin.record()
         step()
@@ -90,13 +90,13 @@ class CudaClock:
             with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
                 step()
                 torch.cuda.synchronize()
-        except RuntimeError:  # some machines do not let it
+        except RuntimeError:  # some machines do not allow profiling
             return None
         return sum(event.count for event in profile.key_averages() if event.key.startswith(LAUNCHES)) or None
 
 
 def copy_step(problem: Problem) -> tuple[w.Step, int]:
-    """What the memory gives: a copy of as many bytes as a step moves, and that number. On a CPU the plain loop."""
+    """Return a copy of as many bytes as a step moves, and that number. On a CPU the copy is the plain loop."""
     if problem.device.type == "cpu":
         with contextlib.suppress(NoCompilerError):
             return w.plain_loop(problem), 28 * problem.elements
@@ -114,7 +114,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def groups(rows: list[Row], elements: int, budget: float) -> Iterator[list[Row]]:
-    """Rows that are held in memory and measured together; what is compiled comes last and alone."""
+    """Yield the rows that are held in memory and measured together; compiled rows come last, each alone."""
     group: list[Row] = []
     for row in sorted(rows, key=lambda row: row.compiled):
         full = sum(r.held for r in [*group, row]) * elements > budget
@@ -130,7 +130,7 @@ Samples = dict[str, list[tuple[float, float]]]
 
 
 def measure(steps: dict[str, w.Step], clock: Clock, rounds: int, failed: dict[str, str]) -> Samples:
-    """Samples of every step, taken in turn after unmeasured rounds; a step that fails is left out from then on."""
+    """Return samples of every step, taken in turn after unmeasured rounds; leave out a step once it has failed."""
     samples: Samples = {name: [] for name in steps}
     for r in range(rounds + UNMEASURED):
         for name in list(samples):
@@ -154,7 +154,7 @@ def quartiles(values: Iterable[float]) -> list[float]:
 
 
 def measured(row: Row, elements: int, samples: Samples, anchor: str, copied: int) -> dict[str, Any]:
-    """The figures of a row; its ratios to the copy and to our first row are those of single rounds."""
+    """Return the figures of a row; its ratios to the copy and to our first row are those of single rounds."""
     seconds = [device for device, _ in samples[row.name]]
     copies = [device for device, _ in samples[COPY]]
     step = row.bytes * elements
@@ -178,7 +178,7 @@ def measured(row: Row, elements: int, samples: Samples, anchor: str, copied: int
 def run(
     workload: str, device: torch.device, rounds: int, wanted: Callable[[Row], bool], save: Callable[[Any], None]
 ) -> dict[str, Any]:
-    """The rows wanted of one list of tensors; what is there so far is handed to ``save`` after each group."""
+    """Measure the wanted rows on one list of tensors; after each group, pass the results so far to ``save``."""
     shapes = WORKLOADS[workload]()
     clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
     problems = {dtype: Problem(shapes, dtype, device) for dtype in (FLOAT, HALF)}
@@ -197,7 +197,7 @@ def run(
     rows = [row for row in [*rows, *peers()] if wanted(row)]
     if len(shapes) > COMPILED_AT_MOST:
         missing |= {row.name: f"compiling for {len(shapes):,} tensors takes minutes" for row in rows if row.compiled}
-    # Shadow the rows of a group: the copy, our first row, and room for what foreach allocates as it goes.
+    # Besides the rows of a group: the copy, our first row, and room for the temporaries of foreach.
     budget = 0.9 * free_bytes(device) - (28 + anchor.held + 16) * elements
     for group in groups([row for row in rows if row.name not in missing], elements, budget):
         step, copied = copy_step(problems[FLOAT])
@@ -214,7 +214,7 @@ def run(
                 found["rows"].append({**entry, "launches": clock.launches(steps[row.name])})
         save(found)
         del step, steps
-        torch.compiler.reset()  # what was compiled holds on to its tensors
+        torch.compiler.reset()  # compiled steps keep their tensors alive
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -247,7 +247,11 @@ def table(found: dict[str, Any], conditions: str) -> str:
 
 
 def draw(workloads: list[dict[str, Any]], path: Path) -> str:
-    """Operations a second over operations a byte, under the roof that the copy is; the line to print about it."""
+    """Draw operations per second over operations per byte, under the roof set by the copy.
+
+    Returns:
+        the line to print about the picture.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -270,7 +274,7 @@ def draw(workloads: list[dict[str, Any]], path: Path) -> str:
         copy = statistics.median(row["copy_gb_per_s"] for row in found["rows"])
         axes.loglog([0.4, 2.0], [0.4 * copy, 2.0 * copy], "k-", label="the copy")
         axes.set(title=f"{found['workload']}: the copy moves {copy:,.0f} GB/s")
-        axes.set(xlabel="operations a byte that must be moved", ylabel="10^9 operations a second")
+        axes.set(xlabel="operations per byte that must be moved", ylabel="10^9 operations per second")
         axes.grid(color="0.9", which="both")
     handles = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize="small")
@@ -280,7 +284,7 @@ def draw(workloads: list[dict[str, Any]], path: Path) -> str:
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What a result was measured with."""
+    """Return the machine and software that a result was measured with."""
     found = {**machine(), "device": "cpu", "driver": "-", "cuda": torch.version.cuda}
     if device.type == "cuda":
         found |= {"device": torch.cuda.get_device_name(device), "driver": driver()}
@@ -291,18 +295,32 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["gpt2-small"], metavar="NAME")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=list(WORKLOADS),
+        default=["gpt2-small"],
+        metavar="NAME",
+        help=f"lists of tensors, of {', '.join(WORKLOADS)} (default: gpt2-small)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to measure on (default: cuda if torch finds a GPU, else cpu)",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each row (default: %(default)s)")
-    parser.add_argument("--rows", default="", metavar="PATTERN", help="only rows whose name has it (default: all)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
-    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file")
-    parser.add_argument("--png", type=Path, help="also draw the roofline")
+    parser.add_argument(
+        "--rows", default="", metavar="PATTERN", help="measure only rows whose name matches (default: all)"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out the steps under torch.compile")
+    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file (default: none)")
+    parser.add_argument("--png", type=Path, help="also draw the roofline to this file (default: none)")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
-        parser.error("quartiles need --rounds of at least 2")
+        parser.error(f"--rounds must be at least 2 for quartiles, not {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda needs a GPU, and torch finds none.", file=sys.stderr)
+        print("--device cuda needs a GPU, but torch finds none.", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     report: dict[str, Any] = {**conditions(device), "rounds": options.rounds}
@@ -324,7 +342,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.png:
             picture = draw(done, options.png) + "\n"  # after each list, since the next one may take too long
     count, missing = sum(len(found["rows"]) for found in done), sum(len(found["missing"]) for found in done)
-    print(f"{picture}measured {count} rows, {missing} not")
+    print(f"{picture}measured {count} rows, {missing} not measured")
     return 1 if any(found["failed"] for found in done) else 0
 
 

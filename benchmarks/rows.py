@@ -1,4 +1,4 @@
-"""What is measured on a device: lists of parameters, our optimizers with their options, and their peers."""
+"""The rows measured on a device: lists of parameters, our optimizers with their options, and their peers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICE_BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "refe
 
 
 def gpt_1b() -> w.Shapes:
-    """292 tensors, 1.0B parameters: 24 blocks of width 1,792."""
+    """Return the shapes of 292 tensors, 1.0B parameters: 24 blocks of width 1,792."""
     width = 1792
     wide = {768: width, 4 * 768: 4 * width, 3 * 768: 3 * width}
     embeddings, block, norm = w.gpt2_small()[:2], w.gpt2_small()[2:14], w.gpt2_small()[-2:]
@@ -25,7 +25,7 @@ def gpt_1b() -> w.Shapes:
 
 
 def odd_shapes() -> w.Shapes:
-    """96 tensors, 50M parameters, hardly a size a multiple of anything."""
+    """Return the shapes of 96 tensors, 50M parameters, with hardly a size that is a multiple of anything."""
     return [(1,), (3,), (127,), (3, 5, 7, 11), (4099, 3), (997, 1009), (1_000_003,), (2_097_143,)] * 12
 
 
@@ -41,7 +41,7 @@ WORKLOADS: dict[str, Callable[[], w.Shapes]] = {
 
 
 class Problem(w.Problem):
-    """The same on a device, where the random values are made."""
+    """A ``benchmarks.workloads.Problem`` on a device, where its random values are made."""
 
     def __init__(self, shapes: w.Shapes, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -57,7 +57,7 @@ class Problem(w.Problem):
 
 
 class Ours:
-    """Our step, from one ring slot to the next where there is a ring; gradients are handed over beforehand."""
+    """Our step, from one ring slot to the next if there is a ring; ``prepare`` hands over the gradients beforehand."""
 
     def __init__(self, problem: w.Problem, backend: str, ring: int = 0, **options: Any) -> None:
         parameters = problem.parameters()
@@ -87,7 +87,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Row:
-    """A step to measure: the bytes that it must move, and about those that it holds, for each parameter."""
+    """A step to measure, with the bytes per parameter that it must move and those that it holds, approximately."""
 
     name: str
     build: Callable[[Problem], w.Step]
@@ -99,7 +99,10 @@ class Row:
 
 
 def moved(dtype: torch.dtype, state: torch.dtype | None = None, master: bool = False, clip: bool = False) -> int:
-    """Bytes for each parameter: weights and moments read and written, the gradient read, once more for its norm."""
+    """Return the bytes moved per parameter.
+
+    Weights and moments are read and written, and the gradient is read, with ``clip`` once more for its norm.
+    """
     weight = FLOAT if master else dtype
     moments = state or weight
     copy_of_master = dtype.itemsize if master else 0
@@ -136,7 +139,10 @@ def torch_nadam_capturable(problem: w.Problem) -> w.Step:
 
 
 def torch_nadam_compiled(problem: Problem) -> w.Step:
-    """Compiled in the first call: seconds, to be left unmeasured. On the CPU nothing is capturable."""
+    """Return the compiled step, whose first call compiles for seconds and should not be measured.
+
+    On the CPU nothing is capturable.
+    """
     if problem.device.type != "cuda":
         return w.torch_nadam_compiled(problem)
     return torch.compile(_capturable(problem, lr=torch.tensor(2e-3, device=problem.device)).step)

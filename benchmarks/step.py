@@ -1,4 +1,4 @@
-"""One table: every peer's step on one list, interleaved in one run. ``python -m benchmarks.step --help``"""
+"""Print a table of every peer's step on one list, interleaved in one run: ``python -m benchmarks.step --help``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNMEASURED = 3
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, taken in turn (A B C A B C ...) after unmeasured rounds, in which some are compiled."""
+    """Return the seconds of every step, taken in turn (A B C A B C ...) after unmeasured rounds, for compilation."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for r in range(rounds + UNMEASURED):
         for name, step in steps.items():
@@ -48,7 +48,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a result was measured with."""
+    """Return the processor and software that a result was measured with."""
     module, reason = npp.kernels.extension.load()
     return {
         "processor": processor(),
@@ -100,11 +100,18 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="gpt2-small")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
+    parser.add_argument(
+        "--workload", choices=list(WORKLOADS), default="gpt2-small", help="list of tensors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of all tensors (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each peer (default: 20)")
-    parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
-    parser.add_argument("--json", type=Path, help="also write every sample to this file")
+    parser.add_argument("--threads", type=int, help="number of intra-op threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="also write every sample to this file (default: none)")
     options = parser.parse_args(arguments)
     problem = Problem(WORKLOADS[options.workload](), getattr(torch, options.dtype))
     with threads(options.threads):

@@ -1,9 +1,9 @@
-"""What the step is to reach, and what it reaches, in one table of ratios: ``python -m benchmarks.summary``.
+"""Print the targets of the step and its measurements in one table of ratios: ``python -m benchmarks.summary``.
 
-What is compared is measured in turn (A B C A B C ...). A ratio is the median of the ratios of the single rounds: a
-machine that others use changes the speed of its memory within minutes, and one round sees one speed. That does not help
-against other load on the same cores: it slows steps of many parallel regions far more than those of one, so that the
-load before the run is part of the table.
+Steps that are compared are measured in turn (A B C A B C ...). A ratio is the median of the ratios of the single
+rounds: the memory speed of a shared machine changes within minutes, but one round sees one speed. This does not help
+against other load on the same cores, which slows steps of many parallel regions far more than steps of one; therefore
+the load before the run is part of the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FUSED, LOOP, READ, HALF = "AdamW fused", "plain loop", "read g", "bfloat16"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio of the times of one round."""
+    """A row of the table: a ratio of the times of one round."""
 
     what: str
     target: str
@@ -45,18 +45,18 @@ class Row:
 
 
 def over(what: str, target: str, above: str, below: str) -> Row:
-    """The row of the time of ``above`` over that of ``below``."""
+    """Return the row for the time of ``above`` over the time of ``below``."""
     return Row(what, target, (above, below), lambda t: t[above] / t[below])
 
 
 @dataclass(frozen=True)
 class Group:
-    """Peers that are measured in turn and the rows made of them; few enough to fit into 16 GB together."""
+    """Peers that are measured in turn, few enough to fit into 16 GB together, and the rows made from them."""
 
     shapes: Callable[[], w.Shapes]
     peers: dict[str, Peer]
     rows: tuple[Row, ...]
-    repeat: int = 1  # rounds of short steps are many more
+    repeat: int = 1  # multiplies the rounds, for short steps
     half: dict[str, Peer] | None = None  # peers on the same list in bfloat16
 
 
@@ -126,7 +126,7 @@ GROUPS = (
 
 
 def prepared(group: Group, missing: set[str]) -> dict[str, w.Step]:
-    """The steps of a group; what keeps a peer from being measured goes into ``missing``."""
+    """Return the steps of a group; add the reason why a peer cannot be measured to ``missing``."""
     steps: dict[str, w.Step] = {}
     for dtype, peers in ((torch.float32, group.peers), (torch.bfloat16, group.half)):
         if peers is None:
@@ -141,7 +141,7 @@ def prepared(group: Group, missing: set[str]) -> dict[str, w.Step]:
 
 
 def measured(row: Row, samples: Samples) -> dict[str, Any]:
-    """Quartiles of the row's ratio over the rounds, its value of the medians, and the median times."""
+    """Return the quartiles of the row's ratio over the rounds, the ratio of the medians, and the median times."""
     rounds = [dict(zip(row.peers, times, strict=True)) for times in zip(*(samples[p] for p in row.peers), strict=True)]
     medians = {peer: statistics.median(samples[peer]) for peer in row.peers}
     return {
@@ -154,8 +154,8 @@ def measured(row: Row, samples: Samples) -> dict[str, Any]:
 
 
 def run(groups: tuple[Group, ...], rounds: int) -> dict[str, Any]:
-    """Measures the groups one after the other; a row whose peers are not all there is left out."""
-    load = os.getloadavg()[0]  # before the first measurement: that of others
+    """Measure the groups one after the other; leave out rows whose peers are not all there."""
+    load = os.getloadavg()[0]  # before the first measurement, so it is the load of others
     rows, all_samples, missing = [], [], set[str]()
     for group in groups:
         steps = prepared(group, missing)
@@ -163,7 +163,7 @@ def run(groups: tuple[Group, ...], rounds: int) -> dict[str, Any]:
         rows += [measured(row, samples) for row in group.rows if steps.keys() >= set(row.peers)]
         all_samples.append({name: [round(s * 1e3, 4) for s in times] for name, times in samples.items()})
         del steps
-        torch.compiler.reset()  # what was compiled holds on to its tensors
+        torch.compiler.reset()  # compiled steps keep their tensors alive
         gc.collect()
     found = machine()
     return {
@@ -192,8 +192,8 @@ def table(found: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each peer (default: 20)")
-    parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
-    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file")
+    parser.add_argument("--threads", type=int, help="number of intra-op threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="also write the rows and every sample to this file (default: none)")
     options = parser.parse_args(arguments)
     with w.threads(options.threads):
         found = run(GROUPS, options.rounds)

@@ -1,7 +1,7 @@
-"""Writes the measured tables of the README and of docs/ from the committed results.
+"""Write the measured tables of the README and of docs/ from the committed results: ``python -m benchmarks.tables``.
 
-``python -m benchmarks.tables``; with ``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR`` the
-results of that demo, of ``make compare-small``, of a longer comparison, or of one by depth, are taken over first.
+``--demo runs/demo``, ``--small runs/small``, ``--long DIR`` and ``--depth DIR`` first copy the results of the demo, of
+``make compare-small``, of a longer comparison, or of a comparison by depth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TAKEN = {
     "long": ("compare-long.json", "compare-long.png"),
     "depth": ("compare-depth.json", "compare-depth.png"),
 }
-"""Finished comparisons by the flag that names their folder: their files in the results and in docs/."""
+"""The files of each finished comparison, in the results and in docs/, by the flag that names its folder."""
 
 
 def record(folder: Path, results: str, plot: str) -> None:
@@ -57,7 +57,7 @@ def demo_table(found: dict[str, Any]) -> str:
 
 
 def ranking(found: dict[str, Any]) -> str:
-    """A comparison of many methods, the best first."""
+    """Return the table of a comparison of many methods, the best first."""
     lines = [
         found["conditions"],
         "",
@@ -73,7 +73,7 @@ def ranking(found: dict[str, Any]) -> str:
 
 
 def depth_table(found: dict[str, Any]) -> str:
-    """Final losses against the number of stages."""
+    """Return the table of final losses by the number of stages."""
     by_depth: dict[int, list[dict[str, Any]]] = {}
     for row in found["methods"]:
         by_depth.setdefault(row["stages"], []).append(row)
@@ -81,7 +81,7 @@ def depth_table(found: dict[str, Any]) -> str:
 
 
 def task_table(found: dict[str, Any]) -> str:
-    """What ``benchmarks.tasks`` prints."""
+    """Return the table that ``benchmarks.tasks`` prints."""
     rows = [tasks.Row(**row) for row in found["rows"]]
     lines = [tasks.heading(list(rows[0].found)), *map(tasks.line, rows)]
     return "\n".join([f"{found['what']}, torch {found['torch']}:", "", *lines])
@@ -93,7 +93,7 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def sections() -> dict[str, dict[str, str]]:
-    """The generated parts of each page by the name of their markers."""
+    """Return the generated parts of each page by the name of their markers."""
     made = {name: (TAKEN[name][0], ranking) for name in ("small", "long")}
     made["depth"] = (TAKEN["depth"][0], depth_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
@@ -102,7 +102,7 @@ def sections() -> dict[str, dict[str, str]]:
 
 
 def readme_sections() -> dict[str, str]:
-    """Those of the README."""
+    """Return the generated parts of the README."""
     steps = [
         step_table(_load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
     ]
@@ -113,7 +113,7 @@ def readme_sections() -> dict[str, str]:
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
-    """The page with every part between its markers, ``<!-- name -->`` and ``<!-- /name -->``."""
+    """Return the page with every part between its markers, ``<!-- name -->`` and ``<!-- /name -->``."""
     for name, text in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(page):
@@ -125,7 +125,9 @@ def fill(page: str, parts: dict[str, str]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     for name in TAKEN:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help="a finished comparison to take over")
+        parser.add_argument(
+            f"--{name}", type=Path, metavar="DIR", help="folder of a finished comparison to copy (default: none)"
+        )
     for name, folder in vars(parser.parse_args(arguments)).items():
         if folder is not None:
             record(folder, *TAKEN[name])

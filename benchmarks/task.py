@@ -1,4 +1,4 @@
-"""What the benchmark of other tasks trains."""
+"""The tasks that ``benchmarks.tasks`` trains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from nesterov_pp.pipeline import VirtualPipeline
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how it is judged.
+    """A model to train, its data, and how the result is judged.
 
     Attributes:
-        what: for people.
-        methods: compared by default.
-        stages: the modules, from the global random state.
-        microbatch: of a random generator: inputs and targets.
-        judge: what the trained pipeline does on data it has not seen, by name; the first number is a loss.
+        what: a description for display.
+        methods: the methods compared by default.
+        stages: makes the modules from the global random state.
+        loss_fn: the loss of outputs and targets.
+        microbatch: draws inputs and targets with a random generator.
+        judge: evaluates the trained pipeline on data it has not seen; returns numbers by name, the first a loss.
     """
 
     what: str

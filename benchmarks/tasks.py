@@ -1,9 +1,9 @@
-"""Delayed pipelines on other kinds of tasks: ``python -m benchmarks.tasks images|continuation|language``.
+"""Train delayed pipelines on other kinds of tasks: ``python -m benchmarks.tasks images|continuation|language``.
 
 ``images``: a small residual network on pictures. ``continuation``: an encoder-decoder that continues a text.
-``language``: the decoder-only model of ``train``. Each is cut into eight stages, and with ``--precision
-float32,bfloat16`` also trained in bfloat16 autocast. Every method has the same three learning rates for its kind of
-rule: the first seed tries them all, the others run the best. Prints a table.
+``language``: the decoder-only model of ``train``. Each model is cut into eight stages and, with ``--precision
+float32,bfloat16``, also trained in bfloat16 autocast. Every method has the same three learning rates for its kind of
+rule: the first seed tries all of them, the other seeds run the best. Prints a table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nesterov_pp.kernels import Normaliser
 from nesterov_pp.pipeline import VirtualPipeline, find_recipe
 
 RATES = {True: (3e-4, 1e-3, 3e-3), False: (0.03, 0.1, 0.3)}
-"""By whether the rule has a second moment."""
+"""The learning rates, by whether the rule has a second moment."""
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -37,10 +37,10 @@ class Row:
     """A method at its best learning rate.
 
     Attributes:
-        found: what the task's judge says, means over seeds.
+        found: the numbers of the task's judge, as means over seeds.
         each: the first of these numbers for each seed.
-        by_lr: that of the first seed at each rate.
-        seconds: of a run, on average.
+        by_lr: the first of these numbers for the first seed at each rate.
+        seconds: the average duration of a run.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Row:
 
 
 def train(task: Task, method: str, lr: float, seed: int, microbatches: int, precision: str) -> VirtualPipeline:
-    """The trained pipeline; linear warm-up over a tenth, then a cosine to a tenth."""
+    """Train and return a pipeline, with linear warm-up over a tenth of the run and a cosine to a tenth of ``lr``."""
     torch.manual_seed(seed)
     late: dict[str, Any] = {}
     if find_recipe(method).correction_updates is not None:
@@ -70,7 +70,7 @@ def train(task: Task, method: str, lr: float, seed: int, microbatches: int, prec
 
 
 def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int) -> Row:
-    """One method: every rate with the first seed, the best with the others."""
+    """Run one method: every rate with the first seed, the best rate with the others."""
     begin = time.perf_counter()
     adaptive = getattr(find_recipe(method).rule, "_normaliser", Normaliser.RMS) == Normaliser.RMS
 
@@ -93,13 +93,13 @@ def compare(task: Task, method: str, precision: str, seeds: int, microbatches: i
 
 
 def heading(found: Sequence[str]) -> str:
-    """Of the table."""
+    """Return the heading of the table."""
     names = ["method", "precision", "lr", *found, "loss of each seed", "first seed at each rate"]
     return "| " + " | ".join(names) + " |\n|---|---|--:|" + "--:|" * len(found) + "---|---|"
 
 
 def line(row: Row) -> str:
-    """Of the table."""
+    """Return a line of the table."""
     by_lr = ", ".join(f"{loss:.3f} ({lr})" for lr, loss in row.by_lr.items())
     found = [f"{value:.3f}" if name != "accuracy" else f"{100 * value:.1f} %" for name, value in row.found.items()]
     each = " ".join(f"{loss:.3f}" for loss in row.each)
@@ -109,20 +109,26 @@ def line(row: Row) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("images", "continuation", "language"))
-    parser.add_argument("--data", type=Path, help="images: a folder with train.zip and test.zip; texts: as for `train`")
-    parser.add_argument("--methods", help="default: those of the task")
-    parser.add_argument("--precision", default="float32", help="one or both of float32 and bfloat16")
-    parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
-    parser.add_argument("--microbatches", type=int, default=2000)
+    parser.add_argument("task", choices=("images", "continuation", "language"), help="the task to train")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="images: folder with train.zip and test.zip (default: scikit-learn's digits); texts: as for `train`",
+    )
+    parser.add_argument("--methods", help="methods to compare, separated by commas (default: the methods of the task)")
+    parser.add_argument(
+        "--precision", default="float32", help="float32, bfloat16, or both separated by a comma (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--microbatches", type=int, default=2000, help="microbatches per run (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="examples in a microbatch (default: 32 pictures, 8 texts)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--threads", type=int, default=1, help="number of intra-op threads (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file (default: none)")
     return parser
 
 
 def _task(given: argparse.Namespace) -> Task:
-    """Raises: ValueError: the data cannot be used."""
+    """Return the task; raise ValueError if the data cannot be used."""
     if given.task == "images":
         return images.task(given.data, given.batch or 32)
     build = {"continuation": texts.continuation, "language": texts.language}[given.task]

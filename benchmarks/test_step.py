@@ -1,4 +1,4 @@
-"""The peers under pytest-benchmark: ``make bench``. The group's table shows the ratios."""
+"""The peers under pytest-benchmark: ``make bench``. The table of each group shows the ratios."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def workload(request: pytest.FixtureRequest) -> tuple[str, Problem]:
 def test_step(benchmark: Any, workload: tuple[str, Problem], peer: str) -> None:
     name, problem = workload
     if peer in MORE_PEERS and name != "gpt2-small":
-        pytest.skip("measured on the large list only")
+        pytest.skip("measured only on the large list")
     try:
         step = {**PEERS, **MORE_PEERS}[peer](problem)
     except NoCompilerError as missing:

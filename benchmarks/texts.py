@@ -1,4 +1,4 @@
-"""Text through an encoder-decoder, and through the decoder-only model of ``train``."""
+"""Text tasks, for an encoder-decoder and for the decoder-only model of ``train``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = ("nesterov", "pipedream", "gpipe", "gpipe-1")
 
 
 class Encoder(nn.Module):
-    """A layer over the whole source; passes the target's bytes on."""
+    """An encoder layer over the whole source, which passes the target's bytes on."""
 
     def __init__(self, *, embeds: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal layer over the target that looks at what the encoder made of the source."""
+    """A causal decoder layer over the target, which attends to the encoder's output."""
 
     def __init__(self, *, embeds: bool, ends: bool) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ class _Embedding(nn.Module):
 
 
 def encoder_decoder() -> list[nn.Module]:
-    """Four stages of each."""
+    """Return four encoder stages and four decoder stages."""
     half = STAGES // 2
     encoders: list[nn.Module] = [Encoder(embeds=k == 0) for k in range(half)]
     return encoders + [Decoder(embeds=k == 0, ends=k == half - 1) for k in range(half)]
 
 
 def continuation(data: str | None, batch: int) -> Task:
-    """The encoder reads 64 bytes, the decoder continues them by 32."""
+    """Return the continuation task: the encoder reads 64 bytes, the decoder continues them by 32."""
     corpus, name = _corpus(data, SOURCE + TARGET)
 
     def split(rows: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
@@ -86,7 +86,7 @@ def continuation(data: str | None, batch: int) -> Task:
 
 
 def language(data: str | None, batch: int) -> Task:
-    """The model that ``train`` trains, on 64 bytes."""
+    """Return the language task: the model that ``train`` trains, on 64 bytes."""
     corpus, name = _corpus(data, SOURCE)
     held_out = corpus.validation_batches(32, 16, SOURCE)
 

@@ -12,7 +12,7 @@ _COLOURS = {"forward": "#9ec5e8", "backward": "#f3b183", "step": "#7a9e5f", "wai
 
 
 def write(events: Sequence[Sequence[Any]], folder: Path) -> None:
-    """``timeline.png`` and ``timeline.json`` in ``folder``."""
+    """Write ``timeline.png`` and ``timeline.json`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [Event(*e) for e in events]
     (folder / "timeline.json").write_text(chrome_trace(rows))
@@ -20,7 +20,7 @@ def write(events: Sequence[Sequence[Any]], folder: Path) -> None:
 
 
 def draw(events: Sequence[Event], path: Path) -> None:
-    """One row a stage; the number in a box is that of the microbatch."""
+    """Draw one row per stage; the number in a box is the number of the microbatch."""
     import matplotlib
 
     matplotlib.use("Agg")

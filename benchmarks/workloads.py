@@ -13,11 +13,11 @@ import nesterov_pp as npp
 from benchmarks import plain
 
 Shapes = list[tuple[int, ...]]
-STREAMS = 7  # reads p, g, m, v and writes p, m, v: 28 bytes a parameter in float32
+STREAMS = 7  # reads p, g, m, v and writes p, m, v: 28 bytes per parameter in float32
 
 
 def gpt2_small() -> Shapes:
-    """148 tensors, 124M parameters."""
+    """Return the shapes of 148 tensors, 124M parameters."""
     width, block = 768, []
     for _ in range(12):
         block += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
@@ -26,7 +26,7 @@ def gpt2_small() -> Shapes:
 
 
 def tiny_tensors() -> Shapes:
-    """1,000 tensors of 64 elements: what a step costs beside memory."""
+    """Return the shapes of 1,000 tensors of 64 elements, which show what a step costs besides memory traffic."""
     return [(64,)] * 1000
 
 
@@ -54,12 +54,15 @@ Step = Callable[[], Any]
 
 
 def torch_nadam(problem: Problem) -> Step:
-    """What the paper's released code runs."""
+    """Return the step that the paper's released code runs."""
     return torch.optim.NAdam(problem.parameters(), foreach=True, decoupled_weight_decay=True, weight_decay=0.01).step
 
 
 def torch_nadam_with_stash(problem: Problem, versions: int = 2) -> Step:
-    """Its stash: load the old weights, load the new ones, step, and clone the result: three copies around a step."""
+    """Return the step of the paper's released code with its stash, which makes three copies around the step.
+
+    A call loads the old weights, loads the new ones, steps, and clones the result.
+    """
     parameters = problem.parameters()
     optimizer = torch.optim.NAdam(parameters, foreach=True, decoupled_weight_decay=True, weight_decay=0.01)
     stash = [[p.detach().clone() for p in parameters] for _ in range(versions)]
@@ -80,7 +83,7 @@ def torch_nadam_with_stash(problem: Problem, versions: int = 2) -> Step:
 
 
 def torch_adamw_fused(problem: Problem) -> Step:
-    """Another method that moves the same bytes: the bandwidth to reach."""
+    """Return the step of another method that moves the same bytes: the bandwidth to reach."""
     return torch.optim.AdamW(problem.parameters(), fused=True).step
 
 
@@ -89,7 +92,7 @@ def ours(problem: Problem) -> Step:
 
 
 def ours_with_ring(problem: Problem, versions: int) -> Step:
-    """A step that reads one ring slot and writes the next; the gradients are handed over outside the measurement."""
+    """Return a step that reads one ring slot and writes the next; gradients are handed over outside the measurement."""
     module = nn.ParameterList(problem.parameters())
     stash = npp.WeightStash(module, versions)
     optimizer = npp.NAdam(module.parameters(), stash=stash, decoupled_weight_decay=True, weight_decay=0.01)
@@ -109,19 +112,19 @@ def ours_with_ring(problem: Problem, versions: int) -> Step:
 
 
 def ours_clipping(problem: Problem) -> Step:
-    """With the gradients' norm, which is far above the limit."""
+    """Return our step with clipping; the norm of the gradients is far above the limit."""
     parameters = problem.parameters()
     return npp.NAdam(parameters, decoupled_weight_decay=True, weight_decay=0.01, max_grad_norm=1.0).step
 
 
 def torch_nadam_compiled(problem: Problem) -> Step:
-    """The foreach step under torch.compile, which compiles in the first call: seconds, to be left unmeasured."""
+    """Return the foreach step under torch.compile; its first call compiles for seconds and should not be measured."""
     optimizer = torch.optim.NAdam(problem.parameters(), foreach=True, decoupled_weight_decay=True, weight_decay=0.01)
     return torch.compile(optimizer.step)
 
 
 def torch_clip_and_nadam(problem: Problem) -> Step:
-    """``clip_grad_norm_`` and the foreach step, with gradients of its own, since it rewrites them."""
+    """Return ``clip_grad_norm_`` and the foreach step, with gradients of their own, since clipping rewrites them."""
     parameters = problem.parameters()
     for p, g in zip(parameters, problem.grads, strict=True):
         p.grad = g.clone()
@@ -135,14 +138,14 @@ def torch_clip_and_nadam(problem: Problem) -> Step:
 
 
 def plain_loop(problem: Problem) -> Step:
-    """A C++ loop that reads p, g, m, v and writes p, m, v, in memory of the same kind as our moments."""
+    """Return a C++ loop that reads p, g, m, v and writes p, m, v, in memory of the same kind as our moments."""
     weights = [p.detach() for p in problem.parameters()]
     state = [npp.kernels.zeros_like(weights, [w.dtype for w in weights]) for _ in range(2)]
     return plain.seven_streams([weights, problem.grads, *state])
 
 
 def plain_read(problem: Problem) -> Step:
-    """A C++ loop that reads every gradient once."""
+    """Return a C++ loop that reads every gradient once."""
     return plain.read_once(problem.grads)
 
 
@@ -157,7 +160,7 @@ PEERS: dict[str, Callable[[Problem], Step]] = {
     "torch.optim.AdamW(fused=True)": torch_adamw_fused,
 }
 
-# Not for every list: compiling for 1,000 tensors takes minutes, and the plain loops are of float32.
+# Not for every list: compiling for 1,000 tensors takes minutes, and the plain loops take float32 only.
 MORE_PEERS: dict[str, Callable[[Problem], Step]] = {
     "torch.optim.NAdam(foreach=True) under torch.compile": torch_nadam_compiled,
     "plain C++ loop, 7 streams": plain_loop,
@@ -166,7 +169,7 @@ MORE_PEERS: dict[str, Callable[[Problem], Step]] = {
 
 
 def prepare(step: Step) -> None:
-    """What a peer needs before each step, outside the measurement."""
+    """Do what a peer needs before each step, outside the measurement."""
     getattr(step, "prepare", lambda: None)()
 
 

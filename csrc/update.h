@@ -288,14 +288,15 @@ NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V&
   late.ahead = next + further;
 }
 
-// The weight after a plain step normalised by rms, given both moments. A function of its own, since a device has a
-// faster one, which may also change what NaN they are.
-template <class P, class T, class V>
-NPP_HD V stepped(const Scalars<T>& c, const V& w, const V& momentum, V& /*m*/, V& v) {
-  if constexpr (P::kHalfMoments) v = overflowed(v);
-  const V direction = momentum / (square_root(v * c.inv_bias2) + c.eps);
-  return w - (c.has_decay ? decay_of(c, w) + direction : direction);
+// Of a momentum, which is rarely 0: a name of its own, since a device has a faster way then.
+template <class V>
+NPP_HD V quotient(const V& a, const V& b) {
+  return a / b;
 }
+#if defined(__CUDACC__)
+// It is where there has been no gradient yet, which is not to be slow.
+NPP_HD float quotient(float a, float b) { return a == 0 && b > 0 ? a : a / b; }
+#endif
 
 // Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of them; `P` a Pass
 // (spec.h).
@@ -313,11 +314,10 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   V direction = c.c_grad * g + c.c_momentum * momentum;
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
-    if constexpr (!P::kCorrects) return stepped<P>(c, w, direction, m, v);
     if constexpr (P::kHalfMoments) v = overflowed(v);
     const V denominator = square_root(v * c.inv_bias2) + c.eps;
-    direction = direction / denominator;
-    if (rule.predicts) momentum = momentum / denominator;
+    direction = quotient(direction, denominator);
+    if (P::kCorrects && rule.predicts) momentum = quotient(momentum, denominator);
   }
   if (normaliser == Normaliser::kSign) {
     direction = c.inv_bias2 * sign_of<T>(direction);

@@ -1,6 +1,7 @@
-"""Your own model as an asynchronous pipeline: ``torchrun --nproc-per-node 4 examples/own_model.py``.
+"""Train your own model as an asynchronous pipeline: ``torchrun --nproc-per-node 4 examples/own_model.py``.
 
-Each process trains one stage; a checkpoint of each stage every 100 updates lets ``torchrun --max-restarts 3`` go on.
+Each process trains one stage and writes a checkpoint every 100 updates, from which ``torchrun --max-restarts 3``
+resumes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ UPDATES, EVERY, FOLDER = 400, 100, Path("runs/own_model")
 
 
 def batch(m: int) -> tuple[Tensor, Tensor]:
-    """Microbatch m, the same whenever it is asked for: points and the sector of the plane that they lie in."""
+    """Return microbatch ``m``, the same on every call: points, and the sector of the plane that each lies in."""
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(m))
     return x, ((torch.atan2(x[:, 1], x[:, 0]) / torch.pi + 1.0) * 4.0).long().clamp(max=7)
 
@@ -28,7 +29,7 @@ def model() -> nn.Sequential:
 
 
 def newest(world: npp.pipeline.World) -> Path | None:
-    """The newest update that every process has written."""
+    """Return this process's file of the newest checkpoint that every process has written."""
     mine = {p.parent.name for p in FOLDER.glob(f"*/{world.rank}.pt")}
     common = sorted(set.intersection(*world.gather(mine)))
     return FOLDER / common[-1] / f"{world.rank}.pt" if common else None

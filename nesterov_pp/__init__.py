@@ -1,4 +1,4 @@
-"""Asynchronous pipeline training with late gradients made harmless, one pass over memory a step."""
+"""Asynchronous pipeline training with optimizers that correct late gradients, in one pass over memory per step."""
 
 from nesterov_pp import kernels, methods, optim, pipeline
 from nesterov_pp.optim import NAG, AdamW, Lion, NAdam

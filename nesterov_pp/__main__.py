@@ -1,4 +1,4 @@
-"""``python -m nesterov_pp``."""
+"""The entry point of ``python -m nesterov_pp``."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from nesterov_pp.pipeline import recipes
 
 _PROGRAM = "nesterov_pp"
 COMPARED: dict[str, Any] = {"methods": ["nesterov", "pipedream", "gpipe", "gpipe-1"], "seeds": [0, 1, 2]}
-"""What ``compare`` compares by default."""
+"""The methods and seeds that ``compare`` runs by default."""
 
 SGD_METHODS = ("nesterov-sgd", "spectrain", "dana-zero", "dana-slim", "dana-dc")
-"""Methods without a preconditioner: a language model needs quite other learning rates for them."""
+"""Methods without a preconditioner: a language model needs quite different learning rates for them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"microbatches": 2400, "context": 32, "lr": [2e-3]},
@@ -32,18 +32,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sample_length": 0,
     },
 }
-"""Settings of ``compare`` under a name; a flag that is given wins over the preset's."""
+"""Named settings of ``compare``; a flag given on the command line overrides the preset's."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a bad flag."""
+    """A parser that reports a bad flag in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{_PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 (bad input), 1 (a run failed), or 128 + signal."""
+    """Run a command and return the exit status: 0, 1 (a run failed), 2 (bad input), or 128 + signal."""
     from nesterov_pp.training.config import UserError
     from nesterov_pp.training.signals import InterruptionError
 
@@ -55,16 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, InterruptionError) as error:
         return _complain(str(error), error.status)
     except KeyboardInterrupt:
-        return _complain("stopped at once by Ctrl-C; what was written is kept, and --resume goes on from there", 130)
+        return _complain(
+            "stopped immediately by Ctrl-C; what was written is kept, and --resume continues from there", 130
+        )
     except BrokenPipeError:
-        # Nobody reads the output any more; the interpreter is not to trip over it on its way out.
+        # Nobody reads the output any more; keep the interpreter from failing when it flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
 
 
 def _complain(sentence: str, status: int) -> int:
-    if sentence:  # of several processes, one speaks
+    if sentence:  # empty where another process reports the error
         kind = "error: " if status < 128 else ""
         print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
     return status
@@ -102,27 +104,48 @@ def _parser() -> argparse.ArgumentParser:
                 **more,
             )
         sub.add_argument(
-            "--out", type=Path, metavar="DIR", help="folder of results; default: runs/METHOD or runs/compare"
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help="folder for the results (default: runs/METHOD in train, runs/compare in compare)",
         )
-        sub.add_argument("--resume", action="store_true", help="go on with what is in that folder; if empty, begin")
+        sub.add_argument(
+            "--resume", action="store_true", help="continue what is in the --out folder; start anew if it is empty"
+        )
 
-    add_settings(command("train", _train, "train a small language model through a virtual pipeline"))
-    sub = command("compare", _compare, "train with several methods and seeds, and put them into one table")
-    sub.add_argument("--methods", type=_typed(_names), metavar="A,B,...", help="methods; default: those of the demo")
-    sub.add_argument("--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds (default: 0,1,2)")
-    sub.add_argument("--jobs", type=_typed(_count), metavar="N", help="runs at a time (default: the number of cores)")
-    sub.add_argument("--preset", type=_typed(_preset), metavar="NAME", help=f"settings by name: {', '.join(PRESETS)}")
+    add_settings(
+        command("train", _train, "train a small language model through a virtual pipeline; under torchrun, a real one")
+    )
+    sub = command("compare", _compare, "train with several methods and seeds, and put the results into one table")
+    sub.add_argument(
+        "--methods",
+        type=_typed(_names),
+        metavar="A,B,...",
+        help=f"methods to compare (default: {','.join(COMPARED['methods'])})",
+    )
+    sub.add_argument(
+        "--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds to run each method with (default: 0,1,2)"
+    )
+    sub.add_argument(
+        "--jobs", type=_typed(_count), metavar="N", help="number of runs at a time (default: the number of cores)"
+    )
+    sub.add_argument(
+        "--preset",
+        type=_typed(_preset),
+        metavar="NAME",
+        help=f"named settings, which other flags override: {', '.join(PRESETS)} (default: none)",
+    )
     for name, parse, many in (
-        ("lr", _rates, "several: the first seed tries all, the others each method's best"),
-        ("stages", _depths, "several: a table each"),
+        ("lr", _rates, "if several, the first seed tries all of them and the other seeds use each method's best"),
+        ("stages", _depths, "if several, each has a table of its own"),
     ):
         setting = shown[name]
         what = f"{setting.metadata['help']} (default: {setting.default}); {many}"
         sub.add_argument(f"--{name}", type=_typed(parse), metavar="X[,...]", help=what)
     add_settings(sub, "method", "seed", "lr", "stages")
-    sub = command("analyze", _analyze, "what a delay does to the step size in theory: tables and a plot")
+    sub = command("analyze", _analyze, "show what a delay does to the step size in theory, in tables and a plot")
     analysis_arguments(sub, _typed)
-    sub = command("plan", _plan, "what a pipeline of this model would do on other machines: time, memory, delays")
+    sub = command("plan", _plan, "predict time, memory and delays of a pipeline of this model on other machines")
     plan_arguments(sub, _typed)
     for name in MODEL:
         setting = shown[name]
@@ -130,17 +153,23 @@ def _parser() -> argparse.ArgumentParser:
         flag = "--" + name.replace("_", "-")
         sub.add_argument(flag, type=_typed(setting.metadata["parse"]), metavar="X", help=what)
     sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
-    sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
-    sub.add_argument("--stages", type=_typed(_count), required=True, metavar="N", help="stages of the new run")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new run, empty or absent")
-    sub.add_argument("--one-process", action="store_true", help="for one process; default: one for each stage")
+    sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run to regroup")
+    sub.add_argument(
+        "--stages", type=_typed(_count), required=True, metavar="N", help="number of stages of the new run"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the new run, empty or absent")
+    sub.add_argument(
+        "--one-process",
+        action="store_true",
+        help="write the new run for one process (default: for one process per stage)",
+    )
     command("methods", _methods, "list the methods")
-    command("info", _info, "versions, and which backends are available and why")
+    command("info", _info, "show versions, and which backends are available and why")
     return parser
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``parse``, whose ``ValueError`` becomes argparse's message."""
+    """Return ``parse`` with its ``ValueError`` turned into argparse's message."""
 
     def convert(text: str) -> Any:
         try:
@@ -154,13 +183,13 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _names(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise ValueError(f"needs different names with commas between them, not {text!r}")
+        raise ValueError(f"needs distinct names separated by commas, not {text!r}")
     return names
 
 
 def _seeds(text: str) -> list[int]:
     if not all(name.isdecimal() for name in _names(text)):
-        raise ValueError(f"needs whole numbers of at least 0 with commas between them, not {text!r}")
+        raise ValueError(f"needs whole numbers of at least 0, separated by commas, not {text!r}")
     return [int(name) for name in _names(text)]
 
 
@@ -173,7 +202,7 @@ def _depths(text: str) -> list[int]:
 
 
 def _setting(name: str) -> Callable[[str], Any]:
-    """How a setting of a run is read."""
+    """Return the function that parses a setting of a run."""
     from nesterov_pp.training.config import Config
 
     (parse,) = (f.metadata["parse"] for f in fields(Config) if f.name == name)
@@ -193,7 +222,7 @@ def _preset(text: str) -> dict[str, Any]:
 
 
 def _require(*packages: str, extra: str = "train") -> None:
-    """Raises: UserError: an optional package is not installed."""
+    """Raise UserError if an optional package is not installed."""
     from nesterov_pp.training.config import UserError
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -218,7 +247,7 @@ def _compare(arguments: dict[str, Any]) -> None:
     from nesterov_pp.training.config import UserError
 
     if launched():
-        raise UserError("compare starts processes of its own; leave torchrun out")
+        raise UserError("compare starts its own processes; start it without torchrun")
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
     own = {
@@ -246,12 +275,12 @@ def _analyze(arguments: dict[str, Any]) -> None:
 
     path: Path = arguments.pop("out", Path("runs/analysis.png"))
     if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--out {path} cannot be the plot; give the name of a .png file")
+        raise UserError(f"--out {path} cannot be used for the plot; give the name of a .png file")
     make_folder(path.parent)
     console = make_console()
     picture = command.analyze(console, **arguments)
     write_atomic(path, lambda file: file.write(picture))
-    console.print(f"The plot is {path}.", soft_wrap=True)
+    console.print(f"The plot is in {path}.", soft_wrap=True)
 
 
 def _reshard(arguments: dict[str, Any]) -> None:
@@ -283,7 +312,7 @@ def _methods(_: dict[str, Any]) -> None:
 
     table = Table(title="Methods: an update every K microbatches; P stages, numbered i = 1 ... P")
     table.add_column("Name", no_wrap=True)
-    for heading in ("What, and its source", "K", "Extra weights", "State", "Step", "Delay", "Runs in"):
+    for heading in ("Description and source", "K", "Extra weights", "State", "Step", "Delay", "Runs in"):
         table.add_column(heading)
     for recipe in recipes().values():
         cost = of_step(recipe)
@@ -300,10 +329,10 @@ def _methods(_: dict[str, Any]) -> None:
     console = make_console()
     console.print(table)
     console.print(
-        "Extra weights: how many versions of its weights stage i keeps besides the newest, in a real pipeline. "
-        "State: bytes per float32 parameter besides all versions; a copy that is predicted is in it. Step: bytes per "
-        "parameter that a step reads and writes; more: several passes. Delay: what the method takes; constant: it is "
-        "told the expected one. Runs in: both pipelines, or the virtual one."
+        "Extra weights: the number of weight versions that stage i keeps besides the newest, in a real pipeline. "
+        "State: bytes per float32 parameter besides all weight versions, including a predicted copy. Step: bytes per "
+        "parameter that a step reads and writes; more: several passes. Delay: the delays that the method takes; "
+        "constant: it is told the expected one. Runs in: both pipelines, or the virtual one only."
     )
 
 

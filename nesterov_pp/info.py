@@ -1,4 +1,4 @@
-"""What is installed, on which machine, and which backends can step here: what a report of a bug begins with."""
+"""Installed versions, the machine, and the backends that can be used here: the start of a bug report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nesterov_pp.kernels import automatic_backend, available_backends, describe_
 
 
 def info() -> str:
-    """Versions, machine, backends with the reason where one cannot be used, and what ``backend="auto"`` takes."""
+    """Return versions, machine, backends (with the reason where one cannot be used), and the choice of ``"auto"``."""
     module, _ = extension.load()
     found = gpus()
     versions = {
@@ -32,12 +32,12 @@ def info() -> str:
     for name, reason in available_backends().items():
         lines.append(f"  {name:<11}{'yes' if reason is None else 'no':<5}{reason or describe_backend(name)}")
     takes = {"the CPU": automatic_backend("cpu")} | ({"a GPU": automatic_backend("cuda")} if found else {})
-    lines.append('backend="auto" takes ' + ", ".join(f"{name} on {where}" for where, name in takes.items()))
+    lines.append('backend="auto" selects ' + ", ".join(f"{name} on {where}" for where, name in takes.items()))
     return "\n".join(lines)
 
 
 def gpus() -> list[str]:
-    """Name, compute capability and memory of each GPU that torch sees."""
+    """Return the name, compute capability and memory of each GPU that torch sees."""
     if not torch.cuda.is_available():
         return []
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))

@@ -1,4 +1,4 @@
-"""The backends that the numerical tests run over, and where those for devices have their tensors."""
+"""The backends that the numerical tests run over, and the device for the tensors of the device backends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import nesterov_pp as npp
 
 ON_DEVICE = ("triton", "cuda")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Of those; without a GPU Triton's interpreter is a backend for the CPU."""
+"""The device of the backends in ``ON_DEVICE``; without a GPU, Triton's interpreter is a backend for the CPU."""
 
 WHY_NOT = npp.kernels.available_backends()
 BACKENDS = [name for name in ("cpu", "reference", *ON_DEVICE) if WHY_NOT[name] is None]
 
 
 class DrawnOnTheHost(TorchFunctionMode):
-    """Random tensors of a generator on the host, moved to a device: the same numbers on every device."""
+    """A mode that draws random tensors on the host and moves them to a device: equal numbers on every device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

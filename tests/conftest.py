@@ -1,4 +1,4 @@
-"""A test of a backend for devices makes its tensors on one."""
+"""Tests of a device backend create their tensors on that device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrections and predictions to test, and late steps with them."""
+"""Corrections and predictions to test, and a run of late steps with them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(
     sizes: list[int] = SIZES,
     device: str = "cpu",
 ) -> tuple[list[torch.Tensor], FusedOptimizer]:
-    """A ring whose gradients are as late as it allows; all that the last step has left."""
+    """Train a ring with gradients as late as it allows; return the ring, shadow and moments after the last step."""
     generator = torch.Generator().manual_seed(0)
     module = nn.ParameterList([torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes])
     module.to(device)

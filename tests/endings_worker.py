@@ -1,7 +1,7 @@
-"""Pairs of processes, one after the other, of which both stop with an error right after a collective.
+"""Run pairs of processes, one pair after the other, in which both stop with an error right after a collective.
 
-On one core, with every thread but the first one served last: what a loaded machine does now and then to a process that
-ends. Prints the exit statuses of each pair.
+Each pair runs on one core with every thread but the first scheduled last, as can happen to an ending process on a
+loaded machine. Print the exit statuses of each pair.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Independent optimizers in float64, written from the equations, sharing no code with the package."""
+"""Independent float64 optimizers, written from the equations without any code of the package."""
 
 from __future__ import annotations
 

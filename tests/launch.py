@@ -1,4 +1,4 @@
-"""Starting the processes of a pipeline, as torchrun would, and never leaving one behind."""
+"""Helpers that start the processes of a pipeline, as torchrun would, and never leave one behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def start(command: Sequence[str], size: int, port: int | None = None) -> list[subprocess.Popen[str]]:
-    """``python command`` as the processes 0 ... size - 1."""
+    """Start ``python command`` as processes 0 ... size - 1."""
     port = free_port() if port is None else port
     return [
         subprocess.Popen(
@@ -41,10 +41,10 @@ def start(command: Sequence[str], size: int, port: int | None = None) -> list[su
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
-    """Exit status and output of each; all are gone afterwards.
+    """Wait for the processes and return the exit status and output of each; none is left running afterwards.
 
     Raises:
-        subprocess.TimeoutExpired: one of them hangs.
+        subprocess.TimeoutExpired: a process hangs.
     """
     results = []
     try:

@@ -1,4 +1,4 @@
-"""One small layer of every kind whose backward needs its weights in another way."""
+"""Small layers, one for each way in which a backward can need its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MatMul(nn.Module):
 
 
 class Tokens(nn.Module):
-    """An embedding on the tokens found in the sign pattern of its input, so that it has a float input as the others."""
+    """An embedding of tokens taken from the signs of its input, so that its input is float like that of the others."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimizers beside those of torch; NAG beside torch's SGD, of which it is a rescaling."""
+"""The optimizers next to those of torch; NAG next to torch's SGD, of which it is a rescaling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED = ["NAdam", "AdamW"]
 ALL = ["NAdam", "AdamW", "NAG"]
 SHAPES = [(4, 3), (5,), (2, 2, 2)]
 GAMMA = 0.9
-# NAG keeps m = (1 - gamma) times the buffer of torch's SGD(nesterov=True), whose rate is then (1 - gamma) times ours.
+# NAG's m is (1 - gamma) times the buffer of torch's SGD(nesterov=True), so torch's rate is (1 - gamma) times ours.
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "NAdam": torch.optim.NAdam,
     "AdamW": torch.optim.AdamW,
@@ -38,7 +38,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "NAG": [{}, {"maximize": True}],
 }
 CASES = [(name, options) for name, cases in OPTIONS.items() for options in cases]
-"""Names and options that change what a step computes."""
+"""Names with options that change the result of a step."""
 
 
 def values(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
@@ -61,7 +61,7 @@ def detached(ps) -> list[torch.Tensor]:
 
 
 def assert_same_as_torch(name: str, scenario: Callable[[Callable[..., Any]], Any], **ours: Any) -> None:
-    """``scenario(make)`` builds an optimizer with ``make``, uses it, and returns tensors."""
+    """Compare ``scenario(make)``, which builds an optimizer with ``make``, uses it and returns tensors, with torch."""
     mine, theirs = scenario(lambda ps, **o: OURS[name](ps, **o, **ours)), scenario(TORCH[name])
     dtype = torch.promote_types(torch.float32, torch.tensor(0.0).dtype)
     torch.testing.assert_close(mine, theirs, check_stride=False, **MANY_STEPS[dtype])

@@ -1,6 +1,6 @@
-"""One of three processes of a pipeline in which something goes wrong: ``pipeline_failures.py WHAT TIMEOUT``.
+"""Run one of three processes of a pipeline in which something goes wrong: ``pipeline_failures.py WHAT TIMEOUT``.
 
-Prints what the process raised, and ends with status 1.
+Print the exception that the process raised, and end with status 1.
 """
 
 from __future__ import annotations

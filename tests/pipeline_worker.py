@@ -1,4 +1,4 @@
-"""One process of an asynchronous pipeline: runs scenarios one after the other and leaves what came of each in a file.
+"""One process of an asynchronous pipeline: runs scenarios one after the other and saves each result in a file.
 
 Usage: pipeline_worker.py FOLDER SCENARIO,... with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
 """
@@ -28,7 +28,7 @@ from nesterov_pp.pipeline.distributed.transport import TorchLinks
 
 
 class HalvedChannel:
-    """A transport of one's own: each tensor travels as two messages."""
+    """A custom transport that sends each tensor as two messages."""
 
     def __init__(self, whole: Channel) -> None:
         self._whole = whole
@@ -100,7 +100,7 @@ def k_of(options: dict[str, Any]) -> int:
 
 
 def expected(stages: int, name: str) -> dict[str, Any]:
-    """Losses and final weights of the virtual pipeline."""
+    """Return the losses and final weights of the virtual pipeline."""
     options = {k: v for k, v in SCENARIOS[name].items() if k not in ONLY_ASYNC}
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
@@ -139,7 +139,7 @@ def run(world: World, name: str) -> dict[str, Any]:
 
 
 def run_replicas(world: World, name: str) -> dict[str, Any]:
-    """Two replicas of two stages, on alternate microbatches."""
+    """Run two replicas of two stages on alternate microbatches."""
     options = TWO_REPLICAS[name]
     total = REPLICATED_UPDATES * k_of(options)
     stage: nn.Module = model(2, dtype=torch.float64)[world.rank % 2]
@@ -159,7 +159,7 @@ def run_replicas(world: World, name: str) -> dict[str, Any]:
 
 
 def expected_of_replicas(name: str) -> dict[str, Any]:
-    """One pipeline with microbatches twice as large."""
+    """Run one pipeline with microbatches twice as large."""
     options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
     modules = model(2, dtype=torch.float64)
     pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
@@ -171,12 +171,12 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
 
 
 def methods() -> list[str]:
-    """Those that are for several processes too."""
+    """Return the names of the methods that also run in several processes."""
     return [name for name, recipe in recipes().items() if recipe.distributed]
 
 
 def run_methods(world: World, _: str) -> dict[str, Any]:
-    """What came of a short run with every method, or why it was refused."""
+    """Return the losses and weights of a short run with each of ``methods``."""
     found: dict[str, Any] = {}
     for name in methods():
         total = 24 * recipes()[name].accumulation(world.size)
@@ -195,7 +195,7 @@ def expected_of_method(name: str, stages: int) -> dict[str, Any]:
 
 
 def run_on_gpus(world: World, _: str) -> dict[str, Any]:
-    """A GPU for each stage."""
+    """Run every stage on its own GPU."""
     torch.cuda.set_device(world.rank)
     modules = model(world.size, dropout=0.1, dtype=torch.float32)
     device = f"cuda:{world.rank}"
@@ -212,7 +212,7 @@ def expected_on_gpu(stages: int) -> dict[str, Any]:
 
 
 class WithSkip(nn.Module):
-    """Passes on what it was given, a count that needs no gradient, and its output."""
+    """A stage that returns its output, a skip connection, and a count that needs no gradient."""
 
     def __init__(self, stage: nn.Module, last: bool) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class WithSkip(nn.Module):
 
 
 class Autocast(nn.Module):
-    """Computes in bfloat16."""
+    """A stage that computes in bfloat16."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ def bfloat16_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
-    """A model, and what its pipeline is to be told."""
+    """Return a model and the options for its pipeline."""
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     if name == "tuples":
         return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
@@ -283,13 +283,13 @@ def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
 
 
 def checkpoint_blocks(modules: list[nn.Module]) -> None:
-    """Blocks keep no activations, by ``torch.utils.checkpoint`` inside the stages."""
+    """Keep no activations in the blocks: wrap them in ``torch.utils.checkpoint`` inside the stages."""
     for block in (part for module in modules for part in module.modules() if isinstance(part, Block)):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def slow_down(module: nn.Module, draw: random.Random) -> None:
-    """Timing must not change results."""
+    """Pause at random in forwards and backwards; timing must not change results."""
 
     def pause(*_: Any) -> None:
         time.sleep(draw.uniform(0.0, 0.004))

@@ -1,4 +1,4 @@
-"""One of each of torch's learning-rate schedulers, for runs of ``STEPS`` steps."""
+"""One scheduler of every learning-rate scheduler class of torch, for runs of ``STEPS`` steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strange tensors by name: parameters, gradients, and what is done to state."""
+"""Strange tensors by name: parameters, gradients, and changes to state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 DEADLY = {"freed", "cut short", "wrapping what was freed"}
-"""What makes torch's own operators read memory that is not there."""
+"""Tensors that make torch's own operators read memory that does not exist."""
 
 
 class Wrapped(Tensor):
-    """A tensor that only looks like one: its elements are those of another, which its operators take."""
+    """A wrapper tensor without elements of its own: its operators use those of another tensor."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapped:
@@ -33,11 +33,11 @@ class Wrapped(Tensor):
 
 
 class Mine(nn.Parameter):
-    """A parameter of a type of one's own, without operators of its own."""
+    """A parameter of a user's own type, without operators of its own."""
 
 
 def values(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Random numbers not near 0, whose squares float16 has, too."""
+    """Draw random numbers away from 0, so that their squares are representable in float16 too."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     drawn = torch.randn(shape, generator=generator, dtype=wide)
@@ -47,49 +47,49 @@ def values(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def negated(t: Tensor) -> Tensor:
-    """The same values under the negative bit."""
+    """Return the values of ``t`` under the negative bit."""
     return torch._neg_view(t.detach().clone().neg_())
 
 
 def conjugated(t: Tensor) -> Tensor:
-    """The same values under the conjugate bit, of complex tensors."""
+    """Return the values of ``t`` under the conjugate bit if it is complex."""
     return t.detach().clone().conj().resolve_conj().conj() if t.is_complex() else t
 
 
 def freed(t: Tensor) -> Tensor:
-    """Without the memory of its elements."""
+    """Free the memory of the elements."""
     t.untyped_storage().resize_(0)
     return t
 
 
 def cut_short(t: Tensor) -> Tensor:
-    """With one byte too few."""
+    """Remove the last byte of the storage."""
     t.untyped_storage().resize_(max(0, t.untyped_storage().nbytes() - 1))
     return t
 
 
 def with_gaps(t: Tensor) -> Tensor:
-    """Every other element of something larger."""
+    """Return the values of ``t`` as every other element of a larger tensor."""
     larger = torch.zeros((*t.shape, 2), dtype=t.dtype)
     larger[..., 0] = t
     return larger[..., 0]
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The same shape, with its strides in the opposite order."""
+    """Return ``t`` with its strides in the opposite order."""
     order = tuple(range(t.dim()))[::-1]
     return t.permute(order).contiguous().permute(order) if t.dim() > 1 else t
 
 
 def within(t: Tensor) -> Tensor:
-    """In the middle of something larger, not at an aligned address."""
+    """Return the values of ``t`` in the middle of a larger tensor, at an unaligned address."""
     larger = torch.zeros(t.numel() + 3, dtype=t.dtype)
     larger[1 : 1 + t.numel()] = t.flatten()
     return larger[1 : 1 + t.numel()].view(t.shape)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """One element everywhere."""
+    """Return the first element of ``t``, expanded to its shape."""
     return t.flatten()[:1].reshape([1] * t.dim()).expand(t.shape) if t.numel() else t
 
 

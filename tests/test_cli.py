@@ -1,4 +1,4 @@
-"""The command line: what it refuses and how, what it lists."""
+"""The command line: what it refuses and how, and what it lists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with good and bad data, a folder with files in it, and a file where a folder should be."""
+    """Make a working folder with good and bad data, a folder with files in it, and a file where a folder should be."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "latin.txt").write_bytes(TEXT.encode() + b"caf\xe9\n" + TEXT.encode())
     (tmp_path / "empty.txt").touch()
@@ -68,7 +68,7 @@ BAD = [
     *(
         []
         if torch.cuda.is_available()
-        else [("train --device cuda", "--device cuda needs a GPU, and torch finds none")]
+        else [("train --device cuda", "--device cuda needs a GPU, but torch finds none")]
     ),
     ("train --backend gpu", "argument --backend: needs one of auto, "),
     ("train --backend cuda --data text.txt", "backend 'cuda' cannot be used: "),
@@ -84,26 +84,26 @@ BAD = [
     ("train --data image.png", "image.png is binary"),
     ("train --data nothing", "nothing holds no text (it has no files)"),
     ("train --data pictures", "pictures holds no text (its 1 files are empty or binary)"),
-    ("train --data text.txt --context 5000", "--context 5000 needs 5001 tokens of validation text"),
-    ("train --data latin.txt --tokenizer bpe", "a BPE needs UTF-8 text"),
+    ("train --data text.txt --context 5000", "--context 5000 needs at least 5001 tokens of validation text"),
+    ("train --data latin.txt --tokenizer bpe", "--tokenizer bpe needs UTF-8 text"),
     ("train --data text.txt --width 4194304 --heads 1", "not enough memory"),
     (f"train {SMALL} --out text.txt", "--out text.txt cannot be used: Not a directory"),
     (f"train {SMALL} --out text.txt/deep", "--out text.txt/deep cannot be used: Not a directory"),
     (f"train {SMALL} --out /proc/nowhere", "--out /proc/nowhere cannot be created"),
-    (f"train {SMALL} --out thesis", "thesis holds other files and no run"),
-    (f"train {SMALL} --out thesis --resume", "thesis holds other files and no run"),
+    (f"train {SMALL} --out thesis", "thesis holds other files but no run"),
+    (f"train {SMALL} --out thesis --resume", "thesis holds other files but no run"),
     ("compare --methods nesterov,adam --data text.txt", "unknown method 'adam'"),
-    ("compare --methods nesterov,nesterov", "argument --methods: needs different names"),
-    ("compare --methods ,", "argument --methods: needs different names"),
+    ("compare --methods nesterov,nesterov", "argument --methods: needs distinct names"),
+    ("compare --methods ,", "argument --methods: needs distinct names"),
     ("compare --seeds 0,one", "argument --seeds: needs whole numbers"),
     ("compare --seeds -1", "argument --seeds"),
     ("compare --jobs 0", "argument --jobs: needs a whole number of at least 1"),
     ("compare --preset huge", "argument --preset: needs one of demo"),
     ("compare --method nesterov", "unrecognized arguments: --method"),
     ("compare --data empty.txt", "empty.txt is empty"),
-    ("compare --data text.txt --context 5000", "--context 5000 needs 5001 tokens"),
-    ("compare --data latin.txt --tokenizer bpe", "a BPE needs UTF-8 text"),
-    ("compare --data text.txt --out thesis", "thesis already holds something"),
+    ("compare --data text.txt --context 5000", "--context 5000 needs at least 5001 tokens"),
+    ("compare --data latin.txt --tokenizer bpe", "--tokenizer bpe needs UTF-8 text"),
+    ("compare --data text.txt --out thesis", "thesis is not empty; add --resume"),
     ("compare --data text.txt --out text.txt", "--out text.txt cannot be used"),
     ("methods --all", "unrecognized arguments: --all"),
 ]
@@ -146,7 +146,7 @@ def python_m(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_real_process_trains(place: Path) -> None:
-    """``--out`` is ``runs/METHOD`` where it is not given."""
+    """``--out`` defaults to ``runs/METHOD``."""
     result = python_m("train", *SMALL.split(), "--sample-length", "4", "--method", "pipedream", cwd=place)
     assert result.returncode == 0, result.stderr
     assert "Validation loss" in result.stdout
@@ -224,10 +224,10 @@ def test_info_says_which_backends_are_available_and_why(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ([], "takes cpu on the CPU, cuda on a GPU"),
-        (["cuda"], "takes cpu on the CPU, triton on a GPU"),
-        (["cuda", "triton"], "takes cpu on the CPU, reference on a GPU"),
-        (["cuda", "triton", "cpu"], "takes reference on the CPU, reference on a GPU"),
+        ([], "selects cpu on the CPU, cuda on a GPU"),
+        (["cuda"], "selects cpu on the CPU, triton on a GPU"),
+        (["cuda", "triton"], "selects cpu on the CPU, reference on a GPU"),
+        (["cuda", "triton", "cpu"], "selects reference on the CPU, reference on a GPU"),
     ],
 )
 def test_info_says_what_auto_takes(
@@ -247,7 +247,7 @@ def test_info_says_what_auto_takes(
 
 def test_info_needs_nothing_but_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("rich", "matplotlib", "scipy", "numpy"):
-        monkeypatch.setitem(sys.modules, name, None)  # then an import fails
+        monkeypatch.setitem(sys.modules, name, None)  # so that an import fails
     assert main(["info"]) == 0
     assert "backend=" in capsys.readouterr().out
 
@@ -267,4 +267,4 @@ def test_compare_is_not_for_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare"]) == 2
-    assert "leave torchrun out" in capsys.readouterr().err
+    assert "start it without torchrun" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The measure that tests judge by."""
+"""The distance by which the tests judge results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_ulps_apart(dtype):
     eps = torch.finfo(dtype).eps
     assert ulps_apart(one, one) == 0
     assert ulps_apart(one, one + eps) == 1
-    assert ulps_apart(one, one - eps) == 2  # below a power of two the values lie twice as dense
+    assert ulps_apart(one, one - eps) == 2  # below a power of two, values are twice as dense
     assert ulps_apart(-one, -one - 3 * eps) == 3
     zero = torch.zeros(1, dtype=dtype)
     tiny = torch.finfo(dtype).smallest_normal * eps

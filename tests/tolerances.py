@@ -1,7 +1,7 @@
-"""How far results may be apart: one table for all tests.
+"""Tolerances for comparing results: one table for all tests.
 
-One step: four roundings of a value of order one (four machine epsilons), where terms cancel; a run: a hundred. Chosen
-from the machine epsilon (1.2e-7 for float32, 2.2e-16 for float64), not from results.
+One step may differ by four roundings of a value of order one (four machine epsilons), where terms cancel; a run by a
+hundred. The values follow from the machine epsilon (1.2e-7 for float32, 2.2e-16 for float64), not from results.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ EXACT = {"rtol": 0.0, "atol": 0.0}
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ULPS = {torch.bfloat16: 1, torch.float16: 1}
-"""How far two backends' results of one step may be apart in units in the last place: both compute in float32, so a
-value next to a midpoint may be rounded either way."""
+"""The allowed distance between two backends' results of one step, in units in the last place: both compute in float32,
+so a value next to a midpoint may be rounded either way."""
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The largest distance between elements, counted in representable values between them.
+    """Return the largest distance between elements, counted in representable values.
 
-    Signed zeros are equal, and so are NaN; a NaN and a number are as far apart as can be.
+    Zeros of either sign are equal, and so are NaNs; a NaN and a number are as far apart as possible.
     """
     assert a.dtype == b.dtype
     assert a.shape == b.shape
@@ -31,12 +31,12 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     def ordered(t: torch.Tensor) -> torch.Tensor:
         integer = _INTEGER[t.element_size()]
         bits = t.detach().contiguous().view(integer)
-        # The magnitude counts up from zero in both directions.
+        # Magnitudes count up from zero in both directions.
         return torch.where(bits < 0, torch.iinfo(integer).min - bits, bits).to(torch.int64)
 
     x, y = ordered(a), ordered(b)
     half = torch.iinfo(torch.int64).max // 2
-    apart = x.abs().clamp(max=half) + y.abs().clamp(max=half)  # around zero
+    apart = x.abs().clamp(max=half) + y.abs().clamp(max=half)  # for values on both sides of zero
     distance = torch.where((x < 0) == (y < 0), (x - y).abs(), apart)
     distance[a.isnan() & b.isnan()] = 0
     distance[a.isnan() ^ b.isnan()] = torch.iinfo(torch.int64).max // 2

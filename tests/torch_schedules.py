@@ -1,7 +1,7 @@
-"""Pipelines that torch's own schedules drive, unchanged: a second opinion on what the asynchronous pipeline does.
+"""Pipelines driven by torch's own, unchanged schedules: an independent check of the asynchronous pipeline.
 
 ``Schedule1F1B`` over one long segment runs forwards and backwards in the order of PipeDream. A stage that steps its
-optimizer inside ``backward_one_chunk`` makes an asynchronous pipeline of it, with nothing but public names.
+optimizer inside ``backward_one_chunk`` turns it into an asynchronous pipeline, using public names only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEED = 7
 
 
 class Stepping(PipelineStage):
-    """Steps after every backward, and runs every forward with the version that its delay gives it."""
+    """A stage that steps after every backward and runs every forward with the version that follows from its delay."""
 
     def __init__(self, module: torch.nn.Module, world: World) -> None:
         super().__init__(module, world.rank, world.size, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A small model cut into stages, and data for it by the number of the microbatch."""
+"""A small model cut into stages, and its data by microbatch number."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The passes over many tensors as Triton kernels.
 
-They read the table of ``csrc/device/table.h`` and compute what ``csrc/device/pass.h`` does, one program a chunk.
-Numbers that change from step to step are never compile-time constants, so no step compiles anything anew.
+They read the table of ``csrc/device/table.h`` and compute the same as ``csrc/device/pass.h``, with one program per
+chunk. Numbers that change from step to step are never compile-time constants, so no step recompiles a kernel.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 CHUNK = 16384
-"""Elements of one tensor that one program passes over: ``device::kChunk``."""
+"""The number of elements of one tensor that one program passes over: ``device::kChunk``."""
 
-# Columns of the table, in words of 64 bits a tensor.
+# Columns of the table, which have one 64-bit word per tensor.
 _ROW = tl.constexpr(0)
 _GRAD = tl.constexpr(1)
 _ALIGNED = tl.constexpr(2)
@@ -24,7 +24,7 @@ _EXP_AVG_SQ = tl.constexpr(7)
 _MEAN = tl.constexpr(8)
 _SHADOW = tl.constexpr(9)
 _SLOTS = tl.constexpr(10)
-_STEP = tl.constexpr(9)  # of the words of a row: the number of the step; a correction's scalars come after it
+_STEP = tl.constexpr(9)  # word of a row: the number of the step; the scalars of a correction follow
 _ROW_WORDS = tl.constexpr(10)
 _CORRECTED_ROW_WORDS = tl.constexpr(17)
 _CHUNK = tl.constexpr(CHUNK)
@@ -47,7 +47,7 @@ def _word(table, tensors, column, tensor):
 
 @triton.jit
 def _span(table, chunks, tensors):
-    """Tensor, first element and number of elements of this program's chunk; and the tensor's row and alignment."""
+    """Return this program's chunk (tensor, first element, number of elements) and the tensor's row and alignment."""
     word = tl.load(chunks + tl.program_id(0))
     tensor = word >> 32
     begin = (word & 0xFFFFFFFF) * _CHUNK
@@ -60,7 +60,7 @@ def _span(table, chunks, tensors):
 
 @triton.jit
 def _mean_scalars(complement, T: tl.constexpr):
-    """The weight of ``_mean``, below 0 where it is taken from ``x``, and whether it is added to ``m``."""
+    """Return the weight of ``_mean``, negative if the mean starts from ``x``, and whether it starts from ``m``."""
     is_small = complement.to(T) < 0.5
     return tl.where(is_small, complement, complement - 1.0).to(T), is_small
 
@@ -89,8 +89,8 @@ def _decay(weight, decay):
 
 @triton.jit
 def _coefficients(r, factor, T: tl.constexpr, SCALED: tl.constexpr):
-    """Those of a row, in the dtype to compute in: grad_scale, l2, decay, c_grad, c_momentum, inv_bias2 and eps, and
-    those of the two means."""
+    """Load the scalars of a row in the dtype to compute in: grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps,
+    and those of the two means."""
     grad_scale = tl.load(r)
     if SCALED:
         grad_scale = grad_scale * tl.load(factor)
@@ -120,7 +120,7 @@ def _store(pointer, lanes, value, mask, FULL: tl.constexpr):
 
 @triton.jit
 def _carry(old, new, count, BLOCK: tl.constexpr):
-    """Copies a chunk of a weight that received no gradient into the next slot."""
+    """Copy a chunk of a weight that received no gradient into the next slot."""
     lanes = tl.arange(0, BLOCK)
     start = 0
     while start < count:
@@ -147,7 +147,7 @@ def _quotient(x, y):
 
 @triton.jit
 def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """``value`` in the dtype ``TO``. The interpreter would cut the lower bits of a bfloat16 off: there in integers."""
+    """Convert ``value`` to ``TO``. The interpreter truncates to bfloat16, so there the rounding is done in integers."""
     if (tl.bfloat16 != TO) or (not (STOCHASTIC or _INTERPRETED)):
         return value.to(TO)
     else:
@@ -160,7 +160,7 @@ def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
-    """Two words of each of BLOCK elements from ``first`` on, which is even (csrc/random.h)."""
+    """Return two random words for each of BLOCK elements starting at ``first``, which is even (csrc/random.h)."""
     pair = (first // 2).to(tl.uint64) + tl.arange(0, BLOCK // 2).to(tl.uint64)
     a = (pair & 0xFFFFFFFF).to(tl.uint32)
     b = (pair >> 32).to(tl.uint32)
@@ -177,7 +177,7 @@ def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _correction(r, T: tl.constexpr):
-    """The scalars of a correction: strength, inv_bias, eps and those of the prediction, and those of its two means."""
+    """Load the scalars of a correction: strength, inv_bias, eps, those of the prediction and those of the two means."""
     weight, is_small = _mean_scalars(tl.load(r + 1), T)
     kept, rest, complement = _square_mean_scalars(tl.load(r + 1), T)
     return (
@@ -188,7 +188,7 @@ def _correction(r, T: tl.constexpr):
 
 @triton.jit
 def _difference(a, b):
-    """Infinite weights are no distance apart."""
+    """Return ``a - b``, and 0 for infinite weights of the same sign."""
     return tl.where(a == b, 0.0, a - b)
 
 
@@ -209,7 +209,7 @@ def _step_block(
     mask = start + lanes < count
     weight = _load(w + start, lanes, mask, FULL).to(T)
     g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T)
-    if CORRECTS:  # a choice for the whole block takes fewer registers here, one by element without a correction
+    if CORRECTS:  # with a correction, one branch per block takes fewer registers; without, a choice per element
         if l2 != 0:
             g = g + l2 * weight
     else:
@@ -225,7 +225,7 @@ def _step_block(
             a = _load(mean + start, lanes, mask, FULL).to(T)
         if (KIND != 0) and (KIND != _DISCREPANCY):
             seen = weight
-            if W != G:  # as the gradient's dtype has both: a master that was not stepped since is no distance apart
+            if W != G:  # in the gradient's dtype: the difference is 0 for a master that was not stepped since
                 seen = _narrowed(weight, lanes, G, False).to(T)
             apart = _difference(seen, _load(late + start, lanes, mask, FULL).to(T))
             if KIND == _COMPENSATION:
@@ -249,7 +249,7 @@ def _step_block(
         second = first
     if NORMALISER == _RMS:
         v1 = _square_mean(_load(v + start, lanes, mask, FULL).to(T), g, kept2, rest2, weight2)
-        if tl.float16 == M:  # what overflows there is infinite in this step too
+        if tl.float16 == M:  # a value that overflows float16 is infinite in this step too
             v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
         denominator = _root(v1 * inv_bias2) + eps
         direction = _quotient(direction, denominator)
@@ -291,11 +291,12 @@ def step_kernel(
     CORRECTS: tl.constexpr, KIND: tl.constexpr, RING_PREDICTS: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of the step.
+    """Step one chunk.
 
-    ``table``, ``chunks``: int64; ``rows``: float64, 10 words each, with CORRECTS 17; ``factor``: float64, read if
-    SCALED; ``grads``, ``source`` and ``target``: ring slots; ``key0`` and ``key1``: the seed's halves. W, G, M: dtypes
-    of the weights computed with, of gradients and of moments; T: the dtype to compute in. NORMALISER and KIND: of
+    ``table`` and ``chunks`` are int64. ``rows`` is float64 with 10 words per row, 17 with CORRECTS. ``factor`` is
+    float64 and read only if SCALED. ``grads``, ``source`` and ``target`` are ring slots. ``key0`` and ``key1`` are the
+    halves of the seed. W, G and M are the dtypes of the weights computed with, of the gradients and of the moments; T
+    is the dtype to compute in. NORMALISER and KIND are values of ``Normaliser`` and ``CorrectionKind`` in
     ``nesterov_pp.kernels``.
     """
     tensor, begin, count, row, aligned = _span(table, chunks, tensors)
@@ -308,7 +309,7 @@ def step_kernel(
     step = tl.load(r + _STEP).to(tl.uint32)
     if step == 0:
         return
-    # What is stepped lies in the ring, and its shadow has the prediction, or the other way round.
+    # The stepped weights are in the ring and the predicted weights in the shadow, or the other way round.
     old = _SLOTS + source
     new = _SLOTS + target
     predicted = tl.full((), _SHADOW, tl.int32)
@@ -360,7 +361,7 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=["tensors"])
 def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of squares of one chunk's gradients, 0 for a tensor without one, to ``partials`` (float64)."""
+    """Write the sum of squares of a chunk's gradients, 0 for a tensor without one, to ``partials`` (float64)."""
     tensor, begin, count, row, aligned = _span(table, chunks, tensors)
     if row < 0:
         count = 0
@@ -382,7 +383,7 @@ def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.cons
 
 @triton.jit(do_not_specialize=["count"])
 def scaling_kernel(partials, count, scale, limit, grad_scale, result, UNSCALES: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the norm times ``scale`` over the loss scale, and the factor of ``device::factor_of``, to ``result``."""
+    """Write the norm times ``scale`` over the loss scale, and the factor of ``device::factor_of``, to ``result``."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
     start = 0

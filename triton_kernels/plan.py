@@ -1,4 +1,4 @@
-"""A step by Triton kernels."""
+"""The plan of the triton backend, and the launches of its kernels."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from nesterov_pp.kernels.scalars import Coefficients, Correction
 from . import kernels
 
 _DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
-_SUMS = 1024  # elements that the last reduction adds up at a time
+_SUMS = 1024  # elements that the last reduction adds at a time
 _WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a pass is cut: the same for every step, and never chosen by trying out a kernel that works in place."""
+    """The launch shape of a pass: the same for every step, and never autotuned, since the kernels work in place."""
 
     block: int
     warps: int
-    registers: int | None = None  # at most, in a thread; None: as the assembler likes
+    registers: int | None = None  # limit per thread; None leaves the number to the assembler
 
 
-# Eight elements a thread: a vector of 16 bytes of bfloat16, two of float32.
+# Eight elements per thread: one 16-byte vector of bfloat16, two of float32.
 STEP, SQUARES = Shape(block=1024, warps=4), Shape(block=2048, warps=8)
 DOUBLE = Shape(block=512, warps=4)
-MIXED = Shape(block=1024, warps=4, registers=96)  # left to itself the assembler of sm_90 spills one of 72
+MIXED = Shape(block=1024, warps=4, registers=96)  # without a limit the assembler of sm_90 spills one of 72
 
 
 def shape_of(weight: Any, moment: Any) -> Shape:
-    """How a step of weights and moments of these dtypes is cut."""
+    """Return the launch shape of a step with weights and moments of these dtypes."""
     if weight == tl.float64:  # takes twice the registers
         return DOUBLE
     return MIXED if (weight, moment) == (tl.float32, tl.bfloat16) else STEP
 
 
 class Launches:
-    """What the kernels of one plan are launched with."""
+    """The launches of the kernels of one plan."""
 
     def __init__(self, tensors: Tensors, seed: int | None) -> None:
         self.seed = seed
@@ -61,7 +61,7 @@ class Launches:
         }
 
     def step(self, rows: Tensor, slots: Sequence[int]) -> None:
-        """One launch for each group of tensors that agree in dtypes; ``slots``: a ``StepSlots``."""
+        """Launch a kernel for each group of tensors with the same dtypes; ``slots`` is a ``StepSlots``."""
         with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call] # Triton launches on the current device
             for group in self.groups:
                 self._step(group, rows, slots)
@@ -95,7 +95,7 @@ class Launches:
         )
 
     def reduce(self, scale: float, limit: float, grad_scale: Tensor | None, *, norm: bool = True) -> Tensor:
-        """The gradients' norm times ``scale`` over the loss scale, and the factor for the next step, in float64."""
+        """Return the norm times ``scale`` over the loss scale, and the factor for the next step, in float64."""
         with torch.cuda.device_of(self.groups[0].table):  # type: ignore[no-untyped-call]
             return self._reduce(scale, limit, grad_scale, norm=norm)
 
@@ -119,7 +119,7 @@ class Launches:
                 enable_fp_fusion=False,
             )
         result = torch.empty(2, dtype=torch.float64, device=device)
-        # Filled on the device: a copy from the host would have to keep its source for as long as a graph is replayed.
+        # Filled on the device: the source of a copy from the host would have to live as long as a graph is replayed.
         numbers = torch.full((2,), scale, dtype=torch.float64, device=device)
         numbers[1:].fill_(limit)
         kernels.scaling_kernel[(1,)](
@@ -144,7 +144,7 @@ class TritonPlan:
 
     def __init__(self, tensors: Tensors, seed: int | None = None) -> None:
         module = extension.require()
-        # The plan keeps the launches and not the other way round: C++ holds no reference back to Python's plan.
+        # The plan keeps the launches and not the other way round, so that C++ holds no reference to the Python plan.
         self._launches = Launches(tensors, seed)
         self._plan = module.DevicePlan(
             tensors=extension.tensors_of(module, tensors), seed=seed, launch=self._launches.step, captures=captures
@@ -153,7 +153,7 @@ class TritonPlan:
     def collect(self, slots: StepSlots) -> list[StepClass]:
         self._launches.scaling = None
         classes: list[StepClass] = self._plan.collect(slots)
-        # Anew, for a step that is captured in a graph has tables of its own.
+        # Read at every step, since a step that is captured in a graph has tables of its own.
         self._launches.groups = [group for group in self._plan.launches() if group.chunks.numel()]
         return classes
 
@@ -187,5 +187,5 @@ class TritonPlan:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors too."""
+    """Return whether Triton runs its kernels in Python, which also works on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)

@@ -7,8 +7,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define NPP_UNROLL _Pragma("unroll")
+#define NPP_ROLLED _Pragma("unroll 1")
 #else
 #define NPP_UNROLL
+#define NPP_ROLLED
 #endif
 
 namespace nesterov_pp::device {
@@ -90,6 +92,16 @@ struct Noise16 {
   NPP_HD unsigned int bits() const { return upper ? word >> 16 : word & 0xffffU; }
 };
 
+// What a device makes of an operation on NaN is 0x7fffffff, which noise would turn into -0: another NaN.
+NPP_HD double roundable(double value) { return value; }
+NPP_HD float roundable(float value) {
+#if defined(__CUDA_ARCH__)
+  return __int_as_float(min(__float_as_int(value), 0x7fc00000));
+#else
+  return value;
+#endif
+}
+
 #if defined(__CUDA_ARCH__)
 // Two elements of a word, the first in its lower half.
 template <class S>
@@ -100,11 +112,6 @@ __device__ __forceinline__ unsigned int nearest_pair(float first, float second) 
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   return pair;
-}
-
-// What an operation on NaN gives is 0x7fffffff, which noise would turn into -0: another NaN.
-__device__ __forceinline__ float roundable(float value) {
-  return __int_as_float(min(__float_as_int(value), 0x7fc00000));
 }
 
 // Plus the lower half of `noise`, or the upper one.
@@ -131,8 +138,8 @@ NPP_HD void put_nearest(Pack<S, N>& pack, int begin, const T (&values)[L]) {
   }
 }
 
-// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element. `roundable_already`: see above.
-template <bool roundable_already, int L, class T, class S, int N>
+// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element.
+template <int L, class T, class S, int N>
 NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
   if constexpr (!kSame<S, BFloat16>) {
     put_nearest(pack, begin, values);
@@ -141,8 +148,7 @@ NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], co
     for (int j = 0; j < L; ++j) {
 #if defined(__CUDA_ARCH__)
       if (j % 2 != 0) continue;
-      const auto of = [&](int k) { return noisy(roundable_already ? values[k] : roundable(values[k]), noise[k]); };
-      const unsigned int first = of(j), second = L == 1 ? 0 : of(j + 1);
+      const unsigned int first = noisy(values[j], noise[j]), second = L == 1 ? 0 : noisy(values[j + 1], noise[j + 1]);
       const unsigned int pair = __byte_perm(first, second, 0x7632);
       __builtin_memcpy(&pack.values[begin + j], &pair, L == 1 ? sizeof(S) : sizeof(pair));
 #else

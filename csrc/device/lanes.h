@@ -3,95 +3,87 @@
 // [note: roots and quotients without branches of their own]
 // A correctly rounded root or quotient is an estimate by the hardware and some fused multiply-adds that correct it, if
 // nothing on the way overflows or loses bits; for the rest there is a slower way. CUDA's own root and division ask for
-// each of them which it is, and branch: a third of the instructions of a step. `stepped` makes the same estimates and
-// corrections for some elements, asks once for all of them, and else has CUDA compute them one by one. With
-// 2^-100 <= momentum, 2^-100 <= square <= 2^20 and eps <= 2^20, root + eps is from 2^-50 to 2^21, the quotient is at
-// least 2^-121, and remainders are multiples of 2^-147, so that every step is exact where it has to be, unless
-// something overflows: then the new weight is not finite. The bits are those of the CPU either way. Second moments that
-// overflow where they are stored go the slow way too; so does NaN, which is made ready for stochastic rounding there.
+// each of them which it is, and branch: a third of the instructions of a step. Lanes are computed with as if all were
+// well, and carry along whether that is `sure`; a step whose result is not is computed again, one element at a time,
+// with CUDA's. A root is sure from 2^-100 on. So divisors, sums of roots and of what is not negative, are 2^-50 or
+// more; a quotient is sure if its divisor is at most 2^21 and its dividend 2^-100 or more, or 0: it is 2^-121 or more
+// then, and remainders are multiples of 2^-147. What overflows, infinite weights, and NaN make a new weight that is not
+// finite, which is asked for at the end, so that nothing else has to be. The bits are those of the CPU either way.
 #pragma once
 
 #include "codec.h"
 
 namespace nesterov_pp::device {
 
+using nesterov_pp::difference;
+
 template <class T, int N>
 struct Lanes {
   T x[N];
+  bool sure = true;  // whether they are what CUDA's root and division would have made of them
 };
 
 // Lane by lane.
 template <int N, class F>
-NPP_HD auto each(F f) {
+NPP_HD auto each(bool sure, F f) {
   Lanes<decltype(f(0)), N> result;
   NPP_UNROLL
   for (int j = 0; j < N; ++j) result.x[j] = f(j);
+  result.sure = sure;
   return result;
 }
 
 template <class T, int N>
 NPP_HD Lanes<T, N> operator+(const Lanes<T, N>& a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a.x[j] + b.x[j]; });
+  return each<N>(a.sure & b.sure, [&](int j) { return a.x[j] + b.x[j]; });
 }
 template <class T, int N>
 NPP_HD Lanes<T, N> operator-(const Lanes<T, N>& a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a.x[j] - b.x[j]; });
+  return each<N>(a.sure & b.sure, [&](int j) { return a.x[j] - b.x[j]; });
 }
 template <class T, int N>
 NPP_HD Lanes<T, N> operator*(const Lanes<T, N>& a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a.x[j] * b.x[j]; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator/(const Lanes<T, N>& a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a.x[j] / b.x[j]; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator+(const Lanes<T, N>& a, T b) {
-  return each<N>([&](int j) { return a.x[j] + b; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator+(T a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a + b.x[j]; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator*(T a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a * b.x[j]; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator*(const Lanes<T, N>& a, T b) {
-  return each<N>([&](int j) { return a.x[j] * b; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> operator/(T a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a / b.x[j]; });
+  return each<N>(a.sure & b.sure, [&](int j) { return a.x[j] * b.x[j]; });
 }
 template <class T, int N>
 NPP_HD Lanes<bool, N> operator==(const Lanes<T, N>& a, const Lanes<T, N>& b) {
-  return each<N>([&](int j) { return a.x[j] == b.x[j]; });
+  return each<N>(a.sure & b.sure, [&](int j) { return a.x[j] == b.x[j]; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator+(const Lanes<T, N>& a, T b) {
+  return each<N>(a.sure, [&](int j) { return a.x[j] + b; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator+(T a, const Lanes<T, N>& b) {
+  return each<N>(b.sure, [&](int j) { return a + b.x[j]; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator*(T a, const Lanes<T, N>& b) {
+  return each<N>(b.sure, [&](int j) { return a * b.x[j]; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator*(const Lanes<T, N>& a, T b) {
+  return each<N>(a.sure, [&](int j) { return a.x[j] * b; });
 }
 template <class T, int N>
 NPP_HD Lanes<bool, N> operator<(const Lanes<T, N>& a, T b) {
-  return each<N>([&](int j) { return a.x[j] < b; });
+  return each<N>(a.sure, [&](int j) { return a.x[j] < b; });
 }
 template <class T, int N>
 NPP_HD Lanes<bool, N> operator>(const Lanes<T, N>& a, T b) {
-  return each<N>([&](int j) { return a.x[j] > b; });
+  return each<N>(a.sure, [&](int j) { return a.x[j] > b; });
 }
 template <class T, int N>
 NPP_HD Lanes<bool, N> operator>=(const Lanes<T, N>& a, T b) {
-  return each<N>([&](int j) { return a.x[j] >= b; });
+  return each<N>(a.sure, [&](int j) { return a.x[j] >= b; });
 }
 template <class T, int N>
 NPP_HD Lanes<T, N> choose(const Lanes<bool, N>& mask, const Lanes<T, N>& yes, const Lanes<T, N>& no) {
-  return each<N>([&](int j) { return mask.x[j] ? yes.x[j] : no.x[j]; });
-}
-template <class T, int N>
-NPP_HD Lanes<T, N> square_root(const Lanes<T, N>& a) {
-  return each<N>([&](int j) { return nesterov_pp::square_root(a.x[j]); });
+  return each<N>(mask.sure & yes.sure & no.sure, [&](int j) { return mask.x[j] ? yes.x[j] : no.x[j]; });
 }
 template <class T, int N>
 NPP_HD Lanes<T, N> absolute(const Lanes<T, N>& a) {
-  return each<N>([&](int j) { return nesterov_pp::absolute(a.x[j]); });
+  return each<N>(a.sure, [&](int j) { return nesterov_pp::absolute(a.x[j]); });
 }
 
 #if defined(__CUDA_ARCH__)
@@ -114,67 +106,116 @@ NPP_HD float corrected_quotient(float a, float b, float inverse) {
   return fused(fused(-b, quotient, a), better, quotient);
 }
 
-constexpr float kLeast = 0x1p-100f, kMost = 0x1p20f;
-
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float easily_normalised(float momentum, float square, float eps) {
-  float inverse;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
-  const float divisor = corrected_root(square, inverse) + eps;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
-  return corrected_quotient(momentum, divisor, inverse);
+// Of doubles, and on a host.
+template <class T, int N>
+NPP_HD Lanes<T, N> square_root(const Lanes<T, N>& a) {
+  return each<N>(a.sure, [&](int j) { return nesterov_pp::square_root(a.x[j]); });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator/(const Lanes<T, N>& a, const Lanes<T, N>& b) {
+  return each<N>(a.sure & b.sure, [&](int j) { return a.x[j] / b.x[j]; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> operator/(T a, const Lanes<T, N>& b) {
+  return each<N>(b.sure, [&](int j) { return a / b.x[j]; });
+}
+template <class T, int N>
+NPP_HD Lanes<T, N> quotient(const Lanes<T, N>& a, const Lanes<T, N>& b) {
+  return a / b;
 }
 
-template <class P, int N>
-__device__ __forceinline__ Lanes<float, N> stepped(const Scalars<float>& c, const Lanes<float, N>& w,
-                                                   const Lanes<float, N>& momentum, Lanes<float, N>& m,
-                                                   Lanes<float, N>& v) {
-  const Lanes<float, N> square = v * c.inv_bias2;
-  const float least = c.eps <= kMost ? kLeast : __builtin_inff();
-  // The largest float16, as a square: what is above it may overflow.
-  const float most = P::kHalfMoments ? fminf(65504.0f * c.inv_bias2, kMost) : kMost;
-  // Positive numbers are in the order of their bits, and whatever else there is comes after them.
-  unsigned int furthest = 0;
-  bool easy = true;
+template <class T, int N>
+NPP_HD bool is_sure(const Lanes<T, N>& a) {
+  return a.sure;
+}
+
+#if defined(__CUDA_ARCH__)
+constexpr float kLeast = 0x1p-100f, kMost = 0x1p21f;
+
+// Whether all are at least `least`, for numbers of which the bits have the sign bit 0; NaN passes.
+template <int N>
+__device__ __forceinline__ bool all_from(float least, const Lanes<float, N>& a) {
+  unsigned int lowest = __float_as_uint(a.x[0]);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    furthest = __viaddmax_u32(__float_as_uint(square.x[j]), 0U - __float_as_uint(kLeast), furthest);
-    easy &= nesterov_pp::absolute(momentum.x[j]) >= least;
-  }
-  easy &= furthest <= __float_as_uint(most) - __float_as_uint(kLeast);
-  const auto direction = each<N>([&](int j) { return easily_normalised(momentum.x[j], square.x[j], c.eps); });
-  Lanes<float, N> next = w - (c.has_decay ? c.decay * w + direction : direction);
+  for (int j = 1; j + 1 < N; j += 2)
+    lowest = __vimin3_u32(lowest, __float_as_uint(a.x[j]), __float_as_uint(a.x[j + 1]));
+  if (N % 2 == 0) lowest = min(lowest, __float_as_uint(a.x[N - 1]));
+  return lowest >= __float_as_uint(least);
+}
+template <int N>
+__device__ __forceinline__ bool all_to(float most, const Lanes<float, N>& a) {
+  unsigned int highest = __float_as_uint(a.x[0]);
 #pragma unroll
-  for (int j = 0; j < N; ++j) easy &= nesterov_pp::absolute(next.x[j]) < __builtin_inff();
-  if (easy) return next;
-  // One element at a time, so that the code is there once.
-  Lanes<float, N> ws = w, directions = momentum;
-#pragma unroll 1
-  for (int k = 0; k < N; ++k) {
-    float weight = ws.x[0], direction = directions.x[0], first = m.x[0], second = v.x[0];
-    if constexpr (P::kHalfMoments) second = overflowed(second);
-    // Parameters that have had no gradient yet are not to be slow.
-    if (direction != 0 || !(second >= 0) || !(c.eps > 0))
-      direction = __fdiv_rn(direction, __fadd_rn(__fsqrt_rn(__fmul_rn(second, c.inv_bias2)), c.eps));
-    weight = __fsub_rn(weight, c.has_decay ? __fadd_rn(decay_of(c, weight), direction) : direction);
-    if constexpr (P::kStochastic) {
-      weight = roundable(weight);
-      first = roundable(first);
-      second = roundable(second);
-    }
+  for (int j = 1; j + 1 < N; j += 2)
+    highest = __vimax3_u32(highest, __float_as_uint(a.x[j]), __float_as_uint(a.x[j + 1]));
+  if (N % 2 == 0) highest = max(highest, __float_as_uint(a.x[N - 1]));
+  return highest <= __float_as_uint(most);
+}
+
+template <int N>
+__device__ __forceinline__ Lanes<float, N> square_root(const Lanes<float, N>& a) {
+  return each<N>(a.sure & all_from(kLeast, a), [&](int j) {
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a.x[j]));
+    return corrected_root(a.x[j], inverse);
+  });
+}
+
+template <int N>
+__device__ __forceinline__ Lanes<float, N> estimated_quotient(bool sure, const Lanes<float, N>& a,
+                                                              const Lanes<float, N>& b) {
+  return each<N>(sure & a.sure & b.sure & all_to(kMost, b), [&](int j) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b.x[j]));
+    return corrected_quotient(a.x[j], b.x[j], inverse);
+  });
+}
+template <int N>
+__device__ __forceinline__ Lanes<float, N> quotient(const Lanes<float, N>& a, const Lanes<float, N>& b) {
+  bool sure = true;
 #pragma unroll
-    for (int j = 0; j + 1 < N; ++j) {
-      ws.x[j] = ws.x[j + 1];
-      directions.x[j] = directions.x[j + 1];
-      m.x[j] = m.x[j + 1];
-      v.x[j] = v.x[j + 1];
-      next.x[j] = next.x[j + 1];
-    }
-    m.x[N - 1] = first;
-    v.x[N - 1] = second;
-    next.x[N - 1] = weight;
-  }
-  return next;
+  for (int j = 0; j < N; ++j) sure &= nesterov_pp::absolute(a.x[j]) >= kLeast;
+  return estimated_quotient(sure, a, b);
+}
+template <int N>
+__device__ __forceinline__ Lanes<float, N> operator/(const Lanes<float, N>& a, const Lanes<float, N>& b) {
+  bool sure = true;
+#pragma unroll
+  for (int j = 0; j < N; ++j) sure &= (nesterov_pp::absolute(a.x[j]) >= kLeast) | (a.x[j] == 0);
+  const auto estimate = estimated_quotient(sure, a, b);
+  return each<N>(estimate.sure, [&](int j) { return a.x[j] == 0 ? a.x[j] : estimate.x[j]; });  // with its sign
+}
+template <int N>
+__device__ __forceinline__ Lanes<float, N> operator/(float a, const Lanes<float, N>& b) {
+  Lanes<float, N> all;
+#pragma unroll
+  for (int j = 0; j < N; ++j) all.x[j] = a;
+  return all / b;
+}
+
+// What is not finite makes the new weight so.
+template <int N>
+__device__ __forceinline__ Lanes<float, N> decay_of(const Scalars<float>& c, const Lanes<float, N>& w) {
+  return c.decay * w;
+}
+template <int N>
+__device__ __forceinline__ Lanes<float, N> difference(const Lanes<float, N>& a, const Lanes<float, N>& b) {
+  return a - b;
+}
+template <int N>
+__device__ __forceinline__ Lanes<float, N> overflowed(const Lanes<float, N>& v) {
+  Lanes<float, N> result = v;
+  result.sure = v.sure & all_to(65519.0f, v);
+  return result;
+}
+
+// Whether it is finite, and what CUDA's roots and divisions would have made of it.
+template <int N>
+__device__ __forceinline__ bool is_sure(const Lanes<float, N>& a) {
+  bool sure = a.sure;
+#pragma unroll
+  for (int j = 0; j < N; ++j) sure &= nesterov_pp::absolute(a.x[j]) < __builtin_inff();
+  return sure;
 }
 #endif
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../random.h"
 #include "../spec.h"
@@ -34,9 +35,11 @@ template <class P>
 constexpr int kSmallest = sizeof(typename P::G) < sizeof(typename P::M) ? sizeof(typename P::G) : sizeof(typename P::M);
 template <class P>
 constexpr int kVector = kVectorBytes / kSmallest<P>;
-// Elements that it computes with at once.
+// Elements that it computes with at once: fewer where they would not fit into its registers.
 template <class P>
-constexpr int kLanes = kSame<typename P::T, double> ? 1 : 4;
+constexpr int kLanes = kSame<typename P::T, double>     ? 1
+                       : P::kCorrects && P::kStochastic ? 2
+                                                        : 4;
 
 // The address of element i, which is not negative: in one instruction on a device.
 template <class S>
@@ -178,11 +181,10 @@ NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span&
   return k;
 }
 
-// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, a long mean, and an
-// eps that is none too large.
+// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, and a long mean.
 template <class T>
 NPP_HD bool is_usual(const Scalars<T>& c) {
-  return !c.has_l2 && c.has_decay && c.first.is_small && c.eps <= T(kMost);
+  return !c.has_l2 && c.has_decay && c.first.is_small;
 }
 template <class P>
 NPP_HD Constants<P> usual(const Constants<P>& k) {
@@ -278,23 +280,63 @@ NPP_HD Lanes<T, L> lanes_of(const Pack<S, N>& pack, int begin) {
   return lanes;
 }
 
-// What the weights are away from those that the gradient was computed with: as the gradient's dtype has both, so that a
-// master that has not been stepped since is no distance apart.
-template <class P, int L, int N>
-NPP_HD Lanes<typename P::T, L> apart(const Lanes<typename P::T, L>& w, const Pack<typename P::G, N>& late, int begin) {
-  using T = typename P::T;
-  Lanes<T, L> seen = w;
-  if constexpr (P::kCopies) {
-    Pack<typename P::G, L> rounded;
-    put_nearest(rounded, 0, w.x);
-    seen = lanes_of<L, T>(rounded, 0);
-  }
-  return difference(seen, lanes_of<L, T>(late, begin));
+// What a weight is as the dtype of gradients has it: late weights are compared with that, so that a master that has not
+// been stepped since is no distance apart.
+template <class P, class T, int L>
+NPP_HD Lanes<T, L> seen(const Lanes<T, L>& w) {
+  if constexpr (!P::kCopies) return w;
+  Pack<typename P::G, L> rounded;
+  put_nearest(rounded, 0, w.x);
+  return lanes_of<L, T>(rounded, 0);
 }
 
-// N elements from element i of the chunk on.
+// Rounds L numbers into a pack, stochastically if the pass does, by `noise`.
+template <class P, int L, class T, class S, int N>
+NPP_HD void put(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
+  if constexpr (P::kStochastic)
+    put_stochastic(pack, begin, values, noise);
+  else
+    put_nearest(pack, begin, values);
+}
+
+// Element i of the chunk, with exact roots and quotients.
+template <class P>
+NPP_HD void step_one(const Pointers<P>& p, int i, const Constants<P>& k) {
+  using T = typename P::T;
+  const auto read = [i](const auto* base) { return T(widened(load<1>(base, i).values[0])); };
+  const T w = read(p.w);
+  T m = read(p.m), v = 0;
+  Late<T> late{};
+  if (P::has_second(k.rule)) v = read(p.v);
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) late.mean = read(p.mean);
+    if (p.late != nullptr) late.apart = difference(seen<P>(Lanes<T, 1>{{w}}).x[0], read(p.late));
+  }
+  const T next = update<P>(k.rule, k.c, k.x, w, read(p.grad), m, v, late);
+  Bits<1> bits{};
+  if constexpr (P::kStochastic) bits = random_bits<1>(k, i, 0);
+  const auto write = [i](auto* base, T value, const Noise16(&noise)[1], auto rounds) {
+    Pack<std::remove_pointer_t<decltype(base)>, 1> one;
+    const T values[1] = {roundable(value)};
+    rounds(one, values, noise);
+    store(base, i, one);
+  };
+  const auto by_pass = [](auto& pack, const auto& values, const auto& noise) { put<P>(pack, 0, values, noise); };
+  const auto nearest = [](auto& pack, const auto& values, const auto&) { put_nearest(pack, 0, values); };
+  write(p.m, m, bits.m, by_pass);
+  if (P::has_second(k.rule)) write(p.v, v, bits.v, by_pass);
+  if constexpr (P::kCorrects) {
+    if (p.mean != nullptr) write(p.mean, late.mean, bits.mean, by_pass);
+    if (p.ahead != nullptr) write(p.ahead, late.ahead, bits.m, nearest);
+  }
+  write(p.out, next, bits.weight, by_pass);
+  if constexpr (P::kCopies) write(p.copy, next, bits.m, nearest);
+}
+
+// N elements from element i of the chunk on: all at once, or one by one if that cannot be sure of its roots and
+// quotients.
 template <class P, int N>
-NPP_HD void step_elements(const Pointers<P>& p, int i, const Constants<P>& k) {
+NPP_HD void step_vector(const Pointers<P>& p, int i, const Constants<P>& k) {
   using T = typename P::T;
   using G = typename P::G;
   using M = typename P::M;
@@ -309,28 +351,30 @@ NPP_HD void step_elements(const Pointers<P>& p, int i, const Constants<P>& k) {
     if (p.mean != nullptr) mean = load<N>(p.mean, i);
     if (p.late != nullptr) late = load<N>(p.late, i);
   }
+  bool sure = true;
   NPP_UNROLL
   for (int j = 0; j < N; j += L) {
     const auto wj = lanes_of<L, T>(w, j);
     auto mj = lanes_of<L, T>(m, j), vj = lanes_of<L, T>(v, j);
     Late<Lanes<T, L>> of{};
-    if constexpr (P::kCorrects) of = {apart<P>(wj, late, j), lanes_of<L, T>(mean, j), {}};
+    if constexpr (P::kCorrects) of = {difference(seen<P>(wj), lanes_of<L, T>(late, j)), lanes_of<L, T>(mean, j), {}};
     const auto next = update<P>(k.rule, k.c, k.x, wj, lanes_of<L, T>(grad, j), mj, vj, of);
-    if constexpr (P::kStochastic) {
-      const auto bits = random_bits<L>(k, i, j);
-      constexpr bool roundable = P::kMayHaveSecond && !P::kCorrects;  // `stepped` has seen to it
-      put_stochastic<roundable>(m, j, mj.x, bits.m);
-      if constexpr (P::kMayHaveSecond) put_stochastic<roundable>(v, j, vj.x, bits.v);
-      if constexpr (P::kCorrects) put_stochastic<roundable>(mean, j, of.mean.x, bits.mean);
-      put_stochastic<roundable>(w, j, next.x, bits.weight);
-    } else {
-      put_nearest(m, j, mj.x);
-      if constexpr (P::kMayHaveSecond) put_nearest(v, j, vj.x);
-      if constexpr (P::kCorrects) put_nearest(mean, j, of.mean.x);
-      put_nearest(w, j, next.x);
-    }
+    sure = is_sure(next);
+    if (P::kCorrects) sure &= of.mean.sure & is_sure(of.ahead);
+    if (!sure) break;  // and a compiler keeps to the order of the elements, which takes fewer registers
+    Bits<L> bits{};
+    if constexpr (P::kStochastic) bits = random_bits<L>(k, i, j);
+    put<P>(m, j, mj.x, bits.m);
+    if constexpr (P::kMayHaveSecond) put<P>(v, j, vj.x, bits.v);
+    if constexpr (P::kCorrects) put<P>(mean, j, of.mean.x, bits.mean);
+    put<P>(w, j, next.x, bits.weight);
     if constexpr (P::kCopies) put_nearest(copy, j, next.x);
     if constexpr (P::kCorrects) put_nearest(ahead, j, of.ahead.x);
+  }
+  if (!sure) {
+    NPP_ROLLED
+    for (int j = 0; j < N; ++j) step_one(p, i + j, k);
+    return;
   }
   store(p.m, i, m);
   if (P::has_second(k.rule)) store(p.v, i, v);
@@ -372,11 +416,11 @@ NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int thread, int
     const int whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
     if (!P::kCorrects && is_usual(k.c)) {
       const Constants<P> known = usual(k);
-      for (int i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, known);
+      for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, known);
     } else {
-      for (int i = thread * N; i < whole; i += threads * N) step_elements<P, N>(p, i, k);
+      for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, k);
     }
-    for (int i = whole + thread; i < span.count; i += threads) step_elements<P, 1>(p, i, k);
+    for (int i = whole + thread; i < span.count; i += threads) step_one(p, i, k);
   }
 }
 

@@ -132,23 +132,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, std::vector<at::Tensor> means,
                       std::vector<at::Tensor> shadows, int normaliser, bool corrects, int kind, bool ring_predicts) {
             const bool predicts = !shadows.empty();
-            Tensors tensors{
-                std::move(names),
-                std::move(numbers),
-                std::move(groups),
-                {},
-                {},
-                std::move(exp_avgs),
-                std::move(exp_avg_sqs),
-                {},
-                std::move(steps),
-                std::move(mu_products),
-                std::move(means),
-                std::move(shadows),
-                {static_cast<nesterov_pp::Normaliser>(normaliser), static_cast<nesterov_pp::CorrectionKind>(kind),
-                 predicts},
-                corrects,
-                ring_predicts};
+            Tensors tensors{std::move(names),
+                            std::move(numbers),
+                            std::move(groups),
+                            {},
+                            {},
+                            std::move(exp_avgs),
+                            std::move(exp_avg_sqs),
+                            {},
+                            std::move(steps),
+                            std::move(mu_products),
+                            std::move(means),
+                            std::move(shadows),
+                            {static_cast<nesterov_pp::Normaliser>(normaliser),
+                             static_cast<nesterov_pp::CorrectionKind>(kind), predicts},
+                            corrects,
+                            ring_predicts};
             hold(tensors, slots);
             for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
             return tensors;

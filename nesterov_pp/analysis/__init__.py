@@ -1,6 +1,6 @@
-"""The theory of late gradients, as numbers: how large a step they bear, how they decay, where the look-ahead points.
+"""The theory of late gradients in numbers: the largest stable step, the decay of errors, the look-ahead's direction.
 
-Parts of it need scipy: ``pip install 'nesterov-pp[analysis]'``.
+Parts of this package need scipy: ``pip install 'nesterov-pp[analysis]'``.
 """
 
 from nesterov_pp.analysis import delays

@@ -1,8 +1,9 @@
-"""Does the look-ahead point where the weights will go? Proposition 1 of arXiv 2505.01099, as a measurement.
+"""Measurements of whether the look-ahead points where the weights will go: Proposition 1 of arXiv 2505.01099.
 
-With ``Delta_t = w_t - w_{t-tau}``, the displacement a gradient is late by, and ``d_{t-tau}``, the look-ahead of its
-point, the proposition says that ``cos(Delta_t, d_{t-tau}) -> 1`` as the momentum ``gamma -> 1``. It is about direction:
-the look-ahead is about ``1 / tau`` as long as the displacement (derived, not the paper's).
+Let ``Delta_t = w_t - w_{t-tau}`` be the displacement of the weights over a gradient's delay, and ``d_{t-tau}`` the
+look-ahead at the point of that gradient. The proposition says that ``cos(Delta_t, d_{t-tau}) -> 1`` as the momentum
+``gamma -> 1``. It is about direction only: the look-ahead is about ``1 / tau`` as long as the displacement (derived,
+not in the paper).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nesterov_pp.stash import WeightStash
 
 
 def cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
-    """The cosine between two lists of tensors, each taken as one vector, in float64; NaN if one of them is zero."""
+    """Return the cosine between two lists of tensors, each taken as one vector, in float64; NaN if one is zero."""
     ab = aa = bb = 0.0
     for x, y in zip(a, b, strict=True):
         u, v = _flat(x).double(), _flat(y).double()
@@ -28,12 +29,12 @@ def cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
 
 
 def noise_cosine(rule: LinearRule, delay: int) -> float:
-    """The cosine of momentum and displacement of the stored weights where gradients are noise, in many dimensions.
+    """Return the cosine of momentum and displacement of the stored weights if gradients are noise in many dimensions.
 
     The displacement is ``sum_k (c_grad g_k + c_momentum m_k)`` for ``k = 1 ... tau``. It contains ``m_0`` with the
-    factor ``a = c_momentum (gamma + ... + gamma^tau)`` and ``g_k`` with
-    ``b_k = c_grad + c_momentum (1 - gamma^(tau - k + 1))``, so with ``s = (1 - gamma) / (1 + gamma)``, the variance of
-    m, the cosine is ``a sqrt(s) / sqrt(a^2 s + sum_k b_k^2)``. Derived. For w of Eq. 10 take the rule "ema".
+    factor ``a = c_momentum (gamma + ... + gamma^tau)`` and ``g_k`` with the factor
+    ``b_k = c_grad + c_momentum (1 - gamma^(tau - k + 1))``. With ``s = (1 - gamma) / (1 + gamma)``, the variance of m,
+    the cosine is ``a sqrt(s) / sqrt(a^2 s + sum_k b_k^2)``. Derived. For w of Eq. 10, use the rule "ema".
 
     Raises:
         ValueError: ``delay`` is below 1.
@@ -47,24 +48,25 @@ def noise_cosine(rule: LinearRule, delay: int) -> float:
 
 
 def lookahead_cosines(weights: Tensor, delay: int) -> Tensor:
-    """Proposition 1's cosine along a recorded trajectory.
+    """Return Proposition 1's cosine along a recorded trajectory.
 
     ``cos(w_t - w_{t-tau}, w_{t-tau} - w_{t-tau-1})`` for ``t = tau + 1 ... T``: the look-ahead is
-    ``gamma_t (w_t - w_{t-1})``, whose factor does not turn it.
+    ``gamma_t (w_t - w_{t-1})``, whose factor does not change its direction.
 
     Args:
         weights: ``[T + 1, ...]``, w_0 ... w_T (w of Eq. 10, before the look-ahead).
         delay: tau, at least 1.
 
     Returns:
-        ``[T - delay]``, in float64; NaN where one of the two is zero.
+        The ``T - delay`` cosines in float64; NaN where one of the two vectors is zero.
 
     Raises:
-        ValueError: ``delay`` is below 1, or the trajectory too short for it.
+        ValueError: ``delay`` is below 1, or the trajectory is too short for it.
     """
     if delay < 1 or len(weights) < delay + 2:
         raise ValueError(
-            f"a delay of {delay} needs to be at least 1, and at least {max(delay, 1) + 2} points, not {len(weights)}"
+            f"delay must be at least 1, and weights must have at least {max(delay, 1) + 2} points, "
+            f"not {delay} and {len(weights)}"
         )
     w = weights.detach().double().reshape(len(weights), -1)
     displacement = w[delay + 1 :] - w[1:-delay]
@@ -74,7 +76,7 @@ def lookahead_cosines(weights: Tensor, delay: int) -> Tensor:
 
 
 class Averaging(Protocol):
-    """An optimizer that keeps an average of the gradients, ``state[p]["exp_avg"]``, as torch's do."""
+    """An optimizer that keeps an average of the gradients in ``state[p]["exp_avg"]``, as torch's optimizers do."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -84,22 +86,23 @@ class Averaging(Protocol):
 
 
 class AlignmentMeter:
-    """The same during training, for one stage, at the price of reading the stash.
+    """A measurement of Proposition 1's cosine during training, for one stage, at the cost of reading the stash.
 
-    Every so many updates it keeps the direction of the newest version's look-ahead, that of the momentum over the
-    preconditioner: ``-m`` for NAG, ``-m / (sqrt(v_hat) + eps)`` for NAdam, and for AdamW, which has no look-ahead, the
-    one it would have. ``tau = stash.versions - 1`` updates later it compares this with the true displacement, the
-    newest weights minus the oldest in the ring. These are the stored weights, at which gradients are taken: look-ahead
-    included. While a measurement is under way it holds one more tensor for each parameter.
+    Every ``every`` updates the meter keeps the direction of the newest version's look-ahead, which is that of the
+    momentum over the preconditioner: ``-m`` for NAG, ``-m / (sqrt(v_hat) + eps)`` for NAdam. For AdamW, which has no
+    look-ahead, it keeps the direction that a look-ahead would have. ``tau = stash.versions - 1`` updates later it
+    compares this direction with the true displacement, the newest weights minus the oldest in the ring. These are the
+    stored weights, at which gradients are taken, so they include the look-ahead. A measurement in progress holds one
+    more tensor for each parameter.
 
     Args:
-        stash: the stage's ring, of at least 2 versions.
-        optimizer: the one that writes it.
-        every: updates from the beginning of one measurement to that of the next (50); one that is under way is ended
+        stash: the stage's ring, with at least 2 versions.
+        optimizer: the optimizer that writes the ring.
+        every: updates between the starts of two measurements (default: 50); a measurement in progress is finished
             first.
 
     Raises:
-        ValueError: the ring has one version (there is no delay), the optimizer has no averages of its gradients, or
+        ValueError: the ring has one version (there is no delay), the optimizer keeps no averages of its gradients, or
             ``every`` is below 1.
     """
 
@@ -116,7 +119,7 @@ class AlignmentMeter:
         self._direction: list[Tensor] = []
 
     def observe(self) -> float | None:
-        """To be called after each update: the cosine, where a measurement ends; else None."""
+        """Observe an update; call this after each one. Returns the cosine when a measurement ends, else None."""
         newest = self._stash.newest
         measured = None
         if self._version is not None and newest >= self._version + self._stash.versions - 1:
@@ -128,14 +131,14 @@ class AlignmentMeter:
         return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurement under way."""
+        """Return the measurement in progress."""
         return {"version": self._version, "direction": list(self._direction)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the measurement of ``state_dict``; one whose version has left the ring is dropped.
+        """Continue the measurement of ``state_dict``; a measurement whose version has left the ring is dropped.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: the measurement belongs to other parameters.
         """
         direction = [d.clone() for d in state["direction"]]
         shapes = [leaf.shape for leaf in self._leaves(self._stash.newest)]

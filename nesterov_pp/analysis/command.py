@@ -1,4 +1,4 @@
-"""``python -m nesterov_pp analyze``: its arguments, and what it does with them."""
+"""The command ``python -m nesterov_pp analyze``: its arguments, and the tables and the plot that it makes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,39 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LONGEST_DELAY = 64
-"""Beyond it the eigenvalues of the companion matrices take minutes."""
+"""The largest delay to analyze; beyond it the eigenvalues of the companion matrices take minutes."""
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
-    """``typed`` makes an argument type of a function that raises ``ValueError``."""
+    """Add the flags of ``analyze``. ``typed`` makes an argument type of a function that raises ``ValueError``."""
 
     def add(name: str, parse: Callable[[str], Any], metavar: str, help_text: str) -> None:
         parser.add_argument(name, type=typed(parse), metavar=metavar, help=help_text)
 
-    add("--delay", _delay, "N", f"updates by which gradients are late, 1 to {LONGEST_DELAY} (default: 7)")
-    add("--momentum", _momentum, "X", "of the rules that have one (default: 0.99)")
-    add("--horizon", _number("at least 0", lambda x: x >= 0.0), "X", "a further horizon of the look-ahead to show")
-    add("--step", _number("above 0", lambda x: x > 0.0), "X", "step size x curvature whose damping to show")
+    add("--delay", _delay, "N", f"delay of the gradients, in updates, 1 to {LONGEST_DELAY} (default: 7)")
+    add("--momentum", _momentum, "X", "momentum of the rules that have one (default: 0.99)")
+    add(
+        "--horizon",
+        _number("at least 0", lambda x: x >= 0.0),
+        "X",
+        "a further look-ahead horizon to show besides 1 and the delay, in updates (default: none)",
+    )
+    add(
+        "--step",
+        _number("above 0", lambda x: x > 0.0),
+        "X",
+        "step size x curvature at which to show the damping (default: no damping table)",
+    )
     kinds = "uniform:LOW:HIGH, geometric:MEAN, gamma:MEAN:SHAPE, trace:FILE"
-    add("--random", _delays, "A,B,...", f"random delays, of {kinds}; default: three with the same mean")
-    add("--out", Path, "PNG", "the plot (default: runs/analysis.png)")
+    add(
+        "--random",
+        _delays,
+        "A,B,...",
+        f"random delays to show, each one of {kinds} (default: three whose mean is --delay)",
+    )
+    add("--out", Path, "PNG", "PNG file to write the plot to (default: runs/analysis.png)")
 
 
 def analyze(
@@ -44,7 +59,7 @@ def analyze(
     step: float | None = None,
     random: Sequence[Delay] | None = None,
 ) -> bytes:
-    """Print the tables; returns the plot, a PNG file's content."""
+    """Print the tables. Returns the plot as the contents of a PNG file."""
     from nesterov_pp.analysis import figure, report
 
     shown = report.same_mean(delay) if random is None else random

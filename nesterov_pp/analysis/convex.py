@@ -1,14 +1,14 @@
-"""Late gradients on convex objectives, step by step in float64, and the rates to expect.
+"""Late gradients on convex objectives, simulated step by step in float64, and the rates to expect.
 
 Theorem 1 of arXiv 2505.01099 claims ``f - f* = O(1 / t)`` for the discounted look-ahead with ``gamma_t = (t - 2) / t``
 under a fixed delay, for convex, ``beta``-smooth objectives with bounded gradients (as digests of the paper state it;
-its proof was not available). The step size it is quoted with, ``1 / beta``, cannot be the whole statement for delays of
-2 and more: on a quadratic of curvature ``lambda`` that schedule gives, derived and checked by simulation, an envelope
-of::
+its proof was not available). The step size that it is quoted with, ``1 / beta``, cannot be the whole statement for
+delays of 2 and more. On a quadratic of curvature ``lambda``, that schedule has the envelope (derived, and checked by
+simulation)::
 
     f(w_t) ~ t^(-3/2 + 2 lr lambda (tau - 1))
 
-which is ``O(1 / t)`` for ``lr lambda (tau - 1) <= 1/4`` and does not fall at all from ``3/4`` on.
+which is ``O(1 / t)`` for ``lr lambda (tau - 1) <= 1/4`` and does not decrease at all from ``3/4`` on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ Schedule = Callable[[int], LinearRule]
 
 @dataclass(frozen=True)
 class Objective:
-    """A convex function with minimum 0 at the origin: ``value`` of points along the last axis, ``gradient`` of one."""
+    """A convex function with minimum 0 at the origin.
+
+    ``value`` takes any number of points, along the last axis; ``gradient`` takes one.
+    """
 
     value: Callable[[Vector], Vector]
     gradient: Callable[[Vector], Vector]
@@ -37,7 +40,7 @@ class Objective:
 
 
 def quadratic(curvatures: ArrayLike) -> Objective:
-    """``f(w) = 1/2 sum_i lambda_i w_i^2``.
+    """Return ``f(w) = 1/2 sum_i lambda_i w_i^2``.
 
     Raises:
         ValueError: a curvature is negative, or all are 0.
@@ -49,7 +52,10 @@ def quadratic(curvatures: ArrayLike) -> Objective:
 
 
 def log_cosh() -> Objective:
-    """``f(w) = sum_i log cosh w_i``: convex, 1-smooth, with gradients ``tanh w_i`` within 1, and flat far from 0."""
+    """Return ``f(w) = sum_i log cosh w_i``.
+
+    It is convex and 1-smooth, with gradients ``tanh w_i`` within 1, and flat far from 0.
+    """
     return Objective(
         lambda w: (np.logaddexp(w, -w) - np.log(2.0)).sum(axis=-1),
         np.tanh,
@@ -58,25 +64,37 @@ def log_cosh() -> Objective:
 
 
 def convex_rule(t: int) -> LinearRule:
-    """The discounted look-ahead at update ``t`` = 1, 2, ... with Theorem 1's ``gamma_t = (t - 2) / t`` (0 at first)."""
+    """Return the discounted look-ahead at update ``t`` = 1, 2, ...
+
+    It has Theorem 1's ``gamma_t = (t - 2) / t`` (0 at first).
+    """
     gamma = convex_schedule(t)
     return LinearRule(gamma, 1.0 - gamma, convex_schedule(t + 1))
 
 
 def safe_convex_step(smoothness: float, delay: int) -> float:
-    """``1 / (4 beta max(1, tau - 1))``: for a delay of 2 or more, the largest step whose envelope on a quadratic of
-    curvature ``beta`` is ``O(1 / t)``. Derived."""
+    """Return ``1 / (4 beta max(1, tau - 1))``.
+
+    For a delay of 2 or more, it is the largest step whose envelope on a quadratic of curvature ``beta`` is
+    ``O(1 / t)``. Derived.
+    """
     return 1.0 / (4.0 * smoothness * max(1, delay - 1))
 
 
 def envelope_power(step: float, delay: int) -> float:
-    """The exponent of t in the envelope above; ``step`` is the step size times curvature. Derived, for a delay >= 1."""
+    """Return the exponent of t in the envelope at the top of this module. Derived, for a delay of at least 1.
+
+    ``step`` is the step size times curvature.
+    """
     return -1.5 + 2.0 * step * (delay - 1)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """``[updates + 1, n]`` each: ``weights`` are w_t of Eq. 10, ``points`` the look-aheads that gradients are of."""
+    """The result of ``simulate``, in arrays of shape ``[updates + 1, n]``.
+
+    ``weights`` are w_t of Eq. 10; ``points`` are the look-aheads, at which gradients are taken.
+    """
 
     weights: Vector
     points: Vector
@@ -94,12 +112,12 @@ def simulate(
     """Run the recurrence of ``rules`` from rest: ``g_t`` is the gradient at ``points[max(0, t - delay)]``.
 
     Args:
-        gradient: of one point, ``[n]``; may add noise.
+        gradient: the gradient at one point, ``[n]``; may add noise.
         start: the first point, ``[n]``.
         rule: scalars, or a function of the update ``t`` = 1, 2, ...
         step: learning rate.
-        delay: in updates, of all or of each update.
-        updates: how many; the result ends early, with the last finite point, where the numbers overflow.
+        delay: the delay in updates, one for all updates or one for each.
+        updates: number of updates. If the numbers overflow, the result ends early, with the last finite point.
 
     Raises:
         ValueError: ``updates`` is below 1, a delay is negative, or there are fewer delays than updates.
@@ -128,11 +146,13 @@ def simulate(
 
 
 def measured_power(values: Vector, *, skip: float = 0.03, windows: int = 24) -> float:
-    """The exponent of the envelope of ``values[t]``: a line through the logarithms of the maxima of equal stretches of
-    ``log t``, the first ``skip`` of the updates left out.
+    """Return the exponent of the envelope of ``values[t]``.
+
+    It is the slope of a line through the logarithms of the maxima of equal windows of ``log t``. The first ``skip`` of
+    the updates (a fraction) is left out.
 
     Raises:
-        ValueError: there are too few values for so many windows.
+        ValueError: there are too few values for ``windows``.
     """
     edges = np.unique(np.geomspace(max(2.0, skip * len(values)), len(values), windows + 1).astype(int))
     if len(edges) < windows + 1:

@@ -1,4 +1,4 @@
-"""Where a family of equations ``numerator = a * denominator`` first has a root on a curve, as ``a`` grows from 0."""
+"""The first ``a``, growing from 0, at which ``numerator = a * denominator`` has a root on a curve."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ Sides = Callable[[NDArray[np.float64]], tuple[NDArray[np.complex128], NDArray[np
 
 
 def first_positive(sides: Sides, grid: NDArray[np.float64]) -> float:
-    """The smallest positive ``a = numerator / denominator`` over the parameters at which that is real; infinity: none.
+    """Return the smallest positive ``a = numerator / denominator`` over the parameters at which the quotient is real.
+
+    The result is infinity if there is none.
 
     Args:
-        sides: parameters -> numerator and denominator on the curve.
+        sides: maps parameters to numerator and denominator on the curve.
         grid: increasing parameters, dense enough that the imaginary part changes sign at most once between two. The
-            last is taken as real if it is to rounding.
+            quotient at the last one is taken as real if it is real up to rounding.
     """
     from scipy.optimize import brentq
 

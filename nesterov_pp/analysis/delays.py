@@ -1,4 +1,4 @@
-"""Delays that are drawn anew for each update, through their Laplace transforms."""
+"""Delays that are drawn anew for each update, described by their Laplace transforms."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 Transform = Callable[[Any], Any]
 
 LONGEST = 1000
-"""The largest random delay in whole updates, and the largest mean of a geometric one."""
+"""The largest random delay in whole updates, and the largest mean of a geometric delay."""
 
 _TAIL = 1e-9
-"""What is cut from the probabilities of an unbounded delay."""
+"""The probability of the tail that is cut from an unbounded delay."""
 
 
 @dataclass(frozen=True)
 class Delay:
-    """A delay, in updates; independent from update to update where it is random.
+    """A delay in updates; a random delay is independent from update to update.
 
     Attributes:
-        name: for people.
-        mean: its mean.
-        transform: ``s -> E[exp(-s tau)]``, of real or complex numbers or arrays.
-        slope: its derivative.
-        abscissa: the transform converges to the right of it.
-        probabilities: of 0, 1, 2, ... updates; None where the delay need not be whole, or is above 1000. Of an
-            unbounded delay a tail of 1e-9 is cut.
+        name: for display.
+        mean: the mean of the delay.
+        transform: ``s -> E[exp(-s tau)]``, for real or complex numbers or arrays.
+        slope: the derivative of ``transform``.
+        abscissa: the transform converges to the right of this value.
+        probabilities: the probabilities of 0, 1, 2, ... updates; None if the delay need not be whole, or is above 1000.
+            From an unbounded delay a tail of 1e-9 is cut.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Delay:
 
 
 def fixed(delay: float) -> Delay:
-    """Always the same.
+    """Return a delay that is always the same.
 
     Raises:
-        ValueError: it is negative or not finite.
+        ValueError: ``delay`` is negative or not finite.
     """
     if not 0.0 <= delay < math.inf:
         raise ValueError(f"a delay must be a number of updates, at least 0, not {delay}")
@@ -55,39 +55,38 @@ def fixed(delay: float) -> Delay:
 
 
 def uniform(low: int, high: int) -> Delay:
-    """A whole number from ``low`` to ``high``, both included, all equally likely.
+    """Return a delay that is a whole number from ``low`` to ``high``, both included, all equally likely.
 
     Raises:
-        ValueError: not ``0 <= low <= high <= 1000``.
+        ValueError: ``0 <= low <= high <= 1000`` does not hold.
     """
     if not 0 <= low <= high <= LONGEST:
-        raise ValueError(
-            f"a uniform delay goes from one whole number up to another, within 0 to {LONGEST}, not {low} to {high}"
-        )
+        raise ValueError(f"a uniform delay needs whole numbers with 0 <= low <= high <= {LONGEST}, not {low} to {high}")
     values = range(low, high + 1)
     return _finite(f"uniform {low} to {high}", values, [1.0 / len(values)] * len(values))
 
 
 def trace(delays: Sequence[int]) -> Delay:
-    """Drawn from delays that were observed.
+    """Return a delay that is drawn from observed ones.
 
     Raises:
-        ValueError: there are none, or one is negative or above 1000.
+        ValueError: ``delays`` is empty, or one of them is negative or above 1000.
     """
     counts = Counter(delays)
     if not counts or min(counts) < 0 or max(counts) > LONGEST:
-        raise ValueError(f"a trace holds at least one delay, and whole numbers from 0 to {LONGEST} only")
+        raise ValueError(f"a trace must hold at least one delay, and whole numbers from 0 to {LONGEST} only")
     values = sorted(counts)
     return _finite(f"trace of {len(delays)}", values, [counts[v] / len(delays) for v in values])
 
 
 def geometric(mean: float) -> Delay:
-    """``P(tau = k) = p (1 - p)^k`` from ``k = 0`` on, ``p = 1 / (1 + mean)``: workers that finish without memory.
+    """Return a geometric delay, as of workers that finish without memory.
 
+    ``P(tau = k) = p (1 - p)^k`` from ``k = 0`` on, with ``p = 1 / (1 + mean)``, and
     ``E[exp(-s tau)] = p / (1 - (1 - p) exp(-s))``.
 
     Raises:
-        ValueError: the mean is not above 0, or above 1000.
+        ValueError: ``mean`` is not above 0, or is above 1000.
     """
     if not 0.0 < mean <= LONGEST:
         raise ValueError(f"the mean of a geometric delay must be above 0 and at most {LONGEST}, not {mean}")
@@ -111,12 +110,12 @@ def geometric(mean: float) -> Delay:
 
 
 def gamma(mean: float, shape: float = 1.0) -> Delay:
-    """Gamma-distributed, in continuous time; ``shape`` 1 is exponential, a large one nearly fixed.
+    """Return a gamma-distributed delay, in continuous time; ``shape`` 1 is exponential, a large one nearly fixed.
 
     ``E[exp(-s tau)] = (1 + s mean / shape)^-shape``.
 
     Raises:
-        ValueError: the mean is not above 0, or the shape is below 1.
+        ValueError: ``mean`` is not above 0, or ``shape`` is below 1.
     """
     if not (0.0 < mean < math.inf and 1.0 <= shape < math.inf):
         raise ValueError(f"a gamma delay needs a mean above 0 and a shape of at least 1, not {mean} and {shape}")
@@ -131,12 +130,13 @@ def gamma(mean: float, shape: float = 1.0) -> Delay:
 
 
 def from_text(text: str) -> Delay:
-    """A random delay from words: ``uniform:LOW:HIGH``, ``geometric:MEAN``, ``gamma:MEAN:SHAPE``, ``trace:FILE``.
+    """Return the delay that a text describes.
 
-    A trace is a text file of whole numbers with spaces, commas or new lines between them.
+    The text is ``uniform:LOW:HIGH``, ``geometric:MEAN``, ``gamma:MEAN:SHAPE`` or ``trace:FILE``. A trace is a text file
+    of whole numbers separated by spaces, commas or newlines.
 
     Raises:
-        ValueError: the words make no delay, or the file cannot be read.
+        ValueError: the text describes no delay, or the file cannot be read.
     """
     kind, *rest = text.split(":")
     try:
@@ -171,7 +171,7 @@ def _read_trace(path: Path) -> list[int]:
     try:
         words = path.read_text(encoding="utf-8").replace(",", " ").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"it cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})") from None
+        raise ValueError(f"the file cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})") from None
     return [_whole(word) for word in words]
 
 

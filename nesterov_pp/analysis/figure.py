@@ -1,4 +1,4 @@
-"""The picture of ``python -m nesterov_pp analyze``."""
+"""The plot of ``python -m nesterov_pp analyze``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DPI = 130
 
 
 def draw(file: IO[bytes], delay: int, momentum: float, delays: Sequence[Delay]) -> None:
-    """Four panels as a PNG: the edge against the delay, against the horizon, the speed, and the SDDE."""
+    """Draw four panels as a PNG: the edge against the delay, against the horizon, the speed, and the SDDE."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
@@ -41,7 +41,7 @@ def _style(k: int) -> dict[str, Any]:
 
 
 def _edge(rule: str, delay: int, momentum: float, horizon: float | None = None) -> float:
-    # The way by the unit circle takes milliseconds at any delay.
+    # With a ``Delay`` the edge is found on the unit circle, which takes milliseconds at any delay.
     return max_stable_step(rule, momentum=momentum, delay=kinds.fixed(delay), horizon=horizon)
 
 
@@ -102,7 +102,7 @@ def _draw_speeds(axes: Any, delay: int, momentum: float) -> None:
 
 def _draw_damping(axes: Any, delays: Sequence[Delay]) -> None:
     for k, delay in enumerate(delays):
-        # With the peak itself among them.
+        # Includes the peak itself.
         scaled = np.sort(np.append(np.linspace(0.02, 2.0, 67), fastest_rate(delay) * delay.mean))
         decays = []
         for b in scaled:

@@ -1,4 +1,4 @@
-"""Random delays once more: the step up to which not only the mean but the variance of the weights stays bounded."""
+"""The step up to which, under random delays, not only the mean but the variance of the weights stays bounded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _LONGEST = 300
 
 
 def mean_square_radius(rule: LinearRule, delay: Delay, step: float) -> float:
-    """The factor by which an update multiplies ``E[theta^2]`` in the long run, delays being independent.
+    """Return the factor by which an update multiplies ``E[theta^2]`` in the long run, with independent delays.
 
-    The state ``x = (theta_t, ..., theta_{t-D}, m)`` is multiplied by a random matrix ``A``; this is the spectral radius
-    of ``X -> E[A X A^T]``. That map takes covariances to covariances, so its spectral radius is one of its eigenvalues.
+    An update multiplies the state ``x = (theta_t, ..., theta_{t-D}, m)`` by a random matrix ``A``. The factor is the
+    spectral radius of ``X -> E[A X A^T]``. That map takes covariances to covariances, so its spectral radius is one of
+    its eigenvalues.
 
     Raises:
-        ValueError: the delay is not in whole updates, or longer than 300.
+        ValueError: the delay is not in whole updates, or is longer than 300.
     """
     from scipy.sparse.linalg import LinearOperator, eigs
 
@@ -44,8 +45,10 @@ def max_mean_square_step(
     delay: Delay,
     horizon: float | None = None,
 ) -> float:
-    """The largest step size times curvature at which the weights' variance stays bounded; arguments as for
-    ``max_stable_step``, whose edge (of the mean) it never exceeds. Found by bisection, to 1e-6 of that edge.
+    """Return the largest step size times curvature at which the variance of the weights stays bounded.
+
+    The arguments are as for ``max_stable_step``, whose edge (of the mean) the result never exceeds. It is found by
+    bisection, to 1e-6 of that edge.
 
     Raises:
         ValueError: as for ``max_stable_step``, or the delay is longer than 300 updates.
@@ -68,14 +71,17 @@ def _shares(delay: Delay) -> NDArray[np.float64]:
         limit = (
             "in whole updates" if shares is None else f"of at most {_LONGEST} updates (it goes up to {len(shares) - 1})"
         )
-        raise ValueError(f"mean squares need a delay {limit}; {delay.name} is not one")
+        raise ValueError(f"the mean-square edge needs a delay {limit}; {delay.name} is not one")
     return shares
 
 
 def _second_moments(
     rule: LinearRule, shares: NDArray[np.float64], step: float, x: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """``E[A X A^T]`` with ``theta' = theta_0 - alpha theta_tau - beta m`` and ``m' = gamma m + delta theta_tau``."""
+    """Return ``E[A X A^T]``.
+
+    ``A`` makes ``theta' = theta_0 - alpha theta_tau - beta m`` and ``m' = gamma m + delta theta_tau`` of the state.
+    """
     gamma, delta = rule.gamma, 1.0 - rule.gamma
     alpha, beta = step * (rule.c_grad + rule.c_momentum * delta), step * rule.c_momentum * gamma
     late = shares @ x[:-1]  # E[theta_tau x_j | tau's distribution]

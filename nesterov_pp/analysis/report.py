@@ -1,4 +1,4 @@
-"""What ``python -m nesterov_pp analyze`` prints."""
+"""The tables and sentences that ``python -m nesterov_pp analyze`` prints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nesterov_pp.analysis.sdde import damping, fastest_rate, stability_edge
 from nesterov_pp.analysis.stability import fastest_step, max_stable_step
 
 NADAM_UPDATES = (1_000, 10_000, 50_000)
-"""When NAdam is shown: its scalars change slowly over training."""
+"""The updates at which NAdam is shown; its scalars change slowly over training."""
 
 
 def same_mean(delay: int) -> list[Delay]:
-    """The random delays that are shown beside a fixed one by default."""
+    """Return the random delays that are shown next to a fixed one by default."""
     return [kinds.uniform(0, 2 * delay), kinds.gamma(delay, 4.0), kinds.geometric(delay)]
 
 
 def variants(delay: int, momentum: float, horizon: float | None) -> list[tuple[str, LinearRule]]:
-    """Rules to show: each one, look-aheads of 1, the delay and the given horizon, and NAdam early and late."""
+    """Return the rules to show: each one, look-aheads of 1, the delay and ``horizon``, and NAdam early and late."""
 
     def rule(name: str, **options: Any) -> LinearRule:
         return linear_rule(name, momentum=momentum, **options)
@@ -40,7 +40,7 @@ def variants(delay: int, momentum: float, horizon: float | None) -> list[tuple[s
 
 
 def steps_table(delay: int, momentum: float, horizon: float | None) -> Table:
-    """The largest stable and the fastest step of each rule, and Proposition 1's cosine under noise alone."""
+    """Return each rule's largest stable and fastest step, and Proposition 1's cosine if gradients are noise alone."""
     table = Table(title=f"Gradients late by {delay} updates, momentum {momentum:g}: step size x curvature")
     table.add_column("Rule")
     for heading in ("Horizon", "Largest stable", "Without delay", "Fastest", "Updates to a tenth", "Cosine"):
@@ -56,7 +56,7 @@ def steps_table(delay: int, momentum: float, horizon: float | None) -> Table:
 
 
 def delays_table(delays: Sequence[Delay]) -> Table:
-    """SGD under each delay: in continuous time, and the edges update by update."""
+    """Return a table of SGD under each delay: in continuous time, and the edges update by update."""
     table = Table(title="SGD under fixed and random delays: step size x curvature")
     table.add_column("Delay", no_wrap=True)
     for heading in ("SDDE edge", "Fastest smooth", "Updates to a tenth", "Edge of the mean", "Edge of the mean square"):
@@ -70,7 +70,7 @@ def delays_table(delays: Sequence[Delay]) -> Table:
 
 
 def damping_table(delays: Sequence[Delay], step: float) -> Table:
-    """How SGD behaves under each delay at one step size times curvature."""
+    """Return a table of how SGD behaves under each delay at one step size times curvature."""
     table = Table(title=f"SGD at step size x curvature {step:g}, as a delay differential equation")
     table.add_column("Delay", no_wrap=True)
     for heading in ("Regime", "Damping ratio", "Updates to a tenth", "Period (updates)"):
@@ -88,17 +88,17 @@ def damping_table(delays: Sequence[Delay], step: float) -> Table:
 
 
 def lines(delay: int) -> list[str]:
-    """Sentences below the tables."""
+    """Return the sentences below the tables."""
     return [
-        "Horizon: updates of Nesterov's look-ahead, or what it is worth for another rule. Cosine: of look-ahead and "
-        "displacement (Proposition 1) where gradients are noise alone.",
+        "Horizon: updates that Nesterov's rule looks ahead, or the equivalent for another rule. Cosine: between "
+        "look-ahead and displacement (Proposition 1) if gradients are noise alone.",
         f"Convex rate O(1/t) with gamma_t = (t - 2) / t: step size x smoothness of at most "
         f"{digits(safe_convex_step(1.0, delay))} (derived on a quadratic).",
     ]
 
 
 def digits(value: float) -> str:
-    """A number in three digits."""
+    """Format a number with three digits; "none" for infinity."""
     return "none" if math.isinf(value) else f"{value:.3g}"
 
 

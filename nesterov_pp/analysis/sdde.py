@@ -1,13 +1,13 @@
 """Late gradients in continuous time: ``dx(t) = -b x(t - tau) dt + noise``, time in updates, ``b = lr * curvature``.
 
-The model is that of the stochastic delay differential equation of arXiv 2406.11159 (its abstract; the formulas here are
-derived, and the damping ratio is control theory's, which that paper may define otherwise). Its characteristic equation
-is ``s + b E[exp(-s tau)] = 0``; for a fixed delay the roots are ``s = W_n(-b tau) / tau`` with Lambert's W. The mean of
-a solution decays as ``exp(Re(s) t)`` with the rightmost root.
+The model is the stochastic delay differential equation of arXiv 2406.11159 (from its abstract; the formulas here are
+derived, and the damping ratio is that of control theory, which the paper may define otherwise). Its characteristic
+equation is ``s + b E[exp(-s tau)] = 0``; for a fixed delay the roots are ``s = W_n(-b tau) / tau`` with Lambert's W.
+The mean of a solution decays as ``exp(Re(s) t)`` with the rightmost root.
 
 [note: half an update]
-The discrete update with delay ``tau`` is close to this model with delay ``tau + 1/2``: its edge is
-``2 sin(pi / (4 tau + 2))``, that of the model there ``pi / (2 tau + 1)``.
+The discrete update with delay ``tau`` is close to this model with delay ``tau + 1/2``: the edge of the update is
+``2 sin(pi / (4 tau + 2))``, that of the model with this delay ``pi / (2 tau + 1)``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from nesterov_pp.analysis.delays import Delay, fixed
 _NEWTON = 40
 _STARTS = (24, 48)
 _CRITICAL = 1e-9
-"""How near to the critical rate, relatively, a rate counts as critical: roots are exact to its square root only."""
+"""Relative distance to the critical rate within which a rate counts as critical.
+
+Roots are exact to its square root only.
+"""
 
 
 @dataclass(frozen=True)
 class Damping:
-    """How the slowest part of a solution behaves.
+    """The behaviour of the slowest part of a solution.
 
     Attributes:
         root: the rightmost root of the characteristic equation, with a non-negative imaginary part; per update.
         regime: "overdamped" (real root), "critical" (double real root: the fastest without oscillation), "underdamped"
             (it oscillates and decays), "unstable" (it does not decay).
-        ratio: ``-Re(root) / |root|``: 1 without oscillation, 0 at the edge.
+        ratio: ``-Re(root) / |root|``, which is 1 without oscillation and 0 at the edge.
     """
 
     root: complex
@@ -45,17 +48,17 @@ class Damping:
 
     @property
     def decay(self) -> float:
-        """Per update: the error shrinks by ``exp(-decay)``."""
+        """The decay rate per update: the error shrinks by ``exp(-decay)``."""
         return -self.root.real
 
     @property
     def period(self) -> float:
-        """Updates of an oscillation; infinite without one."""
+        """The period of the oscillation in updates; infinite without one."""
         return 2.0 * math.pi / self.root.imag if self.root.imag else math.inf
 
 
 def roots(rate: float, delay: float, count: int = 8) -> NDArray[np.complex128]:
-    """The ``count`` rightmost roots for a fixed delay, rightmost first: ``W_n(-rate delay) / delay``.
+    """Return the ``count`` rightmost roots for a fixed delay, rightmost first: ``W_n(-rate delay) / delay``.
 
     Raises:
         ValueError: ``rate`` or ``delay`` is not above 0, or ``count`` is below 1.
@@ -76,14 +79,14 @@ def roots(rate: float, delay: float, count: int = 8) -> NDArray[np.complex128]:
 
 
 def damping(rate: float, delay: float | Delay) -> Damping:
-    """The rightmost root and what it means.
+    """Return the rightmost root and what it means.
 
-    A random delay's root is found by Newton's method from a grid over the places where it can be,
-    ``|s| <= rate E[exp(-Re(s) tau)]``.
+    The root of a random delay is found by Newton's method, started from a grid over the region in which the root can
+    lie, ``|s| <= rate E[exp(-Re(s) tau)]``.
 
     Raises:
         ValueError: ``rate`` is not above 0, the delay is negative, or every root lies where a random delay's transform
-            does not converge: the error then decays like the probability of ever longer delays.
+            does not converge. In the last case the error decays like the tail of the delay's distribution.
     """
     _check_rate(rate)
     given = delay if isinstance(delay, Delay) else fixed(delay)
@@ -100,12 +103,12 @@ def damping(rate: float, delay: float | Delay) -> Damping:
 
 
 def fastest_rate(delay: float | Delay) -> float:
-    """The rate ``b`` with the fastest decay without oscillation: critical damping.
+    """Return the rate ``b`` with the fastest decay without oscillation: critical damping.
 
-    ``1 / (e tau)`` for a fixed delay, with decay ``1 / tau``, which no other rate exceeds; infinity without a delay. In
-    general the rate of the double root, ``s = L(s) / L'(s)`` and ``b = -s / L(s)`` for the transform ``L``. No smaller
-    rate decays faster, there being a real root to the right. A larger one may where the delay is often near 0
-    (geometric).
+    For a fixed delay it is ``1 / (e tau)``, with decay ``1 / tau``, which no other rate exceeds; without a delay it is
+    infinity. In general it is the rate of the double root, ``s = L(s) / L'(s)`` and ``b = -s / L(s)`` for the transform
+    ``L``. No smaller rate decays faster, because it has a real root further right. A larger one may if the delay is
+    often near 0 (geometric).
 
     Raises:
         ValueError: the delay is negative.
@@ -116,7 +119,7 @@ def fastest_rate(delay: float | Delay) -> float:
 
 
 def critical_root(delay: float | Delay) -> float:
-    """The double real root ``s = L(s) / L'(s)`` at ``fastest_rate``: ``-1 / tau`` for a fixed delay.
+    """Return the double real root ``s = L(s) / L'(s)`` at ``fastest_rate``: ``-1 / tau`` for a fixed delay.
 
     Raises:
         ValueError: the delay is negative.
@@ -130,16 +133,17 @@ def critical_root(delay: float | Delay) -> float:
     def excess(s: float) -> float:
         return float(s * given.slope(s) - given.transform(s))
 
-    # -L'(s) / L(s) is a mean of the delay that favours long ones, so no smaller than its mean: s >= -1 / mean.
+    # -L'(s) / L(s) is a mean of the delay weighted towards long ones, so it is at least its mean: s >= -1 / mean.
     low = max(-(1.0 + 1e-9) / given.mean, given.abscissa * (1.0 - 1e-12))
     return float(brentq(excess, low, 0.0, xtol=1e-15, rtol=1e-14))
 
 
 def stability_edge(delay: float | Delay) -> float:
-    """The rate ``b`` from which on nothing decays: ``pi / (2 tau)`` for a fixed delay.
+    """Return the rate ``b`` from which on nothing decays: ``pi / (2 tau)`` for a fixed delay.
 
-    In general the smallest ``b`` with a root ``i omega``: ``i omega + b E[exp(-i omega tau)] = 0``. An exponential
-    delay has none: infinity. Of random delays it is the edge of the mean; ``max_mean_square_step`` may be far below.
+    In general it is the smallest ``b`` with a root ``i omega``: ``i omega + b E[exp(-i omega tau)] = 0``. An
+    exponential delay has none, so the result is infinity. For random delays it is the edge of the mean;
+    ``max_mean_square_step`` may be far below it.
 
     Raises:
         ValueError: the delay is negative.
@@ -177,8 +181,8 @@ def _newton(rate: float, delay: Delay) -> complex:
     good = np.isfinite(s) & (error <= 1e-9 * (1.0 + rate)) & (s.real > delay.abscissa)
     if not good.any():
         raise ValueError(
-            f"at rate {rate} the error decays like the probability of ever longer delays ({delay.name}): "
-            f"by exp({delay.abscissa:.3g}) an update; take a smaller rate for one that decays exponentially by itself"
+            f"at rate {rate} the error decays like the tail of the delay's distribution ({delay.name}), by "
+            f"exp({delay.abscissa:.3g}) per update; choose a smaller rate for an exponential decay of its own"
         )
     found = complex(max(s[good], key=lambda root: root.real))
     return complex(found.real, 0.0) if abs(cmath.phase(-found)) < 1e-7 else found

@@ -1,12 +1,12 @@
-"""How large a step a late gradient bears, from the characteristic polynomial on a quadratic.
+"""The largest stable step with late gradients, from the characteristic polynomial on a quadratic.
 
-For curvature ``lambda`` and ``a = lr * lambda`` the recurrence of ``rules`` has the solutions ``z^t`` with::
+For curvature ``lambda`` and ``a = lr * lambda``, the recurrence of ``rules`` has the solutions ``z^t`` with::
 
     P(z) = z^tau (z - 1)(z - gamma) + a [c_grad (z - gamma) + c_momentum (1 - gamma) z] = 0
 
-It is stable while every root lies within the unit circle. With random delays, independent from update to update,
-``z^-tau`` becomes its mean, and the roots are those of the mean of ``theta``. Derived for this library, and checked
-against simulation; noise, a preconditioner that moves and coupling between stages are not in it.
+The recurrence is stable while every root lies within the unit circle. With random delays, independent from update to
+update, ``z^-tau`` becomes its mean, and the roots are those of the mean of ``theta``. Derived for this library, and
+checked against simulation; noise, a changing preconditioner and coupling between stages are not included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nesterov_pp.analysis.delays import Delay, fixed
 from nesterov_pp.analysis.rules import LinearRule, linear_rule
 
 _CLOSE = 1e-6
-"""Of a momentum to 1: nearer, two eigenvalues are too close for their moduli to be told from 1 in float64."""
+"""The distance of a momentum from 1 below which float64 cannot tell the moduli of two eigenvalues from 1."""
 
 _CLOSEST = 1e-10
 _GROWTH = 1.05
@@ -32,7 +32,7 @@ _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def characteristic_polynomial(rule: LinearRule, delay: int, step: float) -> NDArray[np.float64]:
-    """The ``delay + 3`` coefficients of ``P(z)``, highest power first. ``step`` is the step size times curvature."""
+    """Return the ``delay + 3`` coefficients of ``P(z)``, highest power first. ``step`` is step size times curvature."""
     gamma = rule.gamma
     polynomial = np.zeros(delay + 3)
     polynomial[:3] = 1.0, -(1.0 + gamma), gamma
@@ -41,7 +41,10 @@ def characteristic_polynomial(rule: LinearRule, delay: int, step: float) -> NDAr
 
 
 def spectral_radius(rule: LinearRule, delay: int, step: float) -> float:
-    """The factor by which an update multiplies the error in the long run, by the companion matrix's eigenvalues."""
+    """Return the factor by which an update multiplies the error in the long run.
+
+    It is the largest modulus of the companion matrix's eigenvalues.
+    """
     return float(np.abs(np.roots(characteristic_polynomial(rule, delay, step))).max())
 
 
@@ -53,30 +56,31 @@ def max_stable_step(
     horizon: float | None = None,
     update: int | None = None,
 ) -> float:
-    """The largest stable step size times curvature (the largest eigenvalue of the Hessian; preconditioned for nadam).
+    """Return the largest stable step size times curvature.
 
-    It is where the first root leaves the unit circle as the step grows from 0. For a fixed delay the circle is
-    bracketed with the companion matrix's eigenvalues; for a random one, whose polynomial may have no end, with the
-    boundary ``a(phi)`` at ``z = exp(i phi)`` and the delay's transform ``E[exp(-i phi tau)]``. So it is for a momentum
+    Curvature is the largest eigenvalue of the Hessian (preconditioned for nadam). The result, the edge, is where the
+    first root leaves the unit circle as the step grows from 0. For a fixed delay, the edge is bracketed with the
+    companion matrix's eigenvalues. For a random delay, whose polynomial may be infinite, it is found with the boundary
+    ``a(phi)`` at ``z = exp(i phi)`` and the delay's transform ``E[exp(-i phi tau)]``. The same is done for a momentum
     within 1e-6 of 1, for which eigenvalues are not exact enough.
 
-    SGD has the closed form ``2 sin(pi / (4 tau + 2))``. As ``gamma -> 1``, no look-ahead tends to ``1 / tau`` and a
-    horizon of ``h < tau`` to ``1 / (tau - h)``: the look-ahead of Eq. 10 (arXiv 2505.01099) takes one update off the
-    delay.
+    SGD has the closed form ``2 sin(pi / (4 tau + 2))``. As ``gamma -> 1``, the edge tends to ``1 / tau`` without a
+    look-ahead and to ``1 / (tau - h)`` with a horizon of ``h < tau``: the look-ahead of Eq. 10 (arXiv 2505.01099) takes
+    one update off the delay.
 
     Args:
         rule: a name (see ``linear_rule``), or the scalars themselves.
-        momentum: gamma in [0, 1) (0.99).
-        delay: whole updates (0), or a random delay. The time grows with the cube of a fixed one: 1 s at 100.
-        horizon: updates to look ahead (1), for the rules that do.
-        update: for nadam, the update whose scalars to take; default: their limit.
+        momentum: gamma in [0, 1) (default: 0.99).
+        delay: whole updates (default: 0), or a random delay. The time grows with the cube of a fixed delay: 1 s at 100.
+        horizon: updates to look ahead (default: 1), for the rules that look ahead.
+        update: for nadam: the update whose scalars to use (default: their limit).
 
     Returns:
-        The edge; of a random delay, that of the mean of the weights. Single runs may stray before it: see
+        The edge; for a random delay, that of the mean of the weights. Single runs may stray before this edge: see
         ``max_mean_square_step``.
 
     Raises:
-        ValueError: a value is out of its range, or a random delay is not in whole updates.
+        ValueError: a value is out of range, or a random delay is not in whole updates.
     """
     scalars = _scalars(rule, momentum, horizon, update)
     if isinstance(delay, Delay):
@@ -106,12 +110,13 @@ def fastest_step(
     horizon: float | None = None,
     update: int | None = None,
 ) -> tuple[float, float]:
-    """The step size times curvature with the smallest spectral radius, and that radius. Arguments as above.
+    """Return the step size times curvature with the smallest spectral radius, and that radius.
 
-    SGD has the closed forms ``tau^tau / (tau + 1)^(tau + 1)`` and ``tau / (tau + 1)`` (a double root).
+    The arguments are as for ``max_stable_step``. SGD has the closed forms ``tau^tau / (tau + 1)^(tau + 1)`` and
+    ``tau / (tau + 1)`` (a double root).
 
     Raises:
-        ValueError: as above.
+        ValueError: as for ``max_stable_step``.
     """
     scalars = _scalars(rule, momentum, horizon, update)
     tau = _whole(delay)
@@ -131,7 +136,7 @@ def _scalars(rule: str | LinearRule, momentum: float, horizon: float | None, upd
     if not isinstance(rule, LinearRule):
         rule = linear_rule(rule, momentum=momentum, horizon=horizon, update=update)
     if not (0.0 <= rule.gamma <= 1.0 - _CLOSEST and rule.gain > 0.0):
-        raise ValueError(f"a momentum from 0 to 1 - {_CLOSEST:g} and a gain above 0 are needed, not {rule}")
+        raise ValueError(f"a rule needs a momentum from 0 to 1 - {_CLOSEST:g} and a gain above 0, not {rule}")
     return rule
 
 
@@ -143,7 +148,7 @@ def _whole(delay: int) -> int:
 
 def _edge_of_mean(rule: LinearRule, delay: Delay) -> float:
     if delay.probabilities is None:
-        raise ValueError(f"an update is late by whole updates; a delay that is {delay.name} suits the SDDE only")
+        raise ValueError(f"discrete updates need a delay in whole updates; {delay.name} suits the SDDE only")
     gamma = rule.gamma
 
     def sides(phi: NDArray[np.float64]) -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
@@ -157,7 +162,7 @@ def _edge_of_mean(rule: LinearRule, delay: Delay) -> float:
 
 
 def _golden(f: Callable[[float], float], low: float, high: float) -> float:
-    """The minimum of a function that falls, then rises."""
+    """Return the place of the minimum of a function that falls, then rises."""
     for _ in range(_BISECTIONS):
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         if f(left) <= f(right):

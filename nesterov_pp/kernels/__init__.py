@@ -1,7 +1,7 @@
 """The one-pass step: its scalars, its tensors, and the backends that run it.
 
-``cuda`` and ``triton``: one launch for all tensors of a GPU that agree in dtypes. ``cpu``: C++, one parallel region
-over all tensors. ``reference``: plain torch, any device and dtype.
+The backends ``cuda`` and ``triton`` make one launch for all tensors of a GPU that have the same dtypes. ``cpu`` runs
+C++ in one parallel region over all tensors. ``reference`` uses plain torch, on any device and dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backends of the one-pass step: what each is, where it can be used, and the choice between them."""
+"""The backends of the one-pass step: what each is, where it can be used, and the choice among them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from nesterov_pp.kernels.reference import ReferencePlan
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Reason = str | None
-"""Why something cannot be done, as the end of a sentence; None where it can."""
+"""The reason why something cannot be done, as the end of a sentence; None if it can."""
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to run the step.
 
-    ``device``: the kind of device it is made for, None for every one. ``unavailable`` says why it cannot be used here.
-    ``plan`` makes the plan of an optimizer; with a seed, bfloat16 is rounded stochastically. ``on_device``: the host
-    need not wait for its steps, which can count and scale gradients where the tensors are.
+    ``device`` is the kind of device that the backend is made for, None for every kind. ``unavailable`` returns why the
+    backend cannot be used here, or None. ``plan`` makes the plan of an optimizer; with a seed, bfloat16 is rounded
+    stochastically. With ``on_device``, the host need not wait for the steps, which can count themselves and scale
+    gradients on the device of the tensors.
     """
 
     name: str
@@ -44,13 +45,13 @@ class Backend:
     on_device: bool = False
 
     def device_types(self) -> tuple[str, ...]:
-        """The types of the devices whose tensors it steps here."""
+        """Return the types of the devices whose tensors the backend steps here."""
         if self.name == "triton" and self.unavailable() is None and not torch.cuda.is_available():
             return ("cpu",)  # under the interpreter
         return () if self.device is None else (self.device,)
 
     def refusal(self, tensors: Iterable[Tensor]) -> Reason:
-        """Why it cannot step these tensors."""
+        """Return why the backend cannot step these tensors, or None if it can."""
         if self.device is None:
             return None
         devices = set()
@@ -61,7 +62,7 @@ class Backend:
                 return f"it takes strided float32, float64, bfloat16 or float16 {where}, not {kind} on {t.device}"
             odd = why_never_raw(t)
             if odd is not None:
-                return f"it takes plain tensors, and one {odd}"
+                return f"it takes plain tensors, but one of these {odd}"
             if not _is_dense(t):
                 return f"it takes dense tensors without overlap, not strides {t.stride()} for shape {tuple(t.shape)}"
             devices.add(t.device)
@@ -75,12 +76,12 @@ def _no_cuda() -> Reason:
     if module is None:
         return reason
     if not hasattr(module, "CudaPlan"):
-        return "the extension was built without CUDA: that takes a CUDA toolkit and a torch with CUDA"
+        return "the extension was built without CUDA; building it with CUDA needs a CUDA toolkit and a torch with CUDA"
     return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def _no_triton() -> Reason:
-    """Only this question imports Triton."""
+    """Return why Triton cannot be used, or None if it can; Triton is not imported before this check."""
     reason = extension.load()[1]
     if reason is not None:
         return reason
@@ -90,7 +91,7 @@ def _no_triton() -> Reason:
         return f"Triton cannot be imported ({error})"
     if torch.cuda.is_available() or plans.interpreting():
         return None
-    return "torch finds no GPU (on the CPU, Triton runs under TRITON_INTERPRET=1 only)"
+    return "torch finds no GPU (on the CPU, Triton runs only with TRITON_INTERPRET=1)"
 
 
 def _compiled(kind: str) -> Callable[[Tensors, int | None], Plan]:
@@ -106,7 +107,7 @@ def _triton_plan(tensors: Tensors, seed: int | None) -> Plan:
 
 
 def _triton_plans() -> ModuleType:
-    """The module ``nesterov_pp.triton_kernels.plan``, also where the package runs from its source tree uninstalled.
+    """Return the module ``nesterov_pp.triton_kernels.plan``, even if the package runs uninstalled from its source tree.
 
     Raises:
         ImportError: Triton is not installed, or does not work.
@@ -122,7 +123,7 @@ def _triton_plans() -> ModuleType:
     return importlib.import_module(f"{name}.plan")
 
 
-# For each kind of device the fastest first.
+# For each kind of device, the fastest backend comes first.
 _REGISTRY = (
     Backend(
         "cuda",
@@ -132,7 +133,7 @@ _REGISTRY = (
         _compiled("CudaPlan"),
         on_device=True,
     ),
-    Backend("triton", "the same pass in Triton", "cuda", _no_triton, _triton_plan, on_device=True),
+    Backend("triton", "the pass of the cuda backend, in Triton", "cuda", _no_triton, _triton_plan, on_device=True),
     Backend(
         "cpu",
         "C++ on the CPU: float32, float64, bfloat16, float16",
@@ -148,17 +149,17 @@ DEVICE_BACKENDS = tuple(backend.name for backend in _REGISTRY if backend.on_devi
 
 
 def describe_backend(name: str) -> str:
-    """What a backend is, in a line."""
+    """Return a one-line description of a backend."""
     return _BY_NAME[name].what
 
 
 def available_backends() -> dict[str, Reason]:
-    """Each backend's name, with None where it can be used and else the reason why not."""
+    """Return the name of each backend with None if it can be used, or with the reason why it cannot."""
     return {backend.name: backend.unavailable() for backend in _REGISTRY}
 
 
 def automatic_backend(device: str) -> str:
-    """What "auto" takes for plain tensors on "cpu" or "cuda": the fastest backend that can be used here."""
+    """Return what "auto" chooses for plain tensors on "cpu" or "cuda": the fastest backend that can be used here."""
     return next((backend.name for backend in _made_for(device) if backend.unavailable() is None), "reference")
 
 
@@ -167,9 +168,9 @@ def _made_for(device: str) -> list[Backend]:
 
 
 def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | None = None) -> str:
-    """The backend that steps ``tensors``: ``requested``, or the fastest that can where it is "auto".
+    """Return the backend that steps ``tensors``: ``requested``, or the fastest that can if ``requested`` is "auto".
 
-    ``only_reference`` names an option that no other backend has.
+    ``only_reference`` names an option that only the reference backend supports.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot step these tensors.
@@ -183,7 +184,7 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
     else:
         candidates = [_BY_NAME[requested]]
     for backend in candidates:
-        refusal = f"it does not have {only_reference}" if only_reference else backend.refusal(tensors)
+        refusal = f"it does not support {only_reference}" if only_reference else backend.refusal(tensors)
         if refusal is None and _overlap(tensors):
             refusal = "it steps all parameters at once, and some of these share memory"
         if refusal is None:
@@ -193,12 +194,12 @@ def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | 
     unavailable = {backend.name: backend.unavailable() for backend in candidates}
     if all(unavailable.values()) and any(t.device.type in ("cpu", "cuda") for t in tensors):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
-        warnings.warn(f"the slower reference backend is used ({reasons})", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"using the slower reference backend ({reasons})", RuntimeWarning, stacklevel=4)
     return "reference"
 
 
 def make_plan(backend: str, tensors: Tensors, seed: int | None = None) -> Plan:
-    """The plan of a backend that ``choose_backend`` returned; with a seed, bfloat16 is rounded stochastically."""
+    """Make the plan of a backend that ``choose_backend`` returned; with a seed, bfloat16 is rounded stochastically."""
     return _BY_NAME[backend].plan(tensors, seed)
 
 
@@ -207,6 +208,6 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _overlap(tensors: list[Tensor]) -> bool:
-    """Whether any two of the tensors share memory, as separate parameters that are views of one tensor do."""
+    """Return whether any two of the tensors share memory, as parameters that are views of one tensor do."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel() and t.data_ptr())
     return any(end > begin for (_, end), (begin, _) in pairwise(spans))

@@ -1,4 +1,4 @@
-"""Whether work is captured in a CUDA graph."""
+"""Detection of work that is captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def captures() -> bool:
-    """Whether what is launched now on the current stream is captured instead of run. Starts no CUDA context."""
+    """Return whether work launched now on the current stream is captured instead of run; start no CUDA context."""
     return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says why it cannot be loaded."""
+"""The compiled extension, or the reason why it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-import torch  # first: the process is to load torch's OpenMP runtime, not another one
+import torch  # before the extension, so that the process loads torch's OpenMP runtime and no other
 
 from nesterov_pp.kernels.plan import Tensors
 
@@ -21,10 +21,10 @@ _HOW = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in
 
 @cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """The extension module ``nesterov_pp._C`` and None, or None and the reason why there is none.
+    """Return the extension module ``nesterov_pp._C`` and None, or None and the reason why it cannot be used.
 
-    It is not even opened where the running torch has another minor version than the one it was built against: C++
-    symbols change between those.
+    The extension is not opened if the running torch has another minor version than the one that the extension was built
+    against, since C++ symbols change between minor versions.
     """
     file = _find()
     if file is None or not file.with_name(_NOTE).exists():
@@ -43,10 +43,10 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 
 def require() -> ModuleType:
-    """The extension module.
+    """Return the extension module.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the extension cannot be loaded.
     """
     module, reason = load()
     if module is None:
@@ -55,7 +55,7 @@ def require() -> ModuleType:
 
 
 def tensors_of(module: ModuleType, tensors: Tensors) -> object:
-    """The tensors of a plan, as the extension takes them."""
+    """Return the tensors of a plan in the form that the extension takes."""
     return module.Tensors(
         names=tensors.names,
         numbers=tensors.numbers,
@@ -78,7 +78,7 @@ def tensors_of(module: ModuleType, tensors: Tensors) -> object:
 def _find() -> Path | None:
     package = _package()
     if PathFinder.find_spec(_NAME, package.__path__) is None:
-        # Python was started in the source folder, which hides the installed package: use what was built for that one.
+        # Python was started in the source folder, which hides the installed package; use its extension.
         package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
     spec = PathFinder.find_spec(_NAME, package.__path__)
     return Path(spec.origin) if spec and spec.origin else None

@@ -1,4 +1,4 @@
-"""What every backend offers to an optimizer: the list of its tensors, and one pass over them."""
+"""The interface of every backend: the list of an optimizer's tensors, and one pass over them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from nesterov_pp.kernels.scalars import Coefficients, Correction, CorrectionKind, Normaliser
 
 StepClass = tuple[int, float, float]
-"""Parameters of one group with one step count: (group index, steps done, product of mu so far)."""
+"""The parameters of one group that share a step count: (group index, steps done, product of mu so far)."""
 
 
 class StepSlots(NamedTuple):
-    """The ring slots of a step: those of the gradients, of the weights read, and of the weights written."""
+    """The ring slots of a step: the slot of the gradients, of the weights read, and of the weights written."""
 
     grads: int = 0
     source: int = 0
@@ -26,14 +26,15 @@ class StepSlots(NamedTuple):
 class Tensors:
     """The tensors of one optimizer; every list runs over its parameters.
 
-    ``numbers[i]`` is the parameter's number in the optimizer, ``slots[s][i]`` the parameter in ring slot ``s`` (one
-    slot where there is no ring). ``masters[i]`` is None, or the float32 weights that are stepped, of which the others
-    take copies. ``exp_avg_sqs`` is empty where the rule has no second moment, ``mu_products`` where it has no momentum
-    schedule, both it and ``steps`` where the caller counts, ``max_exp_avg_sqs`` where no group is AMSGrad's.
+    ``numbers[i]`` is the number of parameter ``i`` in the optimizer, and ``slots[s][i]`` is the parameter in ring slot
+    ``s`` (one slot without a ring). ``masters[i]`` is None, or the float32 weights that are stepped and then copied to
+    the parameter. ``exp_avg_sqs`` is empty if the rule has no second moment, ``mu_products`` if it has no momentum
+    schedule. ``steps`` and ``mu_products`` are empty if the caller counts the steps. ``max_exp_avg_sqs[i]`` is None
+    without AMSGrad, and the list may be empty if no group uses it.
 
-    ``means`` are the running means of a correction of this ``kind``, if it has one. ``shadows`` are copies outside the
-    ring where a step predicts: with ``ring_predicts`` they are stepped while the slots take predicted weights; else
-    they take what is predicted.
+    ``means`` are the running means of a correction of this ``kind``, if it has one. If a step predicts weights,
+    ``shadows`` are copies of the weights outside the ring: with ``ring_predicts``, the shadows are stepped and the ring
+    slots receive the predicted weights; otherwise the shadows receive the predicted weights.
     """
 
     names: list[str]
@@ -54,20 +55,21 @@ class Tensors:
 
     @property
     def corrects(self) -> bool:
-        """Whether a step takes ``Correction`` scalars too."""
+        """Return whether a step also takes ``Correction`` scalars."""
         return bool(self.shadows) or self.kind != CorrectionKind.NONE
 
 
 class Plan(Protocol):
-    """A step in two halves: everything is checked in the first, everything is written in the second."""
+    """A step in two halves: the first checks everything, the second writes everything."""
 
     on_device: bool
-    """Whether the pass runs on a device that the host does not wait for; then gradients are scaled by ``scale``."""
+    """True if the pass runs on a device that the host does not wait for; then ``scale`` scales the gradients."""
 
     def collect(self, slots: StepSlots) -> list[StepClass]:
-        """Take the gradients for a step between slots.
+        """Collect the gradients for a step between slots, without changing anything.
 
-        Returns the classes of the parameters that have a gradient. Changes nothing.
+        Returns:
+            the classes of the parameters that have a gradient.
 
         Raises:
             ValueError: a tensor does not fit its parameter (shape, dtype, device, layout).
@@ -75,35 +77,38 @@ class Plan(Protocol):
 
     @property
     def steps_run(self) -> int:
-        """How many steps have been run: for a caller who was interrupted between one and what he does after it."""
+        """The number of steps run, for a caller that was interrupted between a step and the work that follows it."""
 
     def forget(self) -> None:
-        """Let go of the gradients collected, if the step has not been run."""
+        """Release the collected gradients if the step has not been run."""
 
     def gradient_norm(self) -> float:
-        """Euclidean norm of all gradients collected, reading each once; 0 where there is none."""
+        """Return the Euclidean norm of all collected gradients, reading each once; 0 if there are none."""
 
     def nonfinite_parameter(self) -> str:
-        """The first parameter whose gradient is not finite everywhere; empty if there is none."""
+        """Return the name of the first parameter whose gradient is not finite everywhere; empty if there is none."""
 
     def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
-        """Have the next ``apply`` divide the gradients by ``grad_scale`` and clip them to the norm ``limit``.
+        """Make the next ``apply`` divide the gradients by ``grad_scale`` and clip them to the norm ``limit``.
 
-        Everything stays on the device. Returns the norm, of gradients times ``scale`` and unscaled, in float64; None
-        where nothing is clipped. Only of plans that are ``on_device``.
+        Everything stays on the device. Only for plans that are ``on_device``.
+
+        Returns:
+            the norm of the gradients times ``scale`` and divided by ``grad_scale``, in float64; None without clipping.
         """
 
     def apply(
         self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
     ) -> None:
-        """Run the step collected, with one row and one new mu product for each class, and count it.
+        """Run the collected step, with one row and one new mu product for each class, and count it.
 
-        ``corrections``: one for each class where the tensors are to be corrected; else none.
+        ``corrections`` has an entry for each class if ``Tensors.corrects``, and is empty otherwise.
         """
 
     def apply_rows(self, rows: Tensor) -> None:
-        """Run the step collected, of a plan that was given no ``steps``, for the caller counts.
+        """Run the collected step of a plan without ``steps``, whose caller counts.
 
-        ``rows``: float64 of shape ``[parameters, 10]`` on the device, each one's coefficients and the number of its
-        step, 0 for no step. Only of plans that are ``on_device``.
+        ``rows`` is float64 of shape ``[parameters, 10]`` on the device: for each parameter its coefficients and the
+        number of its step, 0 for no step. If ``Tensors.corrects``, the 7 scalars of ``Correction`` follow. Only for
+        plans that are ``on_device``.
         """

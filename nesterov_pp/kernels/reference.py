@@ -1,4 +1,4 @@
-"""The step in plain torch: any device, any floating dtype. It judges the other backends."""
+"""The step in plain torch, for any device and floating-point dtype. The other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Late:
-    """What a correction has of one parameter (see ``Correction``).
+    """The inputs and outputs of a correction for one parameter (see ``Correction``).
 
-    ``weights`` are those that the gradient was computed with, ``mean`` the running mean of the correction, and
-    ``ahead`` takes the predicted weights; each None where there is none.
+    ``weights`` are the weights that the gradient was computed with, ``mean`` is the running mean of the correction, and
+    ``ahead`` receives the predicted weights. ``mean`` and ``ahead`` are None if the correction has none.
     """
 
     kind: CorrectionKind
@@ -47,11 +47,11 @@ def update(
     noise: Noise | None = None,
     late: Late | None = None,
 ) -> None:
-    """One parameter's update (see ``Coefficients``), in fp32 for lower precisions; ``weight_out`` may be ``weight``.
+    """Update one parameter (see ``Coefficients``), in float32 for lower precisions; ``weight_out`` may be ``weight``.
 
-    ``normaliser`` is by default ``RMS`` with an ``exp_avg_sq``, ``NONE`` without. With a ``master``, that is stepped
-    and ``weight_out`` takes a copy. ``max_exp_avg_sq`` is AMSGrad's largest second moment, which takes the second
-    moment's place in the denominator. ``noise`` rounds bfloat16 stochastically, but for copies and predictions.
+    ``normaliser`` defaults to ``RMS`` with an ``exp_avg_sq`` and to ``NONE`` without. With a ``master``, the master is
+    stepped and ``weight_out`` receives a copy. ``max_exp_avg_sq`` is AMSGrad's largest second moment, which replaces
+    the second moment in the denominator. ``noise`` rounds bfloat16 stochastically, except copies and predictions.
     """
     if normaliser is None:
         normaliser = Normaliser.NONE if exp_avg_sq is None else Normaliser.RMS
@@ -62,14 +62,14 @@ def update(
     mean = None
     if late is not None:
         mean = torch.zeros_like(w) if late.mean is None else late.mean.to(dtype)
-        seen = w if master is None else w.to(grad.dtype).to(dtype)  # as the gradient's weights are rounded
+        seen = w if master is None else w.to(grad.dtype).to(dtype)  # rounded as the gradient's weights are
         g, decay, mean = _correct(late, _difference(seen, late.weights.to(dtype)), mean, g, decay)
     m = _mean(before, g, c.beta1_complement)
     direction, momentum = c.c_grad * g + c.c_momentum * (before if normaliser == Normaliser.SIGN else m), m
     if exp_avg_sq is not None:
         v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
         _store(exp_avg_sq, v, noise, 2)
-        if exp_avg_sq.dtype == torch.float16:  # what overflows there is infinite in this step too
+        if exp_avg_sq.dtype == torch.float16:  # a value that overflows float16 is infinite in this step too
             v = torch.where(exp_avg_sq.isinf(), math.inf, v)
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
@@ -94,7 +94,10 @@ def update(
 
 
 def _correct(late: Late, apart: Tensor, a: Tensor, g: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient, decay and running mean, before the moments; ``apart``: the weights less those of the gradient."""
+    """Return the gradient, the decay and the running mean, before the moments are updated.
+
+    ``apart`` is the weights minus those that the gradient was computed with.
+    """
     x = late.scalars
     if late.kind == CorrectionKind.DELAY_COMPENSATION:
         g = g + x.strength * g * (g * apart)
@@ -110,7 +113,7 @@ def _correct(late: Late, apart: Tensor, a: Tensor, g: Tensor, decay: Tensor) -> 
 def _predict(
     late: Late, w: Tensor, after: Tensor, direction: Tensor, momentum: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The predicted weights and the running mean, after the update."""
+    """Return the predicted weights and the running mean, after the update."""
     x, last = late.scalars, _difference(after, w)
     further = x.ahead_last * last - x.ahead_momentum * momentum
     if late.kind == CorrectionKind.GAP:
@@ -121,7 +124,7 @@ def _predict(
     return after + further, a
 
 
-# The parts of the update, with the scalars rounded as csrc/update.h has them; why in this form: its notes.
+# The parts of the update, with the scalars rounded as in csrc/update.h, whose notes explain these forms.
 
 
 def _gradient(grad: Tensor, w: Tensor, c: Coefficients) -> Tensor:
@@ -146,7 +149,7 @@ def _mean_of_squares(v: Tensor, x: Tensor, complement: float) -> Tensor:
 
 
 def _sign(x: Tensor) -> Tensor:
-    """Of NaN it is NaN, for what is wrong is to be seen."""
+    """Return the sign of ``x``; NaN stays NaN, so that errors remain visible."""
     return torch.where(x.isnan(), x, x.sign())
 
 
@@ -159,7 +162,10 @@ def _rounded(x: float, dtype: torch.dtype) -> float:
 
 
 def widened(grad: Tensor) -> Tensor:
-    """A gradient whose norm does not overflow: that of 5,000 float16 values of 1,000 is no float16."""
+    """Return the gradient in a dtype in which its norm does not overflow.
+
+    The norm of 5,000 float16 values of 1,000 is too large for float16.
+    """
     return grad.to(torch.float32) if grad.dtype in _LOW else grad
 
 
@@ -168,7 +174,7 @@ def _store(to: Tensor, value: Tensor, noise: Noise | None, which: int) -> None:
 
 
 class ReferencePlan:
-    """The reference backend's plan: a loop over parameters."""
+    """The plan of the reference backend: a loop over parameters."""
 
     on_device = False
 
@@ -228,7 +234,7 @@ class ReferencePlan:
         return list(classes)
 
     def _rehearse(self) -> None:
-        """Step no elements of tensors whose operators may refuse to: nothing has been written if they do."""
+        """Step zero elements of tensors whose operators may refuse the step, so that they do so before any write."""
         t, (_, source, target) = self._tensors, self._slots
         for i, grad in enumerate(self._grads):
             if grad is None:
@@ -248,7 +254,7 @@ class ReferencePlan:
         return float(torch.nn.utils.get_total_norm([widened(grad) for grad in self._grads if grad is not None]))
 
     def scale(self, scale: float, limit: float | None, grad_scale: Tensor | None) -> Tensor | None:
-        raise NotImplementedError("the reference computes the scale of gradients on the host")
+        raise NotImplementedError("the reference plan computes the scale of gradients on the host")
 
     def nonfinite_parameter(self) -> str:
         for name, grad in zip(self._tensors.names, self._grads, strict=True):
@@ -257,7 +263,7 @@ class ReferencePlan:
         return ""
 
     def apply_rows(self, rows: Tensor) -> None:
-        raise NotImplementedError("the reference plan is not on_device")
+        raise NotImplementedError("apply_rows() needs a plan that is on_device; the reference plan is not")
 
     def apply(
         self, rows: Sequence[Coefficients], mu_products: Sequence[float], corrections: Sequence[Correction] = ()
@@ -336,7 +342,7 @@ def _check_memory(what: str, t: Tensor, *, written: bool) -> None:
     if t._is_zerotensor():
         raise ValueError(f"{what} {why_not_raw(t)}")
     if not t.is_floating_point():
-        raise ValueError(f"{what} is {t.dtype}; it must be of floating point")
+        raise ValueError(f"{what} is {t.dtype}; it must be a floating-point dtype")
     extent = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride <= extent:

@@ -12,10 +12,10 @@ from nesterov_pp.kernels.raw import in_fake_mode, why_not_raw
 
 
 def zeros_like(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Zeros of each tensor's shape, strides and device.
+    """Return zeros with the shape, strides and device of each tensor.
 
-    Large lists on the CPU lie side by side in huge pages where the system has them to give; their storages cannot be
-    resized. They can be written outside inference mode, wherever they were made.
+    Large lists on the CPU lie side by side in huge pages if the system provides them; their storages cannot be resized.
+    The zeros can be written outside inference mode, even if they were created inside it.
     """
     with torch.inference_mode(False):
         return _zeros_like(tensors, dtypes)

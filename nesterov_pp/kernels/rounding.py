@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 in plain torch, with the bits of ``csrc/random.h``."""
+"""Stochastic rounding to bfloat16 in plain torch, with the random bits of ``csrc/random.h``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 (Salmon et al., SC 2011): four int64 tensors of 32-bit words, keyed by a 64-bit seed.
+    """Return Philox-4x32-10 (Salmon et al., SC 2011) of a counter, keyed by a 64-bit seed.
 
-    Products of two words wrap around in int64, which leaves their bits as they are.
+    Counter and result are four int64 tensors of 32-bit words. Products of two words wrap around in int64, which
+    preserves their bits.
     """
     a, b, c, d = counter
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
@@ -30,10 +31,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 class Noise:
-    """16 random bits for each element and value of one parameter's step.
+    """The random bits of one parameter's step: 16 for each element of each stored value.
 
-    Elements are counted in the order of memory. ``which`` is 0 for the weight, 1 and 2 for the moments, 3 for
-    a correction's running mean.
+    Elements are counted in memory order. ``which`` is 0 for the weight, 1 and 2 for the moments, and 3 for the running
+    mean of a correction.
     """
 
     def __init__(self, *, seed: int, tensor: int, step: int) -> None:
@@ -41,7 +42,7 @@ class Noise:
         self._words: _Words | None = None
 
     def round(self, value: Tensor, which: int) -> Tensor:
-        """``value``, float32 and dense, as bfloat16: up or down with probabilities that make it right on average."""
+        """Round a dense float32 ``value`` to bfloat16, up or down with probabilities that make it right on average."""
         words = self._of(value)
         noise = (words.first & 0xFFFF, words.first >> 16, words.second & 0xFFFF, words.second >> 16)[which]
         flat = _in_memory_order(value)

@@ -1,4 +1,4 @@
-"""The scalars of one step: of its rule, and of what it adds against late gradients."""
+"""The scalars of one step: those of its rule, and those of its correction of late gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Normaliser(IntEnum):
-    """What becomes of a rule's momentum before it is taken from the weights. The order is that of ``csrc/update.h``."""
+    """The normalisation of the momentum before it is subtracted from the weights, in the order of ``csrc/update.h``."""
 
     NONE = 0
     RMS = 1  # divided by the root of a second moment
@@ -15,7 +15,7 @@ class Normaliser(IntEnum):
 
 
 class Coefficients(NamedTuple):
-    """Scalars of the update, in double precision, in the order of ``Coefficients`` in ``csrc/update.h``.
+    """The scalars of the update, in double precision, in the order of ``Coefficients`` in ``csrc/update.h``.
 
     With gradient ``g``, weights ``w`` and moments ``m`` and ``v``::
 
@@ -29,7 +29,7 @@ class Coefficients(NamedTuple):
         direction = sign(c_grad * g + c_momentum * m) * inv_bias2            by sign: m is the one before the step,
                                                                              and inv_bias2 the size of the step
 
-    How ``m`` and ``v`` are rounded, and what becomes of numbers that are not finite, is in ``csrc/update.h``.
+    ``csrc/update.h`` describes how ``m`` and ``v`` are rounded and how numbers that are not finite are treated.
     """
 
     grad_scale: float
@@ -44,27 +44,27 @@ class Coefficients(NamedTuple):
 
 
 class CorrectionKind(IntEnum):
-    """What is done with the gradient, and what the running mean ``a`` is of.
+    """The kind of a correction, with the quantity that its running mean ``a`` averages.
 
     The order is that of ``CorrectionKind`` in ``csrc/update.h``.
     """
 
     NONE = 0
     DELAY_COMPENSATION = 1  # no running mean
-    ADAPTIVE_DELAY_COMPENSATION = 2  # of the squared gradient
-    GAP = 3  # of the squared update
-    DISCREPANCY = 4  # of the update
+    ADAPTIVE_DELAY_COMPENSATION = 2  # mean of the squared gradient
+    GAP = 3  # mean of the squared update
+    DISCREPANCY = 4  # mean of the update
 
 
 HAS_MEAN = (CorrectionKind.ADAPTIVE_DELAY_COMPENSATION, CorrectionKind.GAP, CorrectionKind.DISCREPANCY)
 
 
 class Correction(NamedTuple):
-    """Scalars of one step, in double precision, in the order of ``Correction`` in ``csrc/update.h``.
+    """The scalars of a correction in a step, in double precision, in the order of ``Correction`` in ``csrc/update.h``.
 
-    Where steps are counted on the device, some are tensors of many.
+    If steps are counted on the device, some of the scalars are tensors with a value for each parameter.
 
-    Around the update of ``Coefficients``, with the weights ``s`` that the gradient was computed with::
+    The correction surrounds the update of ``Coefficients``; ``s`` are the weights that the gradient was computed with::
 
         g  = g + strength * g g (w - s)                                   delay compensation
         a  = (1 - mean_complement) a + mean_complement g g                adaptive delay compensation,
@@ -76,8 +76,9 @@ class Correction(NamedTuple):
         x  = w' + (ahead_last * (w' - w) - ahead_momentum * m / D)
         x  = x + ahead_mean * a                                           discrepancy
 
-    Normalised by sign, ``m / D`` is ``sign(m)``. A difference of two infinite weights of one sign is 0. Master weights
-    are compared as the parameter's dtype has them: no update between is no distance.
+    ``D`` is the denominator of ``direction``, 1 without a normaliser; with normalisation by sign, ``m / D`` is
+    ``sign(m)``. The difference of two infinite weights of the same sign is 0. Master weights are compared after
+    rounding to the parameter's dtype, so that the difference is 0 if there was no update in between.
     """
 
     strength: float = 0.0

@@ -1,7 +1,6 @@
-"""Published methods as recipes over the existing parts. Importing this package registers them."""
+"""Published methods, as recipes made of existing parts. Importing this package registers them."""
 
-# isort: off -- the order is that of the lists
-# In the order of the lists.
+# In the order in which methods are listed.
 # isort: off
 from nesterov_pp.methods.nesterov import NESTEROV, NESTEROV_HORIZON, NESTEROV_NO_STASH, NESTEROV_SGD
 from nesterov_pp.methods.pipedream import PIPEDREAM, PIPEDREAM_LR

@@ -1,4 +1,4 @@
-"""Accumulation as version control."""
+"""Methods that control weight versions by gradient accumulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACI = register(
     replace(
         PIPEDREAM,
         name="paci",
-        summary="no stash: each stage updates after every 8 backwards, whichever their versions (AdamW, beta2 0.95)",
+        summary="no stash: each stage updates after every 8 backwards, whatever their versions (AdamW, beta2 0.95)",
         reference="arXiv 2606.07881",
         options={**PIPEDREAM.options, "betas": (0.9, 0.95), "weight_decay": 0.1},
         linearise_at="newest",
@@ -26,7 +26,7 @@ GBA = register(
     replace(
         PIPEDREAM,
         name="gba",
-        summary="an update of every 4 microbatches, of which those later than max_staleness updates count as zero",
+        summary="one update per 4 microbatches, of which those more than max_staleness updates late count as zero",
         reference="arXiv 2205.11048 (abstract; mechanism recalled)",
         microbatches_per_update=4,
         max_staleness=4,

@@ -1,4 +1,4 @@
-"""Adam in an estimated eigenbasis (arXiv 2602.03515), over stashed weights."""
+"""Adam in an estimated eigenbasis (arXiv 2602.03515), with stashed weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nesterov_pp.pipeline.recipe import Recipe, register
 BASIS_ROTATION = register(
     Recipe(
         name="basis-rotation",
-        summary="late gradients in the eigenbasis of both gradient covariances (2nd, bi: its paper's fastest)",
+        summary="Adam on late gradients in the eigenbasis of both gradient covariances (2nd, bi: the paper's fastest)",
         reference="arXiv 2602.03515",
         rule=StepsCopies,
         options={
@@ -29,7 +29,7 @@ BASIS_ROTATION_LIGHT = register(
     replace(
         BASIS_ROTATION,
         name="basis-rotation-1st-uni",
-        summary="late gradients in the singular basis of the momentum, the smaller side (1st, uni: least memory)",
+        summary="Adam on late gradients in the singular basis of the momentum's smaller side (1st, uni: least memory)",
         options={**BASIS_ROTATION.options, "source": "1st", "geometry": "uni"},
     )
 )

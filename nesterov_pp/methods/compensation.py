@@ -1,4 +1,4 @@
-"""Late gradients changed by how far the weights have moved since, or applied with a smaller rate."""
+"""Methods that correct late gradients by how far the weights have moved since, or apply them at a smaller rate."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ DC_ASGD = register(
     replace(
         PIPEDREAM,
         name="dc-asgd",
-        summary="pipedream, g + 0.04 g g (w - w_stash) for g; correction=DelayCompensation(2.0, adaptive=True) too",
-        reference="arXiv 1609.08326, there over SGD",
+        summary="pipedream with g + 0.04 g g (w - w_stash) for g; for the adaptive form give "
+        "correction=DelayCompensation(2.0, adaptive=True)",
+        reference="arXiv 1609.08326 (there with SGD)",
         options={**PIPEDREAM.options, "correction": DelayCompensation()},
     )
 )
@@ -33,7 +34,7 @@ GAP_AWARE = register(
     replace(
         PIPEDREAM,
         name="gap-aware",
-        summary="pipedream, each element's gradient divided by 1 + |w - w_stash| / (size of an update)",
+        summary="pipedream with each element's gradient divided by 1 + |w - w_stash| / (size of an update)",
         reference="arXiv 1909.10802",
         options={**PIPEDREAM.options, "correction": GapAware()},
     )

@@ -1,4 +1,4 @@
-"""What a recipe costs on a stage of a real pipeline, counted: bytes per parameter in float32, and versions kept."""
+"""The counted costs of a recipe on a stage of a real pipeline: bytes per float32 parameter, and versions kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTES = 4
 
 
 class Cost(NamedTuple):
-    """Bytes per parameter: ``state`` besides the weights of the ring and the gradient, ``traffic`` of one step."""
+    """Bytes per parameter: ``state`` besides the ring's weights and the gradient, and ``traffic`` of one step."""
 
     state: int
     traffic: int
@@ -24,9 +24,9 @@ def one_pass(
     correction: DelayCompensation | GapAware | None = None,
     prediction: Prediction | Discrepancy | None = None,
 ) -> Cost:
-    """Of the one-pass step: every tensor that it reads or writes, once.
+    """Return the cost of the one-pass step, counting once every tensor that the step reads or writes.
 
-    Plain: weights, gradient and moments read, weights and moments written, which is 28 with two moments and 20 with
+    A plain step reads weights, gradient and moments and writes weights and moments: 28 bytes with two moments, 20 with
     one. A correction reads the weights of the gradient; a running mean is read and written; a prediction is written.
     """
     moments = 2 if adaptive else 1
@@ -37,7 +37,7 @@ def one_pass(
 
 
 def of_step(recipe: Recipe) -> Cost | None:
-    """Bytes per parameter of the recipe's one-pass step; None where the step is no single pass."""
+    """Return the cost of the recipe's one-pass step; None if the step is not a single pass."""
     if not (isinstance(recipe.rule, type) and issubclass(recipe.rule, FusedOptimizer)) or recipe.forecast is not None:
         return None
     return one_pass(
@@ -48,7 +48,7 @@ def of_step(recipe: Recipe) -> Cost | None:
 
 
 def extra_versions(recipe: Recipe) -> str:
-    """How many versions of its weights stage i of P keeps besides the newest, and besides a copy that is predicted."""
+    """Return how many weight versions stage i of P keeps besides the newest, not counting a predicted copy."""
     if not recipe.delayed or recipe.linearise_at != "version":
         return "none"
     if recipe.microbatches_per_update is None:
@@ -58,7 +58,7 @@ def extra_versions(recipe: Recipe) -> str:
 
 
 def delays_taken(recipe: Recipe) -> str:
-    """What the recipe makes of a delay that changes."""
+    """Return which delays the recipe takes: "none", "constant" ones only, or "any", including ones that change."""
     if not recipe.delayed:
         return "none"
     return "constant" if recipe.constant_delay else "any"

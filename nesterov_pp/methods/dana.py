@@ -1,8 +1,8 @@
-"""DANA (arXiv 1907.11612) in a pipeline, where each stage has one momentum. Its home, workers: ``VirtualWorkers``.
+"""DANA (arXiv 1907.11612) in a pipeline, where each stage has one momentum. ``VirtualWorkers`` has DANA with workers.
 
 Sending ``theta - lr gamma sum_j v^j`` to a worker predicts the weights after every worker's next update. A pipeline
-has one momentum, and the stage's delay takes the place of the number of workers: a prediction by momentum with damping
-gamma over the delay (derived here).
+stage has one momentum, and its delay takes the place of the number of workers. The result is a prediction by momentum
+over the delay with damping gamma (derived here).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SGD = {"momentum": 0.9, "weight_decay": 1e-4}
 DANA_ZERO = register(
     Recipe(
         name="dana-zero",
-        summary="weights predicted by the decayed momentum over the delay (SGD)",
+        summary="weights predicted over the delay along the decaying momentum (SGD)",
         reference="arXiv 1907.11612 (pipeline translation derived here)",
         rule=NAG,
         options={**_SGD, "prediction": Prediction("momentum", damping=0.9)},
@@ -33,7 +33,7 @@ DANA_SLIM = register(
     replace(
         NESTEROV_SGD,
         name="dana-slim",
-        summary="the look-ahead inside the update, one step ahead, no second copy (SGD)",
+        summary="look-ahead of one step inside the update, without a second copy of the weights (SGD)",
         reference="arXiv 1907.11612 (pipeline translation derived here)",
         options=_SGD,
     )

@@ -1,4 +1,4 @@
-"""Today's gradient guessed from the last few late ones: the paper's forecasting baselines."""
+"""Estimates of the current gradient from the last few late ones: the paper's forecasting baselines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nesterov_pp.pipeline.recipe import register
 
 HISTORY = 5
 Weights = Callable[[int, int], list[float]]
-"""``(gradients kept, delay) -> weights`` of the gradients, oldest first."""
+"""``(gradients kept, delay) -> weights``, one for each gradient, oldest first."""
 
 
 def polynomial_weights(history: int, delay: int, order: int = 2) -> list[float]:
-    """Weights of the least-squares polynomial through ``history`` equally spaced points, read ``delay`` steps after the
-    last: ``e(delay)^T (X^T X)^-1 X^T`` with rows ``x^0 ... x^order``, x = 1 - history ... 0.
+    """Return the weights that evaluate a least-squares polynomial ``delay`` steps after its last point.
 
-    The order is lowered where there are too few points.
+    The polynomial is fitted to ``history`` equally spaced points, so the weights are ``e(delay)^T (X^T X)^-1 X^T`` with
+    rows ``x^0 ... x^order``, x = 1 - history ... 0. The order is lowered if there are too few points.
     """
     order = min(order, history - 1)
     x = torch.arange(1 - history, 1, dtype=torch.float64, device="cpu")
@@ -33,10 +33,10 @@ def polynomial_weights(history: int, delay: int, order: int = 2) -> list[float]:
 
 
 def fourier_weights(history: int, delay: int) -> list[float]:
-    """Weights of the history's discrete Fourier series, its phases advanced by ``delay`` steps beyond the last point.
+    """Return the weights of the history's discrete Fourier series, advanced ``delay`` steps beyond the last point.
 
     Frequencies are multiples of 1 / history, so this is the history's periodic continuation: all weight lies on the
-    gradient of ``history - (delay mod history)`` steps before, or on the last one.
+    gradient ``history - (delay mod history)`` steps before the last one, or on the last one itself.
     """
     n = torch.arange(history, dtype=torch.float64, device="cpu")
     frequencies = torch.fft.fftfreq(history, dtype=torch.float64, device="cpu")
@@ -47,9 +47,9 @@ def fourier_weights(history: int, delay: int) -> list[float]:
 
 
 class LinearForecast:
-    """``g <- sum_j c_j g_{t-j}`` over the last ``history`` gradients, the coefficients those of ``weights``.
+    """The forecast ``g <- sum_j c_j g_{t-j}`` over the last ``history`` gradients, with coefficients from ``weights``.
 
-    Keeps ``history`` tensors a parameter. Before the history is full, and where nothing is late, g stays as it is.
+    Keeps ``history`` tensors per parameter. Until the history is full, and where nothing is late, g is unchanged.
     """
 
     def __init__(self, weights: Weights, history: int = HISTORY) -> None:
@@ -58,7 +58,7 @@ class LinearForecast:
 
     @torch.no_grad()
     def apply(self, parameters: Sequence[Tensor], delay: int) -> None:
-        """Change the parameters' gradients in place; None counts as zeros."""
+        """Replace the parameters' gradients by their forecast; None counts as zeros."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self._kept.append([grad.clone() for grad in grads])
         if delay == 0 or len(self._kept) < (self._kept.maxlen or 0):
@@ -71,11 +71,11 @@ class LinearForecast:
             p.grad = guess
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradients kept, oldest first."""
+        """Return the gradients kept, oldest first."""
         return {"kept": [list(grads) for grads in self._kept]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore a state that ``state_dict`` returned."""
         self._kept.clear()
         self._kept.extend([grad.clone() for grad in grads] for grads in state["kept"])
 
@@ -84,7 +84,7 @@ POLY_FORECAST = register(
     replace(
         PIPEDREAM_LR,
         name="poly-forecast",
-        summary="pipedream-lr, each gradient extrapolated over the delay by a parabola through the last 5",
+        summary="pipedream-lr with each gradient extrapolated over the delay by a parabola through the last 5",
         reference="arXiv 2505.01099, section 5 (recalled; not in its released code)",
         forecast=lambda: LinearForecast(polynomial_weights),
         distributed=False,
@@ -95,7 +95,7 @@ FFT_FORECAST = register(
     replace(
         POLY_FORECAST,
         name="fft-forecast",
-        summary="pipedream-lr, each gradient extrapolated over the delay by the Fourier series of the last 5",
+        summary="pipedream-lr with each gradient extrapolated over the delay by the Fourier series of the last 5",
         forecast=lambda: LinearForecast(fourier_weights),
     )
 )

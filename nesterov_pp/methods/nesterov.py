@@ -30,14 +30,14 @@ NESTEROV = register(
 
 
 def _momentum_by_stage(place: Placement) -> dict[str, Any]:
-    """Eq. 13's ``gamma_i = 0.9 + 0.09 (P - i) / P``: the later the gradient, the heavier the average."""
+    """Return beta1 of Eq. 13, ``gamma_i = 0.9 + 0.09 (P - i) / P``: the later the gradient, the larger beta1."""
     return {"betas": (0.9 + 0.09 * (place.stages - place.stage) / place.stages, 0.999)}
 
 
 NESTEROV_NO_STASH = register(
     Recipe(
         name="nesterov-no-stash",
-        summary="the same without a stash: backward at the current weights, momentum and rate by stage",
+        summary="nesterov without a stash: backward at the current weights, momentum and learning rate by stage",
         reference="arXiv 2505.01099, Eq. 13",
         rule=NAdam,
         options={k: v for k, v in NADAM.items() if k != "betas"},
@@ -58,13 +58,13 @@ NESTEROV_SGD = register(
     )
 )
 
-# A full horizon from the start did worse than none in a short run: it grows over correction_updates.
+# A full horizon from the start did worse than none in a short run, so it grows over correction_updates.
 NESTEROV_HORIZON = register(
     replace(
         NESTEROV,
         name="nesterov-horizon",
         summary="nesterov with a look-ahead that grows from one update to the stage's delay",
-        reference="this project: Eq. 10 of arXiv 2505.01099, further ahead",
+        reference="this project (Eq. 10 of arXiv 2505.01099, looking further ahead)",
         correction_updates=CORRECTION_UPDATES,
         horizon=growing_to_the_delay,
         constant_delay=True,

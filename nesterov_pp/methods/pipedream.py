@@ -9,7 +9,7 @@ from nesterov_pp.optim import AdamW
 from nesterov_pp.pipeline.recipe import Recipe, register
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-"""The base optimizer of every method that is compared with the paper's."""
+"""Hyper-parameters of the base optimizer of every method that is compared with the paper's."""
 
 PIPEDREAM = register(
     Recipe(

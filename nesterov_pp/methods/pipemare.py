@@ -1,4 +1,4 @@
-"""PipeMare (arXiv 1910.05124): no stash, rates by delay, backward at estimated weights, a synchronous start."""
+"""PipeMare (arXiv 1910.05124): no stash, learning rate by delay, backward at estimated weights, synchronous start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nesterov_pp.pipeline.recipe import Recipe, register
 PIPEMARE = register(
     Recipe(
         name="pipemare",
-        summary="no stash: rate by delay (T1), backward at estimated weights (T2), synchronous_updates (T3) (AdamW)",
+        summary="no stash: learning rate by delay (T1), backward at estimated weights (T2), synchronous start "
+        "(T3: synchronous_updates) (AdamW)",
         reference="arXiv 1910.05124 (recalled; T1 as in the code of 2505.01099)",
         rule=AdamW,
         options={**ADAMW, "prediction": Discrepancy()},

@@ -1,4 +1,4 @@
-"""Forward and backward at predicted weights."""
+"""Methods that run forward and backward at predicted weights."""
 
 from __future__ import annotations
 

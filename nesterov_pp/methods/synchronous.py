@@ -11,7 +11,7 @@ from nesterov_pp.pipeline.recipe import Recipe, register
 GPIPE = register(
     Recipe(
         name="gpipe",
-        summary="synchronous: 4 microbatches accumulate into each update (AdamW)",
+        summary="synchronous: each update accumulates 4 microbatches (AdamW)",
         reference="arXiv 1811.06965",
         rule=AdamW,
         options=ADAMW,

@@ -1,4 +1,4 @@
-"""AdamW: the same pass with other coefficients."""
+"""AdamW: the shared one-pass step with the coefficients of AdamW."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ class AdamW(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or parameter groups.
-        lr: learning rate (1e-3).
-        betas: decay rates of the two moments ((0.9, 0.999)).
-        eps: added to the denominator (1e-8).
-        weight_decay: decoupled decay rate (1e-2).
-        maximize: ascend instead of descend (False).
-        foreach: accepted for compatibility; the pass is always one over all tensors.
-        amsgrad: keep the largest second moment in the denominator; takes the reference backend and says so (False).
+        lr: learning rate (default: 1e-3).
+        betas: decay rates of the two moments (default: (0.9, 0.999)).
+        eps: term added to the denominator (default: 1e-8).
+        weight_decay: rate of the decoupled weight decay (default: 1e-2).
+        maximize: ascend instead of descend (default: False).
+        foreach: accepted for compatibility; a step is always one pass over all tensors.
+        amsgrad: use the largest second moment so far in the denominator; runs on the reference backend, with a warning
+            (default: False).
         capturable, differentiable, fused, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
-            stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
+            stochastic_rounding, seed, backend, correction, prediction: see ``NAdam``.
 
-    ``state_dict()`` is that of ``torch.optim.AdamW``: either loads the other's.
+    ``state_dict()`` has the format of ``torch.optim.AdamW``; each optimizer loads the state of the other.
 
     Raises:
-        ValueError: as for ``NAdam``.
+        ValueError: in the same cases as ``NAdam``.
     """
 
     _no_sparse = "Adam does not support sparse gradients, please consider SparseAdam instead"

@@ -1,4 +1,4 @@
-"""The step that all optimizers share: gather, compute the scalars, one pass."""
+"""The step that all optimizers share: gather the tensors, compute the scalars, run one pass."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ from nesterov_pp.optim.uninterrupted import uninterrupted
 class FusedOptimizer(StatefulOptimizer):
     """An optimizer whose whole step is one pass over all its tensors.
 
-    Subclasses name their state and turn a parameter group and a step count into ``Coefficients``.
+    Subclasses declare their state and turn a parameter group and a step count into ``Coefficients``.
     """
 
-    # Where it is True torch.amp.GradScaler leaves unscaling to the step: it sets grad_scale and found_inf around it.
+    # If True, torch.amp.GradScaler leaves unscaling to the step and sets grad_scale and found_inf around it.
     _step_supports_amp_scaling = False
-    _ready = False  # the constructor has seen all its groups
+    _ready = False  # True once the constructor has added all its groups
     _warned = False
     _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], options: Options, *, fused: bool | None = None
     ) -> None:
-        # With a stash the scaler would unscale one version's gradients and have another's stepped: the step refuses.
+        # With a stash, the scaler would unscale one version's gradients and have another's stepped. Set this way, the
+        # step sees the scaler and refuses it.
         if fused or options.stash is not None:
             self._step_supports_amp_scaling = True
         self.last_grad_norm: Tensor | None = None
@@ -74,18 +75,18 @@ class FusedOptimizer(StatefulOptimizer):
         """Perform one step.
 
         Args:
-            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
-            version: with a stash: the version whose gradients are taken (and cleared). The newest weights are read and
-                version ``stash.newest + 1`` is written. Default: the newest version.
-            microbatches: how many microbatches were summed into the gradients; the step takes their mean. Default: 1.
+            closure: function that re-evaluates the model and returns the loss, as in ``torch.optim``.
+            version: with a stash, the version whose gradients the step takes (and clears). The step reads the newest
+                weights and writes version ``stash.newest + 1``. Default: the newest version.
+            microbatches: number of microbatches summed into the gradients; the step uses their mean. Default: 1.
 
         Raises:
-            ValueError: a tensor, a version or a group's hyper-parameter does not fit; nothing has been changed.
-            FloatingPointError: a gradient is not finite, with ``on_nonfinite="raise"``; nothing has been changed.
+            ValueError: a tensor, the version or a group's hyper-parameter is invalid; nothing has been changed.
+            FloatingPointError: a gradient is not finite and ``on_nonfinite="raise"``; nothing has been changed.
             RuntimeError: a gradient is sparse; nothing has been changed.
 
-        With ``fused=True`` the gradients of a ``torch.amp.GradScaler`` are unscaled inside the pass and not rewritten;
-        a step with overflowed gradients changes nothing, the step count included.
+        With ``fused=True`` the pass unscales the gradients of a ``torch.amp.GradScaler`` without rewriting them. A
+        step whose gradients overflowed changes nothing, not even the step count.
         """
         if not isinstance(microbatches, int) or microbatches < 1:
             raise ValueError(f"microbatches must be a whole number of at least 1, not {microbatches}")
@@ -101,8 +102,8 @@ class FusedOptimizer(StatefulOptimizer):
         super()._patch_step_function()
         forget_scale_on_failure(type(self))
 
-    # One call into C++: a compiler has nothing to fuse in it, and would recompile whenever lr changes. Disabled as in
-    # torch.optim: torch.compiler.disable imports the compiler at once, which doubles the time of an import.
+    # The pass is one call into C++: a compiler has nothing to fuse in it, and would recompile whenever lr changes.
+    # Disabled as in torch.optim, because torch.compiler.disable imports the compiler at once and doubles import time.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _one_pass(self, version: int | None, microbatches: int) -> None:
         with self._lock:
@@ -110,7 +111,7 @@ class FusedOptimizer(StatefulOptimizer):
                 self._locked_pass(version, microbatches)
             finally:
                 if self._prepared is not None:
-                    self._prepared.plan.forget()  # the gradients, of a step that was not run
+                    self._prepared.plan.forget()  # drop the gradients of a step that was not run
 
     def _locked_pass(self, version: int | None, microbatches: int) -> None:
         stash = self.options.stash
@@ -153,14 +154,16 @@ class FusedOptimizer(StatefulOptimizer):
         scale: float,
         of_ring: tuple[int | None, int] | None = None,
     ) -> None:
-        """The pass over what was collected, and the count of it; ``of_ring``: the version and the microbatches of a
-        step of the stash."""
+        """Run the pass over the collected tensors and count it.
+
+        ``of_ring``: the version and the number of microbatches of a step with a stash.
+        """
         stash, run_before = self.options.stash, prepared.plan.steps_run
         try:
             self._pass(prepared, classes, slots, scale)
             prepared.written(slots.target)
         finally:
-            # Weights, moments and counts are those of the next version from the pass on, whatever comes between.
+            # Once the pass has run, weights, moments and counts are those of the next version, whatever fails then.
             if stash is not None and of_ring is not None and prepared.plan.steps_run > run_before:
                 stash.end_step(*of_ring)
 
@@ -190,14 +193,14 @@ class FusedOptimizer(StatefulOptimizer):
                 prepared.plan.apply(rows, products)
 
     def _collect(self, slots: StepSlots) -> tuple[Prepared, list[StepClass]]:
-        """The parameters as they are now, with the gradients of this step checked and taken."""
+        """Return the parameters as they are now, with the gradients of this step checked and collected."""
         before = self._prepared
         try:
             prepared = self._prepare()
             return prepared, prepared.collect(slots)
         except ValueError:
             self._check_sparse(slots.grads)
-            # What was planned before may not fit a parameter that has changed in its place since.
+            # The earlier plan may not fit a parameter that has changed in place since.
             stale = before is not None and self._prepared is before
             if not follow_layouts(self._parameters(), self.state) and not stale:
                 raise
@@ -208,7 +211,7 @@ class FusedOptimizer(StatefulOptimizer):
     def _prepare(self) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         if self._prepared is None or not self._prepared.holds(self.param_groups, self.state, only, on_device):
-            self._prepared = None  # what it has of the memory may be needed for the next one
+            self._prepared = None  # frees memory that the next one may need
             with_gradient = [p for p in unique(self._parameters()) if p.grad is not None]
             self._check_sparse()
             if self.fused:
@@ -229,18 +232,18 @@ class FusedOptimizer(StatefulOptimizer):
         return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device)
 
     def _check_sparse(self, slot: int = 0) -> None:
-        """Refuse sparse gradients in torch's words; else they would be refused for their layout."""
+        """Refuse sparse gradients in torch's words, not with a message about their layout."""
         stash = self.options.stash
         leaves = self._parameters() if stash is None else stash.leaves(self._parameters())[slot]
         if any(p.grad is not None and p.grad.is_sparse for p in leaves):
             raise RuntimeError(self._no_sparse)
 
     def _recorded(self) -> bool:
-        """Take torch's own step, every operation of which autograd records; False for a rule that torch has not."""
+        """Run torch's own step, which autograd records; return False for a rule that torch does not have."""
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; with a stash, those of every version."""
+        """Clear the gradients; with a stash, the gradients of every version."""
         if self.options.stash is not None:
             self.options.stash.zero_grad(set_to_none)
         else:
@@ -249,9 +252,10 @@ class FusedOptimizer(StatefulOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        """The scalars of step ``t`` (from 1) of a group, and the new mu product.
+        """Return the scalars of step ``t`` (from 1) of a group, and the new product of mu.
 
-        Where steps are counted on the device, ``t`` and ``mu_product`` are tensors of many, and so is what follows.
+        If steps are counted on the device, ``t`` and ``mu_product`` are tensors with one element for each of several
+        parameters, and so are the values computed from them.
         """
         raise NotImplementedError
 
@@ -263,7 +267,7 @@ class FusedOptimizer(StatefulOptimizer):
         group = self.param_groups[index]
         try:
             row, product = self._coefficients(group, t, mu_product, -scale if group["maximize"] else scale)
-            # A gradient that is not finite may make the scale so, as in torch; the hyper-parameters may not.
+            # A gradient that is not finite may make the scale non-finite, as in torch; hyper-parameters may not.
             known = [c for c in (*row[1:], product, group["lr"]) if not isinstance(c, Tensor)]
             finite = all(map(math.isfinite, known))
         except (KeyError, TypeError, ZeroDivisionError, OverflowError):
@@ -275,7 +279,7 @@ class FusedOptimizer(StatefulOptimizer):
         return row, product
 
     def _correction_of(self, index: int, t: Any, row: Coefficients) -> Correction:
-        """The scalars of a group's correction in step ``t`` (from 1); ``row`` has those of its rule."""
+        """Return the scalars of a group's correction in step ``t`` (from 1); ``row`` holds those of its rule."""
         group, options = self.param_groups[index], self.options
         scalars = Correction() if options.correction is None else options.correction.scalars(t)
         if options.prediction is None:
@@ -287,12 +291,12 @@ class FusedOptimizer(StatefulOptimizer):
         return scalars._replace(ahead_last=ahead.ahead_last, ahead_momentum=ahead.ahead_momentum)
 
     def _overflowed(self) -> bool:
-        """Whether a ``GradScaler`` found gradients that are not finite."""
+        """Return whether a ``GradScaler`` found gradients that are not finite."""
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and float(found_inf) > 0.0
 
     def _only_reference(self) -> str | None:
-        """An option in use that only the reference backend has."""
+        """Return an option in use that only the reference backend supports, or None."""
         if self.defaults.get("differentiable"):
             return "differentiable=True"
         if in_transform():
@@ -303,7 +307,7 @@ class FusedOptimizer(StatefulOptimizer):
         only = self._only_reference()
         if only is not None and self.options.backend == "auto" and not self._warned and not in_transform():
             self._warned = True
-            warnings.warn(f"{only} takes the slower reference backend", RuntimeWarning, stacklevel=stacklevel)
+            warnings.warn(f"{only} uses the slower reference backend", RuntimeWarning, stacklevel=stacklevel)
 
     @property
     def max_grad_norm(self) -> float | None:

@@ -22,15 +22,15 @@ def nadam(
     horizon: float = 1.0,
     scale: float = 1.0,
 ) -> tuple[Coefficients, float]:
-    """NAdam as ``torch.optim.NAdam`` defines it, the practical form of the paper's Eq. 10 (arXiv 2505.01099).
+    """Return the scalars of NAdam as in ``torch.optim.NAdam``, the practical form of Eq. 10 of arXiv 2505.01099.
 
     With ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``, ``psi = momentum_decay``, and ``Pi_t`` the product of mu_1 ... mu_t::
 
         c_grad = lr (1 - mu_t) / (1 - Pi_t)        c_momentum = lr mu_{t+1} / (1 - Pi_t mu_{t+1})
 
-    ``(1 - mu_t)`` is the discount of the late gradient, ``mu_{t+1} m`` the look-ahead. It reaches one update ahead; for
-    a ``horizon`` of s updates each mu of the two coefficients, but not of the products, is multiplied by
-    ``beta1^(s - 1)``, the decay of m over the rest of the way (derived as for ``nag``, for a constant denominator).
+    ``(1 - mu_t)`` is the discount of the late gradient, ``mu_{t+1} m`` the look-ahead, which reaches one update ahead.
+    For a ``horizon`` of s updates, each mu in the two coefficients, but not in the products, is multiplied by
+    ``beta1^(s - 1)``, the decay of m over the remaining updates (derived as for ``nag``, for a constant denominator).
 
     Returns the coefficients and ``Pi_t``; ``mu_product`` is ``Pi_{t-1}``.
     """
@@ -62,10 +62,10 @@ def adamw(
     weight_decay: float,
     scale: float = 1.0,
 ) -> Coefficients:
-    """AdamW (arXiv 1711.05101) as torch defines it: ``c_grad = 0``, ``c_momentum = lr / (1 - beta1^t)``.
+    """Return the scalars of AdamW (arXiv 1711.05101) as in torch: ``c_grad = 0``, ``c_momentum = lr / (1 - beta1^t)``.
 
-    With the root ``s`` of ``1 - beta2^t`` taken from the denominator, ``c_momentum m / (sqrt(v) / s + eps)``, into the
-    other scalars: a ``v`` next to the largest number would overflow if it were divided before its root is taken.
+    The root ``s`` of ``1 - beta2^t`` is moved from the denominator, ``c_momentum m / (sqrt(v) / s + eps)``, into the
+    other scalars: a ``v`` close to the largest number would overflow if it were divided before its root is taken.
     """
     root = (1.0 - beta2**t) ** 0.5
     return Coefficients(
@@ -90,17 +90,17 @@ def nag(
     horizon: float = 1.0,
     scale: float = 1.0,
 ) -> Coefficients:
-    """Discounted Nesterov (Eq. 10 of arXiv 2505.01099), stored in look-ahead form.
+    """Return the scalars of discounted Nesterov momentum (Eq. 10 of arXiv 2505.01099), stored in look-ahead form.
 
-    Eq. 10 with ``d_t = gamma_t (w_t - w_{t-1})`` is ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) g_t``, the gradient taken
-    at a late ``w + d``. The tensor stored is ``theta_t = w_t + d_t``, for which, with
-    ``m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t``::
+    With ``d_t = gamma_t (w_t - w_{t-1})``, Eq. 10 is ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) g_t``, where the gradient
+    is taken at a late ``w + d``. The stored tensor is ``theta_t = w_t + d_t``. With
+    ``m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t``, it follows::
 
         theta_{t+1} = theta_t - lr ((1 - gamma_t) g_t + gamma_{t+1} m_t)
 
-    A ``horizon`` of s updates looks further ahead, ``theta = w - lr (gamma + ... + gamma^s) m``. For constant gamma, lr
-    and s the same elimination of w gives ``gamma^s`` in the place of gamma in both coefficients (derived here; it is
-    the spike compensation of arXiv 2003.11666, discounted). With s = 0 the step is plain momentum.
+    A ``horizon`` of s updates looks further ahead: ``theta = w - lr (gamma + ... + gamma^s) m``. For constant gamma, lr
+    and s, the same elimination of w puts ``gamma^s`` in place of gamma in both coefficients (derived here; it is the
+    spike compensation of arXiv 2003.11666, discounted). With s = 0, the step is plain momentum.
     """
     return Coefficients(
         grad_scale=scale,
@@ -116,8 +116,11 @@ def nag(
 
 
 def lion(*, lr: float, beta1: float, beta2: float, weight_decay: float, scale: float = 1.0) -> Coefficients:
-    """Lion (arXiv 2302.06675): a step of size ``lr`` by ``sign(beta1 m + (1 - beta1) g)``, with the ``m`` from before
-    it; ``m`` itself decays by ``beta2``."""
+    """Return the scalars of Lion (arXiv 2302.06675).
+
+    The step has size ``lr`` and direction ``sign(beta1 m + (1 - beta1) g)``, with the ``m`` from before the step; ``m``
+    itself decays by ``beta2``.
+    """
     return Coefficients(
         grad_scale=scale,
         l2=0.0,

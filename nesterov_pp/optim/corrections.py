@@ -1,4 +1,4 @@
-"""Corrections of late gradients that a step makes inside its pass, and the scalars they take."""
+"""Corrections of late gradients that a step makes inside its pass, and their scalars."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from nesterov_pp.stash import Shadow
 
 @dataclass(frozen=True)
 class DelayCompensation:
-    """DC-ASGD (arXiv 1609.08326): a first-order guess of the gradient at today's weights::
+    """DC-ASGD (arXiv 1609.08326): a first-order estimate of the gradient at the current weights::
 
         g <- g + lambda g g (w - s)          s: the weights that g was computed with
 
-    with ``lambda = strength``, or for ``adaptive`` ``lambda = strength / sqrt(a + 1e-7)``, where
-    ``a <- decay a + (1 - decay) g^2`` is updated first. The paper's strengths: 0.04, and adaptive 2 with decay 0.95
-    (that ``a`` comes first is recalled of its released updater, not re-read).
+    with ``lambda = strength``. With ``adaptive``, ``lambda = strength / sqrt(a + 1e-7)``, where
+    ``a <- decay a + (1 - decay) g^2`` is updated first. The paper uses strength 0.04, or strength 2 and decay 0.95 if
+    adaptive (that ``a`` is updated first is recalled from its released updater, not checked there again).
 
     Raises:
-        ValueError: ``strength`` is negative, or ``decay`` not from 0 to 1.
+        ValueError: ``strength`` is not in [0, inf), or ``decay`` is not in [0, 1).
     """
 
     strength: float = 0.04
@@ -48,18 +48,18 @@ class DelayCompensation:
 
 @dataclass(frozen=True)
 class GapAware:
-    """Gap-Aware (arXiv 1909.10802): each element's gradient is divided by how many updates it is late::
+    """Gap-Aware (arXiv 1909.10802): each element of the gradient is divided by its gap, its lateness in updates::
 
         G = 1 + |w - s| / C,   C = sqrt(a / (1 - decay^(t-1))) + eps        s: the weights that g was computed with
         g <- g / G,  the decoupled weight decay is divided by G too
         a <- decay a + (1 - decay) u^2                                       u: the update just made, without decay
 
     ``C`` is the size of one update, so a weight that has moved by n typical updates gets 1 / (1 + n) of its gradient.
-    ``decay``: 0.999, which is Gamma of the paper for SGD and beta2 of the usual Adam. For SGD the paper multiplies the
-    mean of the squared velocity by the largest learning rate instead; equal for a constant one.
+    The default ``decay``, 0.999, is the paper's Gamma for SGD and the usual beta2 of Adam. For SGD the paper instead
+    multiplies the mean of the squared velocity by the largest learning rate; for a constant rate, both are equal.
 
     Raises:
-        ValueError: ``decay`` is not from 0 to 1, or ``eps`` is negative.
+        ValueError: ``decay`` is not in [0, 1), or ``eps`` is not in [0, inf).
     """
 
     decay: float = 0.999
@@ -82,19 +82,20 @@ class GapAware:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The ring holds predicted weights ``x``, at which forward and backward run; ``w`` is its shadow.
+    """Weight prediction: the ring holds predicted weights ``x``, used by forward and backward; its shadow is ``w``.
 
-    Over a distance ``S = damping + damping^2 + ... + damping^s``, ``s`` being the group's ``"horizon"`` in updates::
+    Over a distance ``S = damping + damping^2 + ... + damping^s``, where ``s`` is the group's ``"horizon"`` in updates::
 
         x = w' + S (w' - w)                                  by "displacement": the last update again (LWP, weight form)
         x = w' - S (c_grad + c_momentum) m / D               by "momentum": SpecTrain, XPipe, LWP in its velocity form
 
-    The coefficients are the rule's (``Coefficients``): ``lr m_hat / (sqrt(v_hat) + eps)`` for AdamW, ``lr m`` for NAG,
-    which with a prediction leaves its own look-ahead out, and ``lr sign(m)`` for Lion. ``damping`` 1: ``S = s``;
-    ``damping`` gamma: the decayed sum of FTPipe's ``msnag``.
+    ``c_grad`` and ``c_momentum`` are those of the rule (``Coefficients``): ``(c_grad + c_momentum) m / D`` is
+    ``lr m_hat / (sqrt(v_hat) + eps)`` for AdamW, ``lr m`` for NAG, which leaves out its own look-ahead when it has a
+    prediction, and ``lr sign(m)`` for Lion. With ``damping`` 1, ``S = s``; with ``damping`` gamma, ``S`` is the decayed
+    sum of FTPipe's ``msnag``.
 
     Raises:
-        ValueError: ``by`` is unknown, or ``damping`` not above 0 and at most 1.
+        ValueError: ``by`` is unknown, or ``damping`` is not in (0, 1].
     """
 
     by: Literal["displacement", "momentum"] = "displacement"
@@ -103,24 +104,24 @@ class Prediction:
 
     def __post_init__(self) -> None:
         if self.by not in ("displacement", "momentum"):
-            raise ValueError(f"a prediction is by 'displacement' or 'momentum', not {self.by!r}")
+            raise ValueError(f"by must be 'displacement' or 'momentum', not {self.by!r}")
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
 
     def scalars(self, reach: float, horizon: float) -> Correction:
-        """``reach``: what one update takes from the weights for each unit of ``m / D``."""
+        """Return the scalars. ``reach`` is how much one update takes from the weights per unit of ``m / D``."""
         s = distance(horizon, self.damping)
         return Correction(ahead_last=s) if self.by == "displacement" else Correction(ahead_momentum=s * reach)
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """PipeMare's T2 (arXiv 1910.05124): backward runs at an estimate of the weights that forward ran with::
+    """PipeMare's T2 (arXiv 1910.05124): backward runs with an estimate of the weights of its forward::
 
         delta <- gamma delta + (1 - gamma) (w' - w),  gamma = decay^(1 / s)
         u = w' - s delta                              s: the group's "horizon", the delay between forward and backward
 
-    ``decay``: the paper's D, about ``exp(-2)`` (recalled). ``s`` 0 leaves ``u = w'``.
+    ``decay`` is the paper's D, about ``exp(-2)`` (from memory). With ``s`` 0, ``u = w'``.
 
     Raises:
         ValueError: ``decay`` is not above 0 and below 1.
@@ -141,7 +142,7 @@ class Discrepancy:
 
 
 def distance(horizon: float, damping: float) -> float:
-    """``damping + damping^2 + ... + damping^horizon``, also for a horizon that is no whole number."""
+    """Return ``damping + damping^2 + ... + damping^horizon``, also for a horizon that is not a whole number."""
     if damping == 1.0:
         return horizon
     return float(damping * (1.0 - damping**horizon) / (1.0 - damping))

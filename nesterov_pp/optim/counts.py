@@ -1,4 +1,4 @@
-"""The numbers that are counted for every parameter, each a tensor of its own as torch.optim has it."""
+"""Step counts and products of mu, each parameter's in a tensor of its own as in torch.optim."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ COUNTS = ("step", "mu_product")
 
 
 def default_dtype() -> torch.dtype:
-    """The dtype of step counts, as torch.optim chooses it."""
+    """Return the dtype of step counts, as torch.optim chooses it."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 @torch.no_grad()
 def side_by_side(numbers: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers, those of one dtype in one piece of memory: a step over many parameters reads them faster."""
+    """Return the numbers, those of one dtype in one piece of memory, which a step over many parameters reads faster."""
     result = list(numbers)
     if in_fake_mode():
-        return result  # which only knows the values of numbers that were never moved
+        return result  # fake mode only knows the values of numbers that were never moved
     for kind in {(t.dtype, t.device) for t in numbers}:
         chosen = [i for i, t in enumerate(numbers) if (t.dtype, t.device) == kind and t.numel() == 1 and has_memory(t)]
         together = torch.stack([numbers[i].detach().reshape(()) for i in chosen]) if chosen else torch.empty(0)
@@ -33,7 +33,7 @@ def side_by_side(numbers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def together(numbers: Sequence[Tensor]) -> Tensor | None:
-    """Numbers that lie ``side_by_side`` in this order as one tensor, which shares their memory; None if they do not."""
+    """Return numbers that lie ``side_by_side`` in this order as one tensor sharing their memory, or else None."""
     first = numbers[0]
     alike = all(
         t.dtype == first.dtype
@@ -45,7 +45,7 @@ def together(numbers: Sequence[Tensor]) -> Tensor | None:
 
 
 def lay_side_by_side(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Have every count ``side_by_side``."""
+    """Lay all counts ``side_by_side``."""
     for name in COUNTS:
         entries = [entry for entry in state.values() if isinstance(entry.get(name), Tensor)]
         for entry, number in zip(entries, side_by_side([entry[name] for entry in entries]), strict=True):
@@ -53,7 +53,7 @@ def lay_side_by_side(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def to_devices(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Have every parameter's counts on its device, in the dtype that torch.optim gives them there."""
+    """Move every parameter's counts to its device, in the dtype that torch.optim gives them there."""
     for p, entry in state.items():
         for name in COUNTS:
             if isinstance(entry.get(name), Tensor):
@@ -61,7 +61,7 @@ def to_devices(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def to_host(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Bring back what was counted on the parameters' device, or loaded there: a step reads counts without waiting."""
+    """Move counts made on the parameters' device, or loaded there, to the host, where a step reads them at once."""
     for entry in state.values():
         for name in COUNTS:
             value = entry.get(name)
@@ -70,7 +70,7 @@ def to_host(state: Mapping[Any, dict[str, Any]]) -> None:
 
 
 def to_tensors(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Turn the plain numbers of old checkpoints into the tensors they are now."""
+    """Turn counts that are plain numbers, as in old checkpoints, into tensors."""
     for entry in state.values():
         for name in COUNTS:
             if isinstance(entry, dict) and isinstance(entry.get(name), int | float):

@@ -1,4 +1,4 @@
-"""Step counts that stay on the device, so that a captured step counts when it is replayed."""
+"""Step counts that stay on the device, so that each replay of a captured step is counted."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import Options
 
 RowOf = Callable[[int, Any, Any], tuple[Coefficients, Any]]
-"""(group, steps from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
+"""Maps (group, step from 1, product of mu so far) to coefficients and the new product: numbers, or tensors of many."""
 
 CorrectionOf = Callable[[int, Any, Coefficients], Correction]
-"""(group, steps from 1, coefficients) to the scalars of a correction."""
+"""Maps (group, step from 1, coefficients) to the scalars of a correction."""
 
 
 class DeviceCounts:
-    """The counts of all parameters of one device as two tensors, of which every parameter's ``step`` is an element.
+    """The counts of all parameters on one device in two tensors; every parameter's ``step`` is an element of the first.
 
     Args:
-        groups: the parameter group of each parameter.
-        steps: float32 or float64 of shape ``[parameters]``.
-        mu_products: likewise; None for rules without a momentum schedule.
+        groups: index of the parameter group of each parameter.
+        steps: float32 or float64 tensor of shape ``[parameters]``.
+        mu_products: tensor of the same kind; None for rules without a momentum schedule.
     """
 
     def __init__(self, groups: Sequence[int], steps: Tensor, mu_products: Tensor | None) -> None:
@@ -41,19 +41,19 @@ class DeviceCounts:
     def next_step(
         self, stepped: list[bool], row_of: RowOf, correction_of: CorrectionOf | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Callable[[], None]]:
-        """The next step of the parameters ``stepped``, which is none if ``found_inf`` is above 0.
+        """Compute the next step of the parameters ``stepped``; no step is taken if ``found_inf`` is above 0.
 
         Returns:
-            float64 of shape ``[parameters, 10]``: each one's coefficients and the number of its step, 0 for no step,
-            and with ``correction_of`` 7 scalars more; and what counts the step, to be called once it is launched.
-            Nothing waits for the device.
+            A float64 tensor of shape ``[parameters, 10]``: each parameter's coefficients and step number (0 for no
+            step), with ``correction_of`` followed by 7 more scalars; and a function that counts the step, to be called
+            once the step is launched. Nothing waits for the device.
         """
         if stepped != self._stepped:
             self._members = self._by_group(stepped)
             self._stepped = stepped
         device = self._steps.device
         taken = torch.ones((), dtype=torch.float64, device=device)
-        if isinstance(found_inf, Tensor):  # a scaler that saw no gradient leaves the number 0
+        if isinstance(found_inf, Tensor):  # a scaler that saw no gradient leaves a plain 0
             taken = (found_inf.reshape(()).to(device) <= 0).double()
         words = len(Coefficients._fields) + 1 + (0 if correction_of is None else len(Correction._fields))
         rows = torch.zeros(len(self._groups), words, dtype=torch.float64, device=device)
@@ -85,18 +85,18 @@ class DeviceCounts:
 
 
 def needs_host(options: Options, parameters: Sequence[Tensor]) -> str | None:
-    """What makes a step count on the host, or None."""
+    """Return what makes a step count on the host, an option or a kind of parameter, or None."""
     if options.on_nonfinite == "raise":
         return "on_nonfinite='raise'"
     return "a DTensor parameter" if any(map(is_dtensor, parameters)) else None
 
 
 def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend: str, *, has_mu_product: bool) -> None:
-    """Refuse ``capturable=True`` as torch does on devices that cannot capture, and where we cannot.
+    """Refuse ``capturable=True`` on devices where torch refuses it, and where this library cannot capture.
 
     Raises:
-        AssertionError: a parameter is on a device that torch cannot capture on; in its words.
-        ValueError: not all groups are capturable, or an option needs the host.
+        AssertionError: a parameter is on a device on which torch cannot capture (the message is torch's).
+        ValueError: not all groups are capturable, or an option or a parameter needs counts on the host.
         RuntimeError: the backend counts on the host.
     """
     if not all(group.get("capturable") for group in groups):
@@ -105,7 +105,7 @@ def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend
     if backend in DEVICE_BACKENDS:
         what = needs_host(options, parameters)
         if what is not None:
-            raise ValueError(f"{what} cannot go with capturable=True: the host would have to wait for the device")
+            raise ValueError(f"{what} cannot be used with capturable=True: the host would have to wait for the device")
         return
     from torch.optim.optimizer import _get_capturable_supported_devices
 
@@ -117,7 +117,7 @@ def check_capturable(groups: Sequence[dict[str, Any]], options: Options, backend
 
 
 def check_not_captured(optimizer: str) -> None:
-    """Refuse to be captured in a graph with counts on the host, which no replay would move, in torch's words.
+    """Refuse, in torch's words, to be captured in a graph with counts on the host, which replays would not advance.
 
     Raises:
         RuntimeError: the current stream is being captured.
@@ -130,7 +130,7 @@ def check_not_captured(optimizer: str) -> None:
 
 
 def _filled(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a tensor like another: filled on the device, for a copy from the host would wait."""
+    """Return ``value`` as a tensor like ``like``, filled on the device because a copy from the host would wait."""
     if isinstance(value, Tensor):
         return value.to(like.dtype).expand_as(like)
     return torch.full_like(like, value)

@@ -1,4 +1,4 @@
-"""Steps that autograd records: torch's own functions, through whose every operation gradients flow."""
+"""Steps that autograd records: torch's own functions, with gradients through every operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ States = dict[Any, dict[str, Any]]
 
 
 def step_nadam(groups: Groups, state: States) -> None:
-    """One step of ``torch.optim.NAdam(differentiable=True)`` of the parameters that have gradients."""
+    """Take one step of ``torch.optim.NAdam(differentiable=True)`` for the parameters that have gradients."""
     for group in groups:
         params, grads, has_complex = _with_gradients(group)
         beta1, beta2 = group["betas"]
@@ -41,7 +41,7 @@ def step_nadam(groups: Groups, state: States) -> None:
 
 
 def step_adamw(groups: Groups, state: States) -> None:
-    """One step of ``torch.optim.AdamW(differentiable=True)`` of the parameters that have gradients."""
+    """Take one step of ``torch.optim.AdamW(differentiable=True)`` for the parameters that have gradients."""
     for group in groups:
         params, grads, has_complex = _with_gradients(group)
         largest = _of(params, state, "max_exp_avg_sq") if group["amsgrad"] else []

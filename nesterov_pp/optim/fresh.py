@@ -1,4 +1,4 @@
-"""State that follows its parameters: made for new ones, laid out as they are, and masters that take over writes."""
+"""State that follows its parameters: created for new ones, laid out like them, with masters that take over writes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nesterov_pp.optim import counts
 from nesterov_pp.optim.options import Options
 
 
-@torch.inference_mode(False)  # else only inference mode could write it
+@torch.inference_mode(False)  # otherwise only inference mode could write the state
 def fresh_state(
     parameters: Sequence[Tensor], names: Sequence[str], options: Options, *, on_device: bool
 ) -> dict[str, list[Tensor]]:
-    """The entries ``names`` of every parameter's state before its first step; counts on its device or on the host."""
+    """Return the entries ``names`` of all parameters' state before the first step, with counts on device or host."""
     scalar = counts.default_dtype()
     devices = [p.device if on_device else torch.device("cpu") for p in parameters]
     entries: dict[str, list[Tensor]] = {}
@@ -44,8 +44,10 @@ def follow_parameters(
     *,
     on_device: bool,
 ) -> bool:
-    """Make state that was never stepped anew where its parameter has become another dtype, shape or device since, as
-    under ``model.double()`` or ``to_empty()``; whether there was any."""
+    """Recreate state that was never stepped if its parameter's dtype, shape or device has changed since.
+
+    This happens under ``model.double()`` or ``to_empty()``. Returns whether there was any such state.
+    """
     outgrown = [p for p in parameters if state.get(p) and not is_lazy(p) and _has_outgrown(p, state[p], options)]
     entries = fresh_state(outgrown, names, options, on_device=on_device)
     for i, p in enumerate(outgrown):
@@ -66,7 +68,7 @@ def _has_outgrown(p: Tensor, entries: Mapping[str, Any], options: Options) -> bo
 
 
 def _is_untouched(entries: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state is that from before its first step."""
+    """Return whether a parameter's state is the state from before its first step."""
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not all(map(has_memory, tensors.values())):
         return False
@@ -79,7 +81,7 @@ def _is_untouched(entries: Mapping[str, Any]) -> bool:
 
 
 def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, Any]]) -> bool:
-    """Lay state out as its parameters are now; whether any was not. ``model.to(memory_format=...)`` moves them."""
+    """Lay state out like its parameters, which ``model.to(memory_format=...)`` moves. Return whether any changed."""
     changed = False
     for p in parameters:
         for name, value in state.get(p, {}).items():
@@ -93,16 +95,16 @@ def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, A
 
 
 class MasterWeights:
-    """Keeps master weights with the parameters they belong to.
+    """Master weights, kept consistent with the parameters they belong to.
 
-    A step writes both. Where something else wrote a parameter since, such as ``model.load_state_dict``, its master
-    takes over the elements that differ from the master's rounded value; the others keep the bits that rounding would
-    lose, so the order in which a checkpoint's model and optimizer are loaded does not matter. Writes through ``.data``
-    go unnoticed until the optimizer loads a state.
+    A step writes both. If something else, such as ``model.load_state_dict``, has written a parameter since, its master
+    takes over the elements that differ from the master's rounded value. The other elements keep the bits that rounding
+    would lose, so the order in which a checkpoint's model and optimizer are loaded does not matter. Writes through
+    ``.data`` go unnoticed until the optimizer loads a state.
     """
 
     def __init__(self, slots: list[list[Tensor]], masters: list[Tensor | None]) -> None:
-        """``slots[s][i]`` is parameter ``i`` in ring slot ``s``, ``masters[i]`` its master, None without."""
+        """Pair ``slots[s][i]``, parameter ``i`` in ring slot ``s``, with ``masters[i]``, its master or None."""
         self._pairs = [
             [(p, master) for p, master in zip(slot, masters, strict=True) if master is not None] for slot in slots
         ]
@@ -117,7 +119,7 @@ class MasterWeights:
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
 
     def written(self, slot: int) -> None:
-        """Note that the parameters of a slot were written from their masters just now."""
+        """Note that the parameters of a slot have just been written from their masters."""
         if self._pairs and self._pairs[0]:
             self._versions = self._now(slot)
 

@@ -1,4 +1,4 @@
-"""Lion: momentum by its sign alone."""
+"""Lion: steps by the sign of the momentum alone."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Lion(FusedOptimizer):
         p = (1 - lr wd) p - lr sign(beta1 m + (1 - beta1) g)
         m = beta2 m + (1 - beta2) g
 
-    Every element of a weight moves by ``lr`` in each step, however large its gradient: the paper takes a learning rate
-    3 to 10 times smaller than AdamW's, and a weight decay as many times larger. One moment: 20 bytes a float32
-    parameter and step instead of 28.
+    Each step moves every element of a weight by ``lr``, however large its gradient, so the paper uses a learning rate
+    3 to 10 times smaller than AdamW's and a weight decay as many times larger. With a single moment, a step moves 20
+    bytes per float32 parameter instead of 28.
 
     Args:
         params: parameters, named parameters or parameter groups.
-        lr: learning rate (1e-4).
-        betas: weight of the momentum in the step, and its decay rate ((0.9, 0.99)).
-        weight_decay: decoupled decay rate (0).
-        maximize: ascend instead of descend (False).
+        lr: learning rate (default: 1e-4).
+        betas: weight of the momentum in the step, and decay rate of the momentum (default: (0.9, 0.99)).
+        weight_decay: rate of the decoupled weight decay (default: 0).
+        maximize: ascend instead of descend (default: False).
         foreach, capturable, differentiable, fused, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
-            stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
+            stochastic_rounding, seed, backend, correction, prediction: see ``NAdam``.
 
     Raises:
-        ValueError: as for ``NAdam``.
+        ValueError: in the same cases as ``NAdam``.
     """
 
     _normaliser = Normaliser.SIGN

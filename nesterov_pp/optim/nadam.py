@@ -18,10 +18,10 @@ from nesterov_pp.stash import WeightStash
 
 
 class NAdam(FusedOptimizer):
-    """``torch.optim.NAdam`` in one pass over all tensors; with ``betas=(0.99, 0.999)`` the delay-corrected method of
-    "Nesterov Method for Asynchronous Pipeline Parallel Optimization" (arXiv 2505.01099).
+    """``torch.optim.NAdam`` in one pass over all tensors. With ``betas=(0.99, 0.999)``, this is the delay-corrected
+    method of "Nesterov Method for Asynchronous Pipeline Parallel Optimization" (arXiv 2505.01099).
 
-    With step ``t``, ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``, ``psi = momentum_decay``, ``Pi_t = mu_1 ... mu_t``::
+    With step ``t``, ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``, ``psi = momentum_decay`` and ``Pi_t = mu_1 ... mu_t``::
 
         m = m + (1 - beta1) (g - m)                 v = v + (1 - beta2) (g^2 - v)
         D = sqrt(v / (1 - beta2^t)) + eps
@@ -29,43 +29,46 @@ class NAdam(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or parameter groups.
-        lr: learning rate (2e-3).
-        betas: decay rates of the two moments ((0.9, 0.999)).
-        eps: added to the denominator (1e-8).
-        weight_decay: decay rate (0).
-        momentum_decay: psi above (4e-3).
-        decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (False).
-        foreach: accepted for compatibility; the pass is always one over all tensors.
-        maximize: ascend instead of descend (False).
-        capturable: count steps on the device, so that a step can be captured in a CUDA graph; the cuda and triton
-            backends (False). Each replay is one step; a tensor ``lr`` on the device may change between them. With a
-            stash capture one graph for each of its versions, in turn, and replay them in turn.
-        fused: have ``torch.amp.GradScaler`` leave unscaling to the pass, which does not rewrite gradients, and count
-            steps on a GPU instead of waiting for the scaler's verdict. Hooks, and whoever reads or clips gradients from
-            outside, then meet scaled ones, and skipped steps are called all the same; frameworks treat it as they do
-            ``torch.optim.Adam(fused=True)`` (None: the scaler unscales the gradients and skips steps itself, as with
-            ``torch.optim.NAdam``).
-        differentiable: let autograd record the step; takes the reference backend and says so (False).
-        stash: ring of weight versions to read from and write to (None: in place).
-        max_grad_norm: clip the gradients' global norm (None: no clipping) inside the pass, without rewriting them;
-            ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
-        on_nonfinite: "ignore" goes on as torch does; "raise" names the parameter before anything is written ("ignore").
-        state_dtype: dtype of the moments, float32 or bfloat16 (None: that of the parameter, or float32 with
-            ``master_weights``).
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, step that, and write the
-            parameter from it in the same pass (False).
-        stochastic_rounding: round bfloat16 parameters and moments up or down with the probabilities that make the
-            result right on average, instead of to nearest (False). A parameter written from its master is rounded to
-            nearest.
-        seed: of that rounding; its random bits depend on (seed, step, parameter, element) and nothing else, so a rerun
-            gives the same bits (0).
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
-        correction: ``DelayCompensation`` or ``GapAware``, of the late gradient, inside the pass (None).
-        prediction: ``Prediction`` or ``Discrepancy``: the pass also writes predicted weights (None).
+        lr: learning rate (default: 2e-3).
+        betas: decay rates of the two moments (default: (0.9, 0.999)).
+        eps: term added to the denominator (default: 1e-8).
+        weight_decay: weight decay rate (default: 0).
+        momentum_decay: psi in the equations above (default: 4e-3).
+        decoupled_weight_decay: decay the weights as AdamW does, instead of adding ``wd * p`` to the gradient (default:
+            False).
+        foreach: accepted for compatibility; a step is always one pass over all tensors.
+        maximize: ascend instead of descend (default: False).
+        capturable: count steps on the device, so that a step can be captured in a CUDA graph; needs the cuda or triton
+            backend (default: False). Each replay is one step; a tensor ``lr`` on the device may change between replays.
+            With a stash, capture one graph for each of its versions, in turn, and replay the graphs in turn.
+        fused: let ``torch.amp.GradScaler`` leave unscaling to the pass, which does not rewrite gradients; on a GPU,
+            steps are then counted there, without waiting for the scaler to report overflows. Hooks, and code that reads
+            or clips gradients outside the optimizer, see scaled gradients, and ``step`` is called even if the step is
+            skipped; frameworks treat the optimizer like ``torch.optim.Adam(fused=True)``. Default: None, the scaler
+            unscales the gradients and skips steps itself, as with ``torch.optim.NAdam``.
+        differentiable: let autograd record the step; runs on the reference backend, with a warning (default: False).
+        stash: ring of weight versions to read from and write to (default: None, the parameters are updated in place).
+        max_grad_norm: clip the gradients to this global norm inside the pass, without rewriting them (default: None, no
+            clipping). ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
+        on_nonfinite: what to do with gradients that are not finite. "ignore" continues as torch does; "raise" raises an
+            error that names the parameter, before anything is written (default: "ignore").
+        state_dtype: dtype of the moments, float32 or bfloat16 (default: None, the dtype of the parameter, or float32
+            with ``master_weights``).
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, step the copy, and write
+            the parameter from it in the same pass (default: False).
+        stochastic_rounding: round bfloat16 parameters and moments up or down at random, with probabilities that make
+            the result right on average, instead of to nearest (default: False). A parameter written from its master is
+            rounded to nearest.
+        seed: seed for stochastic rounding (default: 0). The random bits depend only on (seed, step, parameter,
+            element), so a rerun gives the same bits.
+        backend: "auto", "cuda", "triton", "cpu" or "reference" (default: "auto").
+        correction: ``DelayCompensation`` or ``GapAware``; corrects the late gradient inside the pass (default: None).
+        prediction: ``Prediction`` or ``Discrepancy``; the pass also writes predicted weights (default: None).
 
-    Parameters are float32, float64, bfloat16 or float16, of which the last two are computed in float32; complex ones
-    are stepped as pairs of numbers, the shards of ``DTensor`` each in its process. State is allocated here.
-    ``state_dict()`` is that of ``torch.optim.NAdam``: either loads the other's.
+    Parameters may be float32, float64, bfloat16 or float16; the last two are computed in float32. Complex parameters
+    are stepped as pairs of real numbers, and each process steps its own shards of ``DTensor`` parameters. The
+    constructor allocates the state. ``state_dict()`` has the format of ``torch.optim.NAdam``; each optimizer loads the
+    state of the other.
 
     Raises:
         ValueError: a hyper-parameter is out of range, an option is not supported, the backend cannot be used, or the

@@ -21,37 +21,38 @@ MomentumSchedule = Callable[[int], float]
 
 
 def convex_schedule(t: int) -> float:
-    """``gamma_t = (t - 2) / t``, and 0 at ``t = 1``: the schedule of the paper's Theorem 1 (convex objectives).
+    """Return ``gamma_t = (t - 2) / t``, and 0 at ``t = 1``: the schedule of the paper's Theorem 1 (convex objectives).
 
-    With a delay ``tau >= 2`` keep the step size below ``1 / (4 beta (tau - 1))`` for a ``beta``-smooth objective.
+    With a delay ``tau >= 2``, keep the step size below ``1 / (4 beta (tau - 1))`` for a ``beta``-smooth objective.
     """
     return max(0.0, (t - 2) / t)
 
 
 class NAG(FusedOptimizer):
-    """Nesterov's accelerated gradient with the delayed gradient discounted: Eq. 10 of arXiv 2505.01099.
+    """Nesterov's accelerated gradient with a discount on the delayed gradient: Eq. 10 of arXiv 2505.01099.
 
-    ``d_t = gamma_t (w_t - w_{t-1})`` and ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) grad(w_{t-tau} + d_{t-tau})``. The
-    parameters hold the look-ahead point ``theta_t = w_t + d_t``, where gradients are to be taken::
+    Eq. 10 is ``w_{t+1} = w_t + d_t - lr (1 - gamma_t) grad(w_{t-tau} + d_{t-tau})`` with
+    ``d_t = gamma_t (w_t - w_{t-1})``. The parameters hold the look-ahead point ``theta_t = w_t + d_t``, at which
+    gradients have to be taken::
 
         m_t = gamma_t m_{t-1} + (1 - gamma_t) g_t
         theta_{t+1} = (1 - lr wd) theta_t - lr [ (1 - gamma_t) g_t + gamma_{t+1} m_t ]
 
-    Equal to Eq. 10 for a constant ``lr``; where it changes, ``lr`` multiplies the momentum when it is used, as in
-    ``torch.optim.SGD``.
+    This equals Eq. 10 for a constant ``lr``. If ``lr`` changes, the momentum is multiplied by ``lr`` when it is used,
+    as in ``torch.optim.SGD``.
 
     Args:
         params: parameters, named parameters or parameter groups.
-        lr: learning rate (1e-3).
-        momentum: gamma in [0, 1) (0.99), or a function of the step ``t`` = 1, 2, ... such as ``convex_schedule``. A
-            function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
-        weight_decay: decoupled decay rate (0).
-        maximize: ascend instead of descend (False).
+        lr: learning rate (default: 1e-3).
+        momentum: gamma in [0, 1), or a function of the step ``t`` = 1, 2, ... such as ``convex_schedule`` (default:
+            0.99). A function is not part of ``state_dict()``; each group's ``"momentum"`` holds its latest value.
+        weight_decay: rate of the decoupled weight decay (default: 0).
+        maximize: ascend instead of descend (default: False).
         foreach, fused, capturable, differentiable, stash, max_grad_norm, on_nonfinite, state_dtype, master_weights,
-            stochastic_rounding, seed, backend, correction, prediction: as for ``NAdam``.
+            stochastic_rounding, seed, backend, correction, prediction: see ``NAdam``.
 
     Raises:
-        ValueError: as for ``NAdam``; or a schedule returned a gamma outside [0, 1).
+        ValueError: in the same cases as ``NAdam``, or if a schedule returns a gamma outside [0, 1).
     """
 
     _normaliser = Normaliser.NONE
@@ -118,7 +119,7 @@ class NAG(FusedOptimizer):
             if isinstance(t, Tensor):
                 raise ValueError(
                     "a momentum schedule is a function of a step count on the host; "
-                    "with capturable=True give momentum as a number"
+                    "with capturable=True, pass momentum as a number"
                 )
             gamma, gamma_next = self._schedule(t), self._schedule(t + 1)
             group["momentum"] = gamma

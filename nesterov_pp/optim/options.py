@@ -1,4 +1,4 @@
-"""What all optimizers of the family take besides their rule's hyper-parameters, and the checks of both."""
+"""The options of all optimizers, in addition to the hyper-parameters of each rule, and the checks of both."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Options:
-    """See ``NAdam`` for what each does.
+    """The options that all optimizers share; ``NAdam`` describes each of them.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: an option is out of range, or two options do not go together.
     """
 
     stash: WeightStash | None = None
@@ -56,36 +56,36 @@ class Options:
 
     def _check_corrections(self) -> None:
         if self.correction is not None and self.stash is None:
-            raise ValueError(f"{self.correction} compares with the weights of a WeightStash; give stash=")
+            raise ValueError(f"{self.correction} needs the older weights of a WeightStash; pass stash=WeightStash(...)")
         if self.prediction is not None:
             wanted = self.prediction.shadow
             if self.stash is None or self.stash.shadow != wanted:
                 raise ValueError(f"{self.prediction} needs stash=WeightStash(..., shadow={wanted!r})")
             if self.correction is not None and isinstance(self.prediction, Discrepancy):
-                raise ValueError(f"{self.prediction} does not go with {self.correction}: choose one")
+                raise ValueError(f"{self.prediction} cannot be combined with {self.correction}; choose one")
         elif self.stash is not None and self.stash.shadow is not None:
             raise ValueError(f"a WeightStash with shadow={self.stash.shadow!r} needs an optimizer with a prediction")
 
     @property
     def are_torchs(self) -> bool:
-        """Whether nothing is asked for that torch's own step has not."""
+        """Return whether torch's own step supports everything that these options ask for."""
         return replace(self, backend="auto") == Options()
 
     @property
     def corrects(self) -> bool:
-        """Whether the pass has a correction or a prediction in it."""
+        """Return whether the pass includes a correction or a prediction."""
         return self.correction is not None or self.prediction is not None
 
     @property
     def kind(self) -> CorrectionKind:
-        """What is done with the gradient, or kept a mean of."""
+        """The kind of correction: how the gradient is changed, and what a running mean is kept of."""
         if self.correction is not None:
             return self.correction.kind
         return self.prediction.kind if isinstance(self.prediction, Discrepancy) else CorrectionKind.NONE
 
     @property
     def mean_name(self) -> str | None:
-        """The entry of a parameter's state that holds a correction's running mean."""
+        """The entry of a parameter's state that holds a correction's running mean, or None."""
         if self.correction is not None:
             return self.correction.mean_name
         return self.prediction.mean_name if isinstance(self.prediction, Discrepancy) else None
@@ -97,22 +97,24 @@ class Options:
         return self.state_dtype or (torch.float32 if self.has_master(p) else p.dtype)
 
     def check_parameter(self, p: Tensor) -> None:
-        """Refuse a parameter that these options do not go with.
+        """Refuse a parameter that these options do not support.
 
         Raises:
-            ValueError: so it is.
+            ValueError: the parameter's dtype or layout is unsupported.
         """
         if p.layout != torch.strided:
-            raise ValueError(f"a parameter has layout {_name(p.layout)}; optimizers step dense parameters")
+            raise ValueError(f"a parameter has layout {_name(p.layout)}; optimizers only step dense parameters")
         if not (p.is_floating_point() or p.is_complex()):
-            raise ValueError(f"a parameter is {_name(p.dtype)}; optimizers step floating-point and complex parameters")
+            raise ValueError(
+                f"a parameter is {_name(p.dtype)}; optimizers only step floating-point and complex parameters"
+            )
         wide = p.dtype in (torch.float64, torch.complex128)
         if self.state_dtype is not None and (wide or p.is_complex()):
             raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of {_name(p.dtype)} parameters")
         half = p.dtype == torch.float16 and not self.master_weights
         if self.stochastic_rounding and half:
             raise ValueError(
-                "stochastic_rounding is for bfloat16, and a parameter is float16; use master_weights=True for those"
+                "stochastic_rounding is for bfloat16, but a parameter is float16; use master_weights=True for float16"
             )
 
 
@@ -124,15 +126,15 @@ def check_hyperparameters(
     weight_decay: float = 0.0,
     momentum_decay: float = 0.0,
 ) -> None:
-    """Refuse what ``torch.optim`` refuses, in its words.
+    """Refuse hyper-parameters that ``torch.optim`` refuses, in its words.
 
     Raises:
-        ValueError: a value is out of range, or no number.
+        ValueError: a value is out of range or is not a number.
     """
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if isinstance(lr, Tensor) and lr.requires_grad:
-        raise ValueError("lr requires a gradient, which a step does not pass on here; detach() it")
+        raise ValueError("lr requires a gradient, but a step does not propagate gradients to lr; pass lr.detach()")
     if _pair(betas) is None:
         raise ValueError(f"Invalid betas: {betas}; they must be a pair of numbers")
     if not _at_least_zero(lr):
@@ -151,10 +153,10 @@ def check_hyperparameters(
 
 
 def check_fused(parameters: Sequence[Tensor]) -> None:
-    """Refuse what torch's fused optimizers refuse, in their words.
+    """Refuse parameters that torch's fused optimizers refuse, in their words.
 
     Raises:
-        RuntimeError: a parameter is not of floating point, or on a device without fused kernels.
+        RuntimeError: a parameter is not floating-point, or is on a device without fused kernels.
     """
     from torch.optim.optimizer import _device_dtype_check_for_fused
 
@@ -163,36 +165,36 @@ def check_fused(parameters: Sequence[Tensor]) -> None:
 
 
 def check_fake(parameters: Sequence[Tensor]) -> None:
-    """Refuse to step tensors with elements under ``FakeTensorMode``, where operators compute shapes alone.
+    """Refuse to step tensors with values under ``FakeTensorMode``, where operators only compute shapes.
 
     Raises:
-        ValueError: a parameter with a gradient is no ``FakeTensor``.
+        ValueError: a parameter with a gradient is not a ``FakeTensor``.
     """
     from torch._subclasses import FakeTensor
 
     if any(p.grad is not None and not isinstance(p, FakeTensor) for p in parameters):
-        raise ValueError("FakeTensorMode computes shapes alone, so a step in it takes FakeTensor parameters only")
+        raise ValueError("FakeTensorMode only computes shapes, so a step inside it takes FakeTensor parameters only")
 
 
 def scalar(value: float | Tensor) -> float:
-    """A hyper-parameter as a plain number.
+    """Return a hyper-parameter as a plain number.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is not a number.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value.detach())
-    # A NumPy array of no dimensions is one, too.
+    # A NumPy array without dimensions is a number, too.
     if isinstance(value, numbers.Real) or (getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)):
         return float(value)
     raise TypeError(f"{value!r} is not a number")
 
 
 def learning_rate(lr: float | Tensor, t: Any) -> Any:
-    """A learning rate for step ``t``: a plain number, but where the step is counted on the device a tensor stays there.
+    """Return the learning rate for step ``t`` as a plain number; a tensor stays on a device where steps are counted.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: ``lr`` is not a number.
     """
     if isinstance(lr, Tensor) and isinstance(t, Tensor) and lr.device == t.device and lr.numel() == 1:
         return lr.detach().reshape(()).double()
@@ -200,22 +202,22 @@ def learning_rate(lr: float | Tensor, t: Any) -> Any:
 
 
 def two_betas(values: object) -> tuple[float, float]:
-    """The two betas as plain numbers.
+    """Return the two betas as plain numbers.
 
     Raises:
-        TypeError: they are none, or not from 0 to 1.
+        TypeError: ``values`` is not a pair of numbers from 0 to 1.
     """
     pair = _pair(values)
     if pair is None:
         raise TypeError(f"{values!r} is not a pair of numbers")
     first, second = scalar(pair[0]), scalar(pair[1])
     if not (0.0 <= first <= 1.0 and 0.0 <= second <= 1.0):
-        raise TypeError(f"{values!r} are not from 0 to 1")
+        raise TypeError(f"betas must be from 0 to 1, not {values!r}")
     return first, second
 
 
 def _pair(values: object) -> tuple[Any, Any] | None:
-    """The two elements of any sequence of two: a tuple, a list, one of a configuration, an array."""
+    """Return the two elements of any sequence of two (a tuple, a list, one from a configuration, an array), or None."""
     if isinstance(values, str | bytes | dict | set):
         return None
     try:
@@ -229,7 +231,7 @@ def check_tensor_hyperparameters(lr: object, betas: object, *, foreach: bool | N
     """Refuse tensors where ``torch.optim.AdamW`` refuses them, in its words.
 
     Raises:
-        ValueError: so it does.
+        ValueError: ``lr`` or a beta is a tensor with ``foreach=True`` and ``capturable=False``, or only one beta is.
     """
     without = "as a Tensor is not supported for capturable=False and foreach=True"
     refuses = bool(foreach) and not capturable

@@ -1,4 +1,4 @@
-"""Parameters and their state, as the pass takes them."""
+"""Parameters and their state, in the form that the pass takes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from nesterov_pp.optim.options import Options
 
 
 class Prepared:
-    """The parameters that have state, for as long as nobody replaces any of them or of their state.
+    """The parameters that have state, prepared for the pass; valid until one of them or of their state is replaced.
 
-    ``entries`` are the names of what every parameter's state holds; ``only_reference`` an option that other backends do
-    not have. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the parameters of ring
-    slot ``s`` (one slot where there is no ring). With ``count_on_device``, ``device_counts`` has the counts.
+    ``entries`` are the names of the entries in every parameter's state, ``only_reference`` is an option that only the
+    reference backend supports. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the
+    parameters in ring slot ``s`` (one slot if there is no ring). With ``count_on_device``, ``device_counts`` holds the
+    counts.
 
     Raises:
-        ValueError: state is missing, or the backend asked for cannot step these parameters.
+        ValueError: state is missing, or the requested backend cannot step these parameters.
     """
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Prepared:
             ring_predicts=swapped,
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
-        # When all memory has been had.
+        # Only now that all memory has been allocated, which may fail.
         for s, master, most in zip(states, masters, largest, strict=True):
             s.update({k: v for k, v in (("master_weight", master), ("max_exp_avg_sq", most)) if v is not None})
         self.repeats = _repeats(groups)
@@ -112,7 +113,7 @@ class Prepared:
         only_reference: str | None,
         count_on_device: bool = False,
     ) -> bool:
-        """Whether nothing was replaced, and no parameter without state has got a gradient."""
+        """Return whether nothing was replaced and no parameter without state has received a gradient."""
         return (
             self._snapshot.holds(groups, state)
             and (only_reference, count_on_device) == self._options
@@ -120,11 +121,11 @@ class Prepared:
         )
 
     def stepped(self, grads_of: int) -> list[bool]:
-        """Which parameters have a gradient in a slot."""
+        """Return which parameters have a gradient in a slot."""
         return [p.grad is not None for p in self.leaves[grads_of]]
 
     def collect(self, slots: StepSlots) -> list[StepClass]:
-        """``Plan.collect``, for which plain tensors bring the gradients of the parameters they stand for."""
+        """Run ``Plan.collect`` while the plain tensors carry the gradients of the parameters they stand for."""
         for slot in {slots.grads, slots.source}:
             for i in self._resolved:
                 self._plain[slot][i].copy_(local(self.leaves[slot][i]))
@@ -139,13 +140,13 @@ class Prepared:
             return self.plan.collect(slots)
 
     def written(self, target: int) -> None:
-        """Note that a slot was written, and write what copies stood for."""
+        """Note that a slot was written, and write copies back to the parameters they stand for."""
         for i in self._resolved:
             write_back(self.leaves[target][i], self._plain[target][i])
         self.masters.written(target)
 
     def _odd_gradients(self, slot: int) -> list[int]:
-        """Which gradients of plain parameters have their elements where only their own operators find them."""
+        """Return the plain parameters whose gradients have their elements where only their own operators find them."""
 
         def is_odd(p: Tensor) -> bool:
             return p.grad is not None and answers_for_itself(p.grad) and why_not_raw(p) is None
@@ -155,7 +156,7 @@ class Prepared:
 
     @contextmanager
     def _plain_gradients(self, slot: int, numbers: list[int]) -> Iterator[None]:
-        """Have plain gradients where the plan looks for those of some parameters, which keep their own afterwards."""
+        """Put plain gradients of some parameters where the plan looks for them, inside the block only."""
         plain, leaves = self._plain[slot], self.leaves[slot]
         own = [plain[i].grad for i in numbers]
         try:
@@ -172,8 +173,10 @@ class Prepared:
 
 
 def _repeats(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Groups of the parameters that a group has a second time, then a third, ...: torch warns of them, and steps them
-    as often, one step after the other."""
+    """Return groups of the parameters that a group has a second time, then a third time, and so on.
+
+    torch warns about such parameters and steps them that many times, one step after the other.
+    """
     rounds: list[list[dict[str, Any]]] = []
     for k, group in enumerate(groups):
         if len({id(p) for p in group["params"]}) == len(group["params"]):
@@ -182,7 +185,7 @@ def _repeats(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         for p in group["params"]:
             time = seen[id(p)]
             seen[id(p)] += 1
-            if time > len(rounds):  # all groups, so that each keeps its number and with it its hyper-parameters
+            if time > len(rounds):  # all groups, so that each keeps its index and thus its hyper-parameters
                 rounds.append([{**g, "params": [], "param_names": None} for g in groups])
             if time > 0:
                 rounds[time - 1][k]["params"].append(p)
@@ -190,7 +193,7 @@ def _repeats(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _resolve(states: list[dict[str, Any]]) -> None:
-    """Have no state that is negated or conjugated lazily: its values lie in memory from here on."""
+    """Resolve state that is negated or conjugated lazily, so that its values lie in memory from here on."""
     for entries in states:
         for name, value in entries.items():
             if isinstance(value, Tensor) and is_resolved(value) and has_memory(value):
@@ -198,7 +201,7 @@ def _resolve(states: list[dict[str, Any]]) -> None:
 
 
 def _odd_state(names: list[str], states: list[dict[str, Any]]) -> str | None:
-    """State that only torch's own operators can step."""
+    """Return a description of state that only torch's own operators can step, or None."""
     for name, entries in zip(names, states, strict=True):
         for entry, value in entries.items():
             if isinstance(value, Tensor) and is_subclass(value) and not is_dtensor(value):
@@ -219,7 +222,7 @@ def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: 
             for s, number in zip(states, numbers, strict=True):
                 s[name] = number
         if as_one is None:
-            raise ValueError(f"with capturable=True every {name!r} must be one number of the same dtype and device")
+            raise ValueError(f"with capturable=True, every {name!r} must be one number of the same dtype and device")
         found[name] = as_one
     return DeviceCounts(groups, found["step"], found.get("mu_product"))
 
@@ -239,9 +242,9 @@ def _largest(state: dict[str, Any]) -> Tensor:
 
 
 class Snapshot:
-    """What a plan was made of: notices when somebody has replaced a parameter or an entry of its state since.
+    """The objects that a plan was made of, to notice when a parameter or an entry of its state has been replaced.
 
-    ``leaves`` are all parameters that are stepped, those of every ring slot too.
+    ``leaves`` are all parameters that are stepped, including those of every ring slot.
     """
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, Any], leaves: list[Tensor]) -> None:
@@ -249,7 +252,7 @@ class Snapshot:
         self._special = [(p, local(p)) for p in leaves if not is_plain(p) and not is_resolved(p)]
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
-        """Whether all are the same objects still, and local shards where they were."""
+        """Return whether all objects are still the same, and local shards still where they were."""
         module, _ = extension.load()
         if module is not None:
             same = module.holds(groups, state, self._objects)
@@ -264,7 +267,7 @@ def _objects(groups: list[dict[str, Any]], state: dict[Any, Any]) -> Iterator[An
         yield from group["params"]
     for key, entry in state.items():
         if not isinstance(key, Tensor):
-            continue  # a user's own
+            continue  # an entry of the user's own
         yield entry
         if isinstance(entry, dict):
             yield from entry.values()

@@ -1,4 +1,4 @@
-"""What a loaded optimizer state has to be, and what is kept of it."""
+"""Checks of a loaded optimizer state, and the dtypes that are kept from it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ KEPT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_form(state_dict: object) -> None:
-    """Refuse what is no optimizer's state at all.
+    """Refuse an object that is not the state of any optimizer.
 
     Raises:
-        ValueError: so it is.
+        ValueError: ``state_dict`` is not a dict with 'state' and 'param_groups'.
     """
     what = "load_state_dict takes what state_dict() returned, a dict with 'state' and 'param_groups', not"
     if not isinstance(state_dict, dict):
@@ -40,16 +40,16 @@ def check_fits(
     """Refuse the state of another optimizer, or of parameters of other shapes.
 
     Raises:
-        ValueError: so it is.
+        ValueError: a hyper-parameter or an entry is missing, or an entry is malformed or of another shape.
     """
     _check_parts(saved)
     saved_groups = saved["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
-        return  # torch refuses that
+        return  # torch itself refuses this
     for k, (saved_group, group) in enumerate(zip(saved_groups, groups, strict=True)):
         for key in hyperparameters:
             if key not in saved_group:
-                raise ValueError(f"the saved parameter group {k} has no {key!r}: it is another optimizer's")
+                raise ValueError(f"the saved parameter group {k} has no {key!r}; it was saved by another optimizer")
         for i, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             state = saved["state"].get(key)
             if not state:
@@ -57,7 +57,8 @@ def check_fits(
             for name in names:
                 if name not in state:
                     raise ValueError(
-                        f"the saved state of parameter {i} of group {k} has no {name!r}: it is another optimizer's"
+                        f"the saved state of parameter {i} of group {k} has no {name!r}; it was saved by another "
+                        "optimizer"
                     )
                 _check_value(f"the saved {name!r} of parameter {i} of group {k}", name, state[name], p)
 
@@ -71,28 +72,28 @@ def _check_value(what: str, name: str, value: object, p: Tensor) -> None:
         kind = "complex" if p.is_complex() else "real"
         raise ValueError(f"{what} must be a dense {kind} tensor")
     if not (value.is_floating_point() or value.is_complex()):
-        raise ValueError(f"{what} must be of floating point, not {value.dtype}")
+        raise ValueError(f"{what} must be floating-point, not {value.dtype}")
     if value.shape != p.shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, but the parameter has {tuple(p.shape)}")
 
 
 def check_entries(labels: list[str], states: list[dict[str, Any]], names: list[str]) -> None:
-    """Refuse state from which an entry was removed, or is no tensor.
+    """Refuse state from which an entry was removed, or in which an entry is not a tensor.
 
     Raises:
-        ValueError: so it is.
+        ValueError: an entry is missing or is not a tensor.
     """
     for label, state in zip(labels, states, strict=True):
         for name in names:
             if not isinstance(state.get(name), Tensor):
                 raise ValueError(
-                    f"the state of {label} has no tensor {name!r}; clear all of it (optimizer.state.pop(parameter)) "
-                    "to start it afresh"
+                    f"the state of {label} has no tensor {name!r}; remove the whole state with "
+                    "optimizer.state.pop(parameter) to start afresh"
                 )
 
 
 def keep_dtypes(saved: Mapping[str, Any], parameters: Sequence[Tensor], state: Mapping[Any, dict[str, Any]]) -> None:
-    """Give state that was saved in float32 or bfloat16 that dtype again, which torch has cast to the parameter's."""
+    """Restore the dtype of state saved in float32 or bfloat16, which torch has cast to the dtype of the parameter."""
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     for key, p in zip(keys, parameters, strict=True):
         for name, value in saved["state"].get(key, {}).items():

@@ -1,4 +1,4 @@
-"""What a step multiplies its gradients by."""
+"""The factor by which a step multiplies its gradients."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nesterov_pp.optim.prepared import Prepared
 def gradient_scale(
     prepared: Prepared, options: Options, grads_of: int, microbatches: int, loss_scale: Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """Mean over microbatches, loss scale, and clipping by the global norm of the gradients collected.
+    """Compute the factor for the mean over microbatches, the loss scale, and clipping by the gradients' global norm.
 
-    The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it.
-    Plans on a device apply loss scale and clipping there.
+    The clipping factor is ``min(1, max_grad_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``. Plans on
+    a device apply the loss scale and the clipping there. The norm is that of the collected gradients.
 
     Returns:
-        The factor, and the norm in float64 if it was taken.
+        The factor, and the norm in float64 if it was computed.
 
     Raises:
-        FloatingPointError: the norm is not finite, with ``on_nonfinite="raise"``.
+        FloatingPointError: the norm is not finite and ``on_nonfinite="raise"``.
     """
     limit, raises = options.max_grad_norm, options.on_nonfinite == "raise"
     if loss_scale is not None:
@@ -60,9 +60,9 @@ def _scales_on_device(prepared: Prepared, options: Options) -> bool:
 def whole_scale(
     prepared: Prepared, options: Options, scale: float, norm: Tensor | None, loss_scale: Tensor | None
 ) -> float:
-    """All that a step has multiplied its gradients by, after ``gradient_scale`` gave ``scale`` and ``norm``.
+    """Return the whole factor that a step applied to its gradients, given what ``gradient_scale`` returned.
 
-    Waits for a device whose plan has applied a part of it.
+    Waits for the device if the plan has applied a part of the factor there.
     """
     if not _scales_on_device(prepared, options):
         return scale
@@ -72,9 +72,9 @@ def whole_scale(
 
 
 def forget_scale_on_failure(optimizer: type[Optimizer]) -> None:
-    """Have a class's ``step``, hooks and closure included, leave no ``grad_scale`` and ``found_inf`` when it fails.
+    """Make a class's ``step``, hooks and closure included, remove ``grad_scale`` and ``found_inf`` when it fails.
 
-    ``torch.amp.GradScaler`` deletes them after a step that returned; left behind, they would scale the next one.
+    ``torch.amp.GradScaler`` deletes them only after a step that returned; left behind, they would scale the next step.
     """
     step = optimizer.step
     if getattr(step, "forgets_scale", False):

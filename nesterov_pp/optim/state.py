@@ -1,4 +1,4 @@
-"""The parameters of an optimizer and their state: what there is, what may come, and what is saved."""
+"""The parameters of an optimizer and their state: how it is created, changed and saved."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from nesterov_pp.optim.prepared import Prepared
 
 
 class States(defaultdict[Any, Any]):
-    """The state of all parameters, by parameter, which says when some of it is dropped: the plan of the steps has it
-    too, and would keep its memory until the next one."""
+    """The state of all parameters, by parameter; calls ``dropped`` when some of it is dropped.
+
+    The plan of the steps holds the state too, and would otherwise keep its memory until the next step.
+    """
 
     def __init__(self, states: Mapping[Any, Any], dropped: Callable[[], None]) -> None:
         super().__init__(dict, states)
@@ -55,12 +57,12 @@ class States(defaultdict[Any, Any]):
 
 
 class StatefulOptimizer(Optimizer):
-    """Keeps every parameter's state, from the constructor on, as ``torch.optim`` keeps it from the first step on."""
+    """An optimizer with every parameter's state from its constructor on; ``torch.optim`` has it from the first step."""
 
     _normaliser: ClassVar[Normaliser] = Normaliser.RMS
     _has_mu_product: ClassVar[bool] = False
-    _counted_by_host = False  # a rule whose scalars are functions of a count on the host
-    # What groups of checkpoints from before an option existed are to have, as torch.optim has it.
+    _counted_by_host = False  # True for a rule whose scalars are functions of a count on the host
+    # Values for groups from checkpoints that are older than an option, as in torch.optim.
     _legacy: ClassVar[dict[str, Any]] = {
         "maximize": False,
         "foreach": None,
@@ -74,7 +76,7 @@ class StatefulOptimizer(Optimizer):
         self.options = options
         self.fused = bool(fused)
         self.backend = options.backend
-        self._lock = RLock()  # one thread at a time: a step, or what changes the tensors that it goes over
+        self._lock = RLock()  # one thread at a time steps, or changes the tensors that a step goes over
         self._prepared: Prepared | None = None
         super().__init__(params, defaults)
 
@@ -94,7 +96,7 @@ class StatefulOptimizer(Optimizer):
             try:
                 self._check_group(parameters)
                 self._init_state(unique(p for p in parameters if p.requires_grad and not is_lazy(p)))
-            except BaseException:  # out of memory too
+            except BaseException:  # including out of memory
                 del self.param_groups[-1]
                 raise
             self._prepared = None
@@ -106,7 +108,7 @@ class StatefulOptimizer(Optimizer):
         stash = self.options.stash
         if stash is not None:
             if len(unique(parameters)) < len(parameters):
-                raise ValueError("a parameter group has the same parameter twice; with a WeightStash name it once")
+                raise ValueError("a parameter group has the same parameter twice; with a WeightStash, list it once")
             stash.leaves(parameters, complete=False)
 
     def _parameters(self) -> list[Tensor]:
@@ -116,7 +118,7 @@ class StatefulOptimizer(Optimizer):
         return any(group.get("capturable") for group in self.param_groups)
 
     def _counts_on_device(self) -> bool:
-        """Whether steps are counted where the parameters are: as asked for, or not to wait for a ``GradScaler``."""
+        """Return whether steps are counted on the device, as requested or in order not to wait for a ``GradScaler``."""
         if self._capturable():
             return True
         scaled = hasattr(self, "found_inf") and self.backend in DEVICE_BACKENDS
@@ -125,7 +127,7 @@ class StatefulOptimizer(Optimizer):
     # ------------------------------------------------------------------ their state
 
     def _state_names(self) -> list[str]:
-        """What every parameter's state has."""
+        """Return the names of the entries in every parameter's state."""
         needed = {
             "step": True,
             "mu_product": self._has_mu_product,
@@ -141,12 +143,14 @@ class StatefulOptimizer(Optimizer):
             self.state[p].update({name: values[i] for name, values in entries.items()})
 
     def _states(self) -> dict[Tensor, dict[str, Any]]:
-        """The state of every parameter that has some; not what a user keeps there."""
+        """Return the state of every parameter that has some, without what a user keeps there."""
         return {p: self.state[p] for p in self._parameters() if self.state.get(p)}
 
     def _follow_parameters(self) -> bool:
-        """Drop the state of parameters that are in no group any more, and make state anew that was never stepped and
-        does not fit its parameter any more. Returns whether parameters have been replaced."""
+        """Drop the state of parameters that are no longer in any group; return whether there were any.
+
+        Also recreate state that was never stepped and no longer fits its parameter.
+        """
         parameters = unique(self._parameters())
         known = {id(p) for p in parameters}
         strangers = [key for key in self.state if isinstance(key, Tensor) and id(key) not in known]
@@ -158,28 +162,30 @@ class StatefulOptimizer(Optimizer):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim`` has it. State of parameters that are in no group is dropped; those that took their places
-        have theirs from here on."""
+        """Return the state in the format of ``torch.optim``.
+
+        State of parameters that are no longer in any group is dropped; parameters that took their places get new state.
+        """
         with self._lock:
             if self._follow_parameters():
-                self._prepared = None  # it has the state of those that were replaced
+                self._prepared = None  # it holds the state of the parameters that were replaced
                 fresh = [p for p in self._parameters() if p.requires_grad and not is_lazy(p) and not self.state.get(p)]
                 self._init_state(unique(fresh))
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load ours or torch's ``state_dict``, keeping state that was saved in float32 or bfloat16 in that dtype.
+        """Load this optimizer's or torch's ``state_dict``, keeping the dtype of state saved in float32 or bfloat16.
 
         ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
         and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
 
         Raises:
-            ValueError: it is of other parameters or of another optimizer; nothing has been changed.
+            ValueError: the state is of other parameters or of another optimizer; nothing has been changed.
         """
         saved_state.check_form(state_dict)
         loaded: dict[str, Any] = {}
 
-        def note(_: Optimizer, state: dict[str, Any]) -> None:  # after all hooks that may change it
+        def note(_: Optimizer, state: dict[str, Any]) -> None:  # runs after all hooks that may change the state
             needed = [key for key in self.defaults if key not in self._legacy]
             saved_state.check_fits(state, self.param_groups, needed, self._state_names())
             loaded.update(state)
@@ -229,5 +235,5 @@ def _forgets_plan(optimizer: weakref.ref[StatefulOptimizer]) -> Callable[[], Non
 
 
 def unique(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Each parameter once, in order: a group may have one several times, which torch warns of."""
+    """Return each parameter once, in order: a group may have one several times, which torch warns about."""
     return list({id(p): p for p in parameters}.values())

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits."""
+"""Ctrl-C deferred to the end of a block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import FrameType
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C inside the block comes at its end.
+    """Defer Ctrl-C inside the block to its end.
 
-    Only where it would raise ``KeyboardInterrupt``, which is in the main thread; a program that handles SIGINT itself
-    is left to it.
+    This applies only where Ctrl-C would raise ``KeyboardInterrupt``, which is in the main thread. A program that
+    handles SIGINT itself is left alone.
     """
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

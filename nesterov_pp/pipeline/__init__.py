@@ -1,4 +1,4 @@
-"""Pipelines: delays, partition, recipes, and the virtual pipeline."""
+"""Pipelines: delay models, partitioning, recipes, and the virtual and the distributed pipeline."""
 
 from nesterov_pp.pipeline.delay_models import (
     Delays,

@@ -1,7 +1,7 @@
-"""When a stage's gradient is applied, and with which weights it was computed.
+"""Delays: when a stage's gradient is applied, and at which weights it was computed.
 
-A delay counts the updates of a stage between a microbatch's forward and the application of its gradient. Models of
-delays draw it by (stage, microbatch) alone, so that a run which goes on draws what it would have drawn.
+A delay counts the updates of a stage between a microbatch's forward and the application of its gradient. Delay models
+draw it from (stage, microbatch) alone, so a run that is resumed draws the delays that it would have drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Protocol
 
 
 def stage_delays(stages: int, microbatches_per_update: int = 1) -> list[int]:
-    """Delay of each stage in updates, first stage first: ``tau_i = floor((2 (P - i) + 1) / (2 K))`` for i = 1 ... P.
+    """Return the delay of each stage in updates, first stage first.
 
-    This is PipeDream's never-flushing schedule (one forward, one backward); the last stage has no delay.
+    ``tau_i = floor((2 (P - i) + 1) / (2 K))`` for i = 1 ... P. This is PipeDream's never-flushing schedule (one
+    forward, one backward); the last stage has no delay.
 
     Raises:
         ValueError: ``stages`` or ``microbatches_per_update`` is below 1.
@@ -30,7 +31,7 @@ def stage_delays(stages: int, microbatches_per_update: int = 1) -> list[int]:
 
 
 def version_for_update(update: int, delay: int, drained_at: int = 0) -> int:
-    """The weight version that the microbatches of an update run with on a stage: ``max(drained_at, update - delay)``.
+    """Return the weight version that an update's microbatches run with: ``max(drained_at, update - delay)``.
 
     ``drained_at`` is the update before which the pipeline was last empty (0: the start).
     """
@@ -38,23 +39,23 @@ def version_for_update(update: int, delay: int, drained_at: int = 0) -> int:
 
 
 class Delays(Protocol):
-    """The delay of every microbatch on every stage; lists have an entry a stage, first stage first."""
+    """A model of the delay of every microbatch on every stage. Lists have one entry per stage, first stage first."""
 
     @property
     def largest(self) -> list[int]:
-        """No delay exceeds these: a stage keeps so many versions and one."""
+        """The upper bounds of the delays; a stage keeps one weight version more than its bound."""
 
     @property
     def expected(self) -> list[int]:
-        """What a method that assumes constant delays is told."""
+        """The delays given to a method that assumes constant delays."""
 
     def draw(self, microbatch: int) -> list[int] | None:
-        """The delays of a microbatch (from 0); None if it is lost, forward and backward."""
+        """Return the delays of a microbatch (from 0); None if it is lost, forward and backward."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same delay for every microbatch.
+    """Delays that are the same for every microbatch.
 
     Raises:
         ValueError: a delay is negative.
@@ -79,10 +80,11 @@ class Fixed:
 
 @dataclass(frozen=True)
 class LocalAccumulation:
-    """A pipeline that counts microbatches, not updates: stage i has ``P - i`` microbatches in flight and updates after
-    every ``K`` backwards, whichever these are, so the delays within one update differ by one.
+    """The delays of a pipeline that counts microbatches, not updates.
 
-    Microbatch ``m`` runs forward after ``m - (P - i)`` backwards and is applied in update ``floor(m / K)``.
+    Stage i has ``P - i`` microbatches in flight and updates after every ``K`` backwards, whichever microbatches they
+    belong to, so the delays within one update differ by one. Microbatch ``m`` runs its forward after ``m - (P - i)``
+    backwards and is applied in update ``floor(m / K)``.
     """
 
     stages: int
@@ -103,7 +105,7 @@ class LocalAccumulation:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Delays drawn anew for every microbatch and stage, all of ``low_i ... high_i`` equally likely.
+    """Delays drawn anew for every microbatch and stage, uniformly from ``low_i ... high_i``.
 
     Raises:
         ValueError: the lists differ in length, or a range is empty or negative.
@@ -116,7 +118,7 @@ class Uniform:
     def __post_init__(self) -> None:
         _check_whole("a delay", self.low)
         if len(self.low) != len(self.high) or any(a > b for a, b in zip(self.low, self.high, strict=True)):
-            raise ValueError(f"uniform delays go from low to high on each stage, not from {self.low} to {self.high}")
+            raise ValueError(f"uniform delays need low <= high for each stage, not {self.low} and {self.high}")
 
     @property
     def largest(self) -> list[int]:
@@ -133,10 +135,10 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Geometric:
-    """Delays with ``P(tau = k) = p (1 - p)^k``, ``p = 1 / (1 + mean_i)``, cut off at ``largest_i``.
+    """Delays with ``P(tau = k) = p (1 - p)^k``, ``p = 1 / (1 + mean_i)``, cut off at ``cut_i``.
 
     Raises:
-        ValueError: the lists differ in length, or hold a negative number.
+        ValueError: the lists differ in length, or contain a negative number.
     """
 
     mean: Sequence[float]
@@ -146,7 +148,7 @@ class Geometric:
     def __post_init__(self) -> None:
         _check_whole("the largest delay", self.cut)
         if len(self.mean) != len(self.cut) or any(not 0.0 <= m < math.inf for m in self.mean):
-            raise ValueError(f"geometric delays need a mean from 0 on for each stage, not {self.mean}")
+            raise ValueError(f"geometric delays need a mean of at least 0 for each stage, not {self.mean}")
 
     @property
     def largest(self) -> list[int]:
@@ -169,11 +171,12 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Trace:
-    """Recorded delays, a row a microbatch with an entry a stage (None: the microbatch is lost), again from the first
-    row after the last.
+    """Recorded delays, with one row per microbatch and one entry per stage. None marks a microbatch that is lost.
+
+    After the last row the trace starts again from the first.
 
     Raises:
-        ValueError: there is no row, or rows differ in length.
+        ValueError: there are no rows of delays, or the rows differ in length.
     """
 
     rows: Sequence[Sequence[int] | None]
@@ -187,11 +190,13 @@ class Trace:
 
     @classmethod
     def read(cls, path: str | Path) -> Trace:
-        """From a text file: a line a microbatch with an entry a stage, separated by commas or blanks; ``-`` for a
-        microbatch that is lost; ``#`` begins a comment.
+        """Read a trace from a text file with one line per microbatch.
+
+        A line has one entry per stage, separated by commas or spaces, or ``-`` for a microbatch that is lost. ``#``
+        starts a comment.
 
         Raises:
-            ValueError: a line is something else.
+            ValueError: a line has another form.
             OSError: the file cannot be read.
         """
         rows: list[list[int] | None] = []
@@ -200,7 +205,9 @@ class Trace:
             if not words:
                 continue
             if words != ["-"] and not all(word.isdecimal() for word in words):
-                raise ValueError(f"{path}, line {number}: a trace has whole numbers from 0 on, or '-', not {line!r}")
+                raise ValueError(
+                    f"{path}, line {number}: a trace has whole numbers of at least 0, or '-', not {line!r}"
+                )
             rows.append(None if words == ["-"] else [int(word) for word in words])
         return cls(rows)
 
@@ -222,10 +229,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Stragglers:
-    """``usual`` delays, of which every stage's is larger by ``extra`` with a probability.
+    """The ``usual`` delays, each of which is larger by ``extra`` with the given ``probability``.
 
     Raises:
-        ValueError: the probability is not from 0 to 1, or ``extra`` is negative.
+        ValueError: ``probability`` is not from 0 to 1, or ``extra`` is negative.
     """
 
     usual: Delays
@@ -255,10 +262,10 @@ class Stragglers:
 
 @dataclass(frozen=True)
 class DropOuts:
-    """``usual`` delays, but a microbatch is lost with a probability: a worker that held it has gone.
+    """The ``usual`` delays, but a microbatch is lost with the given ``probability``: a worker that held it has left.
 
     Raises:
-        ValueError: the probability is not from 0 to 1.
+        ValueError: ``probability`` is not from 0 to 1.
     """
 
     usual: Delays
@@ -282,7 +289,7 @@ class DropOuts:
 
 
 def one_forward_one_backward(stages: int, microbatches_per_update: int) -> Delays:
-    """Those of ``stage_delays``."""
+    """Return the delays of ``stage_delays`` as a model."""
     return Fixed(stage_delays(stages, microbatches_per_update))
 
 
@@ -292,7 +299,7 @@ def _random(seed: int, stage: int, microbatch: int) -> random.Random:
 
 def _check_whole(what: str, values: Sequence[int]) -> None:
     if any(not isinstance(value, int) or value < 0 for value in values):
-        raise ValueError(f"{what} must be a whole number from 0 on, not {values}")
+        raise ValueError(f"{what} must be a whole number of at least 0, not {values}")
 
 
 def _check_probability(value: float) -> None:

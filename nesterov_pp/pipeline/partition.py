@@ -1,4 +1,4 @@
-"""Cutting a model into stages."""
+"""Partitioning of a model into stages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> li
 
     Args:
         model: the layers in order.
-        partition: the number of layers of each stage, or the number of stages, which are then cut so that the largest
-            one has as few parameters as possible.
+        partition: the number of layers of each stage, or the number of stages. Given a number of stages, the cut
+            minimizes the parameters of the largest stage.
 
     Raises:
         ValueError: the sizes are not positive or do not add up to the number of layers, or there are more stages than
@@ -30,7 +30,9 @@ def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> li
     else:
         sizes = list(partition)
     if any(size < 1 for size in sizes) or sum(sizes) != len(layers):
-        raise ValueError(f"a partition of {len(layers)} layers needs positive sizes that add up to it, not {sizes}")
+        raise ValueError(
+            f"a partition of {len(layers)} layers needs positive sizes that add up to {len(layers)}, not {sizes}"
+        )
     stages, start = [], 0
     for size in sizes:
         stages.append(nn.Sequential(*layers[start : start + size]))
@@ -39,12 +41,13 @@ def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> li
 
 
 def balanced_sizes(costs: Sequence[int], parts: int) -> list[int]:
-    """Lengths of ``parts`` consecutive, non-empty runs of ``costs`` whose largest sum is smallest."""
+    """Return the lengths of ``parts`` consecutive, non-empty runs of ``costs`` that minimize the largest sum."""
     n = len(costs)
     total = [0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[k][j]: smallest possible largest sum of the first j costs in k runs; cut[k][j]: where the last run starts
+    # best[k][j]: the largest sum of a run, minimized over the ways to cut the first j costs into k runs.
+    # cut[k][j]: the start of the last run in that cut.
     best = [[float("inf")] * (n + 1) for _ in range(parts + 1)]
     cut = [[0] * (n + 1) for _ in range(parts + 1)]
     best[0][0] = 0.0
@@ -62,10 +65,10 @@ def balanced_sizes(costs: Sequence[int], parts: int) -> list[int]:
 
 
 def check_untied(stages: Sequence[nn.Module]) -> None:
-    """Refuse a parameter that two stages share: their copies would be updated at different times.
+    """Refuse a parameter that two stages share, because its copies would be updated at different times.
 
     Raises:
-        ValueError: a parameter is in two stages.
+        ValueError: two stages share a parameter.
     """
     home: dict[int, tuple[int, str]] = {}
     for k, stage in enumerate(stages):
@@ -74,20 +77,20 @@ def check_untied(stages: Sequence[nn.Module]) -> None:
             if owner != k:
                 raise ValueError(
                     f"stage {k}'s {name} is stage {owner}'s {first}: tied parameters must be in one stage; "
-                    "untie them or put both ends into the same stage"
+                    "untie them, or put both into the same stage"
                 )
 
 
 def stage_list(stages: Sequence[nn.Module] | nn.Sequential, partition: int | Sequence[int] | None) -> list[nn.Module]:
-    """The stages of a pipeline: those of a list, or of an ``nn.Sequential`` that ``partition`` cuts.
+    """Return the stages of a pipeline, given as a list or as an ``nn.Sequential`` for ``partition`` to cut.
 
     Raises:
-        ValueError: there are none, they cannot be cut so, or two of them share a parameter.
+        ValueError: there are no stages, the model cannot be cut as ``partition`` says, or two stages share a parameter.
     """
     modules: list[nn.Module]
     if partition is not None:
         if not isinstance(stages, nn.Sequential):
-            raise ValueError("a partition cuts an nn.Sequential; a list of stages is cut already")
+            raise ValueError("partition needs an nn.Sequential; a list of stages is cut already")
         modules = list(split_sequential(stages, partition))
     elif isinstance(stages, nn.Module):
         if not isinstance(stages, nn.Sequential):
@@ -109,17 +112,18 @@ def own_stage(
     agreed: Callable[[Callable[[], list[int]]], list[int]],
     example: Callable[[], Any],
 ) -> nn.Module:
-    """The stage of process ``index`` of ``count``.
+    """Return the stage of process ``index`` of ``count``.
 
     Args:
-        stages: that stage itself; or all of them in a list; or an ``nn.Sequential`` to cut.
-        partition: for an ``nn.Sequential``: layers of each stage; their number, or "parameters", for stages whose
-            largest has as few parameters as possible; or "time", for stages whose slowest is as fast as possible.
-        agreed: what one process computes, on all of them.
-        example: the input of a microbatch, for "time".
+        stages: that stage itself, a list of all stages, or an ``nn.Sequential`` to cut.
+        partition: for an ``nn.Sequential``: the number of layers of each stage; the number of stages, or "parameters",
+            to minimize the parameters of the largest stage; or "time", to minimize the time of the slowest stage.
+        agreed: runs a function on one process and returns its result on all of them.
+        example: returns the input of a microbatch, for "time".
 
     Raises:
-        ValueError: there are not as many stages as processes, or the model cannot be cut so.
+        ValueError: the number of stages differs from the number of processes, or the model cannot be cut as
+            ``partition`` says.
     """
     if partition is None and isinstance(stages, nn.Module):
         return stages
@@ -140,21 +144,21 @@ def own_stage(
     modules = stage_list(stages, partition)  # type: ignore[arg-type]
     if len(modules) != count:
         raise ValueError(
-            f"{len(modules)} stages need {len(modules)} processes a replica, and there are {count}: "
-            f"start as many as there are stages, one stage a process"
+            f"{len(modules)} stages need {len(modules)} processes per replica, but there are {count}; "
+            "start one process for each stage"
         )
     return modules[index]
 
 
 def parameter_costs(layers: Iterable[nn.Module]) -> list[int]:
-    """Parameters of each layer."""
+    """Return the number of parameters of each layer."""
     return [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
 
 def measured_costs(layers: nn.Sequential, inputs: Any, repeats: int = 5) -> list[int]:
-    """Nanoseconds of each layer's forward and backward on ``inputs``, the fastest of ``repeats``.
+    """Return the nanoseconds of each layer's forward and backward on ``inputs``, the fastest of ``repeats``.
 
-    Weights, gradients and the random state are left as they were; buffers too.
+    Weights, gradients, buffers and the random state are left unchanged.
     """
     buffers = [(b, b.clone()) for b in layers.buffers()]
     costs: list[int] = []
@@ -162,7 +166,7 @@ def measured_costs(layers: nn.Sequential, inputs: Any, repeats: int = 5) -> list
         hidden = inputs
         for layer in layers:
             best = None
-            for _ in range(repeats + 1):  # the first one warms up
+            for _ in range(repeats + 1):  # one more, to warm up
                 leaf = hidden.detach().requires_grad_() if hidden.is_floating_point() else hidden
                 begin = _now(leaf)
                 output: Tensor = layer(leaf)

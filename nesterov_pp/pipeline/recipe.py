@@ -1,4 +1,4 @@
-"""What a pipeline needs to know of a method, and the register of methods by name."""
+"""Recipes: what a pipeline needs to know about a method, and the registry of methods by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nesterov_pp.stash import LineariseAt, Shadow
 
 @dataclass(frozen=True)
 class Placement:
-    """A stage's place: ``stage`` counts from 1 (input side) to ``stages``; ``delay`` is its tau, expected or fixed."""
+    """The position of a stage. ``stage`` counts from 1 (input side) to ``stages``; ``delay`` is its tau, expected or
+    fixed.
+    """
 
     stage: int
     stages: int
@@ -22,41 +24,43 @@ class Placement:
 
 
 Horizon = Callable[[Placement, int, int], float]
-"""``(place, update, correction_updates) -> s``: how many updates ahead a stage looks."""
+"""``(place, update, correction_updates) -> s``, the number of updates that a stage looks ahead."""
 
 
 class StageOptimizer(Protocol):
-    """Steps the weights of one ``WeightStash``. Its groups take ``"lr"`` and, where it looks ahead, ``"horizon"``."""
+    """An optimizer that steps the weights of one ``WeightStash``. Its parameter groups accept ``"lr"`` and, if it looks
+    ahead, ``"horizon"``.
+    """
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Hyper-parameters that may change from step to step."""
+        """The parameter groups, whose hyper-parameters may change from step to step."""
 
     @property
     def state(self) -> Mapping[Any, dict[str, Any]]:
-        """The state of every parameter, by parameter."""
+        """The state of every parameter, keyed by parameter."""
 
     def step(self, *, version: int | None = None, microbatches: int = 1) -> None:
-        """Take the gradients of a version, the sum over some microbatches, and write the next version."""
+        """Apply the gradients of ``version``, summed over ``microbatches``, and write the next version."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All of its state."""
+        """Return the complete state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore a state that ``state_dict`` returned."""
 
 
 class Forecast(Protocol):
-    """Replaces a stage's late gradients by a guess of today's."""
+    """An estimator that replaces a stage's late gradients by estimates of the current ones."""
 
     def apply(self, parameters: Sequence[Tensor], delay: int) -> None:
-        """Change ``parameters``' gradients, which are ``delay`` updates late, in place."""
+        """Replace the gradients of ``parameters``, which are ``delay`` updates late."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next call depends on."""
+        """Return the state that the next call depends on."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore a state that ``state_dict`` returned."""
 
 
 def _no_options(_: Placement) -> dict[str, Any]:
@@ -69,28 +73,30 @@ def _full_rate(_delay: int, _update: int, _correction_updates: int) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published way to live with late gradients, as a choice among existing parts.
+    """A published method for training with late gradients, as a choice among existing parts.
 
     Attributes:
-        name, summary, reference: for people.
+        name, summary, reference: for display.
         rule: the optimizer class.
-        options: its hyper-parameters; each can be overridden.
+        options: hyper-parameters of the rule; each can be overridden.
         delayed: False for a schedule that waits for its gradients (every delay is 0).
-        linearise_at: where backward differentiates: at the "version" of the forward, at the "newest" weights, or at the
-            "shadow" of a ``Discrepancy``.
+        linearise_at: the weights at which backward differentiates: the "version" of the forward, the "newest" weights,
+            or the "shadow" of a ``Discrepancy``.
         microbatches_per_update: K; None for as many as there are stages.
         stage_options: hyper-parameters that depend on the stage.
-        lr_factor: ``(delay, update, correction_updates) -> factor`` on the learning rate.
-        correction_updates: how many updates ``lr_factor`` or ``horizon`` take to get to their last values (the paper's
-            T); None where they do not depend on it.
-        delays: ``(stages, K) -> Delays`` of the method's own pipeline.
-        horizon: how far ahead each stage looks, where the rule or its prediction does; None: the rule's own way.
-        synchronous_updates: how many updates wait for their gradients before delays begin; None: no such option.
-        max_staleness: microbatches that are later than this are left out of their update; None: no such option.
-        forecast: makes what guesses a stage's gradients.
-        constant_delay: whether the method assumes that a stage's delay does not change; it is then told the expected
-            delay. The others take every delay as it comes, or do not depend on it.
-        distributed: whether ``AsyncPipeline`` runs it too; ``VirtualPipeline`` runs all.
+        lr_factor: ``(delay, update, correction_updates) -> factor`` by which the learning rate is multiplied.
+        correction_updates: number of updates until ``lr_factor`` or ``horizon`` reach their final values (the paper's
+            T); None if they do not depend on it.
+        delays: ``(stages, K) -> Delays``, the delays of the method's own pipeline.
+        horizon: how far ahead each stage looks, if the rule or its prediction looks ahead; None for the rule's default.
+        synchronous_updates: number of updates that wait for their gradients before delays begin; None if the method has
+            no such option.
+        max_staleness: microbatches that are later than this are left out of their update; None if the method has no
+            such option.
+        forecast: creates the ``Forecast`` that estimates a stage's gradients; None for no forecast.
+        constant_delay: whether the method assumes that a stage's delay is constant; if so, it is given the expected
+            delay. Other methods take every delay as it comes, or do not depend on it.
+        distributed: whether ``AsyncPipeline`` supports the recipe; ``VirtualPipeline`` supports every recipe.
     """
 
     name: str
@@ -113,39 +119,43 @@ class Recipe:
     distributed: bool = True
 
     def accumulation(self, stages: int) -> int:
-        """K, the microbatches of an update."""
+        """Return K, the number of microbatches per update."""
         return stages if self.microbatches_per_update is None else self.microbatches_per_update
 
     def delays_of(self, stages: int, microbatches_per_update: int) -> Delays:
-        """The delays of the method's own pipeline."""
+        """Return the delays of the method's own pipeline."""
         return self.delays(stages, microbatches_per_update) if self.delayed else Fixed([0] * stages)
 
     def check_forward(self, *, recompute: bool, autocast: bool) -> None:
-        """Raises: ValueError: the recipe's backward takes other weights than the forward's, and cannot get at them."""
+        """Check that the recipe's backward can reach the weights that it differentiates at.
+
+        Raises:
+            ValueError: backward uses other weights than forward, which ``recompute`` or ``autocast`` prevents.
+        """
         if self.linearise_at == "version":
             return
         if recompute:
             raise ValueError(f"{self.name!r} keeps activations of older weights, which cannot be recomputed")
         if autocast:
             raise ValueError(
-                f"{self.name!r} changes the weights between forward and backward, which the copies that autocast "
-                "makes of them would not follow; use a method with a stash, or no autocast"
+                f"{self.name!r} changes the weights between forward and backward, but the copies that autocast makes "
+                "of the weights would not change with them; use a method with a stash, or turn autocast off"
             )
 
     @property
     def shadow(self) -> Shadow | None:
-        """What a stage's ``WeightStash`` keeps outside the ring."""
+        """The shadow that a stage's ``WeightStash`` keeps outside the ring; None without one."""
         owner = self.options.get("prediction", self.rule)
         shadow: Shadow | None = getattr(owner, "shadow", None)
         return shadow
 
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with other hyper-parameters. An override wins over a stage-dependent value.
+        """Return this recipe with other hyper-parameters. An override takes precedence over a stage-dependent value.
 
-        ``horizon`` may be a number, one for each stage, or a function as in the recipe.
+        ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe.
 
         Raises:
-            ValueError: the recipe has no such hyper-parameter.
+            ValueError: the recipe does not have one of the hyper-parameters.
         """
         own = {name for name in _OWN if getattr(self, name) is not None}
         sample = self.stage_options(Placement(1, 1, 0))
@@ -182,10 +192,10 @@ _recipes: dict[str, Recipe] = {}
 
 
 def register(recipe: Recipe) -> Recipe:
-    """Make a recipe known by its name.
+    """Register a recipe under its name, and return it.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
     if recipe.name in _recipes:
         raise ValueError(f"a method named {recipe.name!r} is registered already")
@@ -194,15 +204,15 @@ def register(recipe: Recipe) -> Recipe:
 
 
 def recipes() -> dict[str, Recipe]:
-    """All registered recipes by name, in the order of registration."""
+    """Return all registered recipes by name, in the order of registration."""
     return dict(_recipes)
 
 
 def find_recipe(method: str | Recipe) -> Recipe:
-    """The recipe of a name.
+    """Return the recipe with a name; a ``Recipe`` is returned as it is.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no recipe has that name.
     """
     if isinstance(method, Recipe):
         return method

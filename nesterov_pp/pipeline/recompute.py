@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed(nn.Module):
-    """Runs ``module`` without keeping its activations; backward runs it again with the same dropout.
+    """A wrapper that keeps no activations of ``module``; backward runs it again with the same dropout.
 
-    Of a module in a ``WeightStash`` it runs with the same weights too: a backward binds the version of its forward.
+    A module in a ``WeightStash`` also runs with the same weights: a backward binds the version of its forward.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What one stage of any pipeline does: its optimizer, its learning rate, its random state."""
+"""The functions that stages of every pipeline share: optimizer, learning rate, random state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nesterov_pp.stash import WeightStash
 
 
 def build_stash(recipe: Recipe, module: nn.Module, versions: int) -> WeightStash:
-    """The ring of a stage's weights, with what the recipe keeps outside it."""
+    """Return the ring of a stage's weights, with the recipe's shadow if it has one."""
     return WeightStash(module, versions, shadow=recipe.shadow)
 
 
@@ -29,7 +29,7 @@ def build_optimizer(
     max_grad_norm: float | None,
     backend: str,
 ) -> StageOptimizer | None:
-    """The recipe's optimizer for a stage's trainable parameters; None where there are none."""
+    """Return the recipe's optimizer for a stage's trainable parameters; None if there are none."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
         return None
@@ -38,14 +38,14 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
-    """Give every group the rate of an update on a stage with that delay."""
+    """Set the learning rate of every group for an update on a stage with the given delay."""
     factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
 
 def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, update: int) -> None:
-    """Give every group the horizon of an update, where the recipe has one."""
+    """Set the horizon of every group for an update, if the recipe has one."""
     if recipe.horizon is None:
         return
     horizon = recipe.horizon(place, update, recipe.correction_updates or 1)
@@ -54,30 +54,30 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
 
 
 def run_stage(module: nn.Module, hidden: Any) -> Any:
-    """The output of a stage; what the stage before gave as a tuple comes as several arguments."""
+    """Return the output of a stage. A tuple from the previous stage is passed as separate arguments."""
     return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
 
 
 def autocasting(module: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Compute in ``dtype`` where ``torch.autocast`` does on the stage's device; with None, as ever."""
+    """Return a ``torch.autocast`` context for ``dtype`` on the stage's device; with None, one that does nothing."""
     return nullcontext() if dtype is None else torch.autocast(device_of(module).type, dtype)
 
 
 def microbatch_seed(seed: int, stage: int, microbatch: int) -> int:
-    """The seed of the random state that a stage (from 0) runs a microbatch's forward with."""
+    """Return the seed of the random state in which a stage (from 0) runs a microbatch's forward."""
     return (seed * 1_000_003 + stage) * 1_000_000_007 + microbatch & 0x7FFF_FFFF_FFFF_FFFF
 
 
 @contextmanager
 def random_state(module: nn.Module, seed: int | None, stage: int, microbatch: int) -> Iterator[None]:
-    """Random layers depend on (seed, stage, microbatch) alone inside the block; without a seed, on the global state."""
+    """Make random layers depend on (seed, stage, microbatch) alone; without a seed, on the global random state."""
     if seed is None:
         yield
         return
     devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
     with torch.random.fork_rng(devices=devices):
         own = microbatch_seed(seed, stage, microbatch)
-        # torch.manual_seed would also note itself, and a stack trace, for every kind of device that is not in use.
+        # torch.manual_seed would also record itself, with a stack trace, for every device type that is not in use.
         torch.default_generator.manual_seed(own)
         for device in devices:
             with torch.cuda.device(device):

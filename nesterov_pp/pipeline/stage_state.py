@@ -1,9 +1,9 @@
-"""What a checkpoint of a pipeline holds, the same in one process and in several.
+"""The checkpoint format of a pipeline, which is the same for one process and for several.
 
-A saved pipeline is ``{"terms": {...}, "microbatches": int, "updates": int, "stages": {i: stage}}`` with the stages
-(from 0) that the process has, so the stages of several files put together are those of a whole pipeline. A stage is
-``{"stash", "optimizer", "buffers"}``, with ``"forecast"`` where the method guesses gradients, and with ``"kept"``,
-older versions, where microbatches in flight began with weights that no ring holds.
+A saved pipeline is ``{"terms": {...}, "microbatches": int, "updates": int, "stages": {i: stage}}``. ``"stages"`` holds
+the stages (numbered from 0) of one process, so the stages of several files together make up a whole pipeline. A stage
+is ``{"stash", "optimizer", "buffers"}``. It also has ``"forecast"`` if the method forecasts gradients, and ``"kept"``,
+copies of older versions, if microbatches in flight began with weights that no ring holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Saved = dict[str, Any]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a saved pipeline and the one that goes on with it must have in common."""
+    """The settings that a saved pipeline and the pipeline that resumes it must share."""
 
     method: str
     microbatches_per_update: int
@@ -33,7 +33,7 @@ class Terms:
     replicas: int = 1
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Raises: ValueError: ``saved`` has another value; one that it does not have is not compared."""
+        """Raise ValueError if ``saved`` has another value for a setting. Settings that it lacks are not compared."""
         for name, value in asdict(self).items():
             if saved.get(name, value) != value:
                 raise ValueError(f"the saved pipeline has {name} {saved[name]!r}, this one {value!r}")
@@ -41,7 +41,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage: its ring, its optimizer (None without trainable parameters), its module and its forecast."""
+    """The parts of one stage: its ring, optimizer (None without trainable parameters), module and forecast."""
 
     stash: WeightStash
     optimizer: StageOptimizer | None
@@ -49,7 +49,10 @@ class StageState:
     forecast: Forecast | None = None
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: ``weights`` (one version), ``stash`` (the others), ``moments`` (means of gradients included)."""
+        """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``.
+
+        ``stash`` includes the shadow, ``moments`` the means of gradients.
+        """
         one = sum(map(_bytes, self.stash.parameters(self.stash.newest).values()))
         frozen = sum(_bytes(p) for p in self.module.parameters() if not p.requires_grad)
         states = () if self.optimizer is None else self.optimizer.state.values()
@@ -58,7 +61,7 @@ class StageState:
         return {"weights": one + frozen, "stash": others * one, "moments": moments}
 
     def save(self) -> Saved:
-        """The stage's entry of a checkpoint, without copies."""
+        """Return the stage's entry for a checkpoint, without copying tensors."""
         state: Saved = {
             "stash": self.stash.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
@@ -67,17 +70,17 @@ class StageState:
         return state if self.forecast is None else {**state, "forecast": self.forecast.state_dict()}
 
     def check(self, saved: object) -> None:
-        """Raises: ValueError: ``saved`` is not the entry of a stage like this one; its optimizer is not looked at."""
+        """Raise ValueError if ``saved`` is not the entry of a stage like this one. Its optimizer is not checked."""
         parts = {"stash", "optimizer", "buffers"} | (set() if self.forecast is None else {"forecast"})
         if not isinstance(saved, dict) or not parts <= saved.keys():
             raise ValueError(f"a saved stage must be a dict with {', '.join(sorted(parts))}")
         if (saved["optimizer"] is None) != (self.optimizer is None):
-            raise ValueError("one of the saved stage and this one has trainable parameters, and the other has none")
+            raise ValueError("only one of the saved stage and this stage has trainable parameters")
         self.stash.check(saved["stash"])
         buffers = dict(self.module.named_buffers())
         if buffers.keys() != saved["buffers"].keys():
             unlike = sorted(buffers.keys() ^ saved["buffers"].keys())
-            raise ValueError(f"the saved stage has other buffers: {', '.join(unlike[:3])} differ")
+            raise ValueError(f"the saved stage and this stage have different buffers: {', '.join(unlike[:3])}")
         for name, buffer in buffers.items():
             if buffer.shape != saved["buffers"][name].shape:
                 there = tuple(saved["buffers"][name].shape)
@@ -85,7 +88,7 @@ class StageState:
 
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
-        """Take over all of a checked entry but the optimizer."""
+        """Load everything but the optimizer from an entry that ``check`` has accepted."""
         self.stash.load_state_dict(saved["stash"])
         for name, buffer in self.module.named_buffers():
             buffer.copy_(saved["buffers"][name])
@@ -94,30 +97,30 @@ class StageState:
 
 
 def memory_of(stages: Iterable[StageState]) -> dict[str, int]:
-    """``StageState.memory`` over several stages."""
+    """Return ``StageState.memory`` summed over several stages."""
     parts = [stage.memory() for stage in stages]
     return {name: sum(part[name] for part in parts) for name in ("weights", "stash", "moments")}
 
 
 def check_finished(waiting: int, microbatches_per_update: int) -> None:
-    """Raises: ValueError: so many microbatches of an update have been taken, and not all."""
+    """Raise ValueError if ``waiting`` microbatches of an unfinished update have been taken."""
     if waiting:
         raise ValueError(
-            f"{waiting} microbatch(es) of an update are waiting; "
+            f"{waiting} microbatch(es) of an unfinished update are waiting; "
             f"save after a multiple of {microbatches_per_update} microbatches"
         )
 
 
 def save_stages(terms: Terms, microbatches: int, updates: int, stages: Mapping[int, Saved]) -> Saved:
-    """A checkpoint of the stages (from 0) that a process has."""
+    """Return a checkpoint of the stages (numbered from 0) that a process has."""
     return {"terms": asdict(terms), "microbatches": microbatches, "updates": updates, "stages": dict(stages)}
 
 
 def load_stages(terms: Terms, stages: Mapping[int, StageState], saved: object) -> Saved:
-    """Go on with a checkpoint, all stages or, where one does not fit, none; returns it in today's form.
+    """Load a checkpoint into all stages, or into none if one does not fit. Returns it in the current format.
 
     Raises:
-        ValueError: ``saved`` is no checkpoint of a pipeline, or one of other terms, stages or parameters.
+        ValueError: ``saved`` is not a checkpoint of a pipeline, or it has other terms, stages or parameters.
     """
     whole = as_saved_now(saved)
     terms.check(whole["terms"])
@@ -147,10 +150,12 @@ def _load_optimizers(optimizers: Mapping[int, StageOptimizer | None], saved: Map
 
 
 def as_saved_now(saved: object) -> Saved:
-    """A checkpoint in the form at the top of this page; also reads the two earlier ones, of all stages and of one.
+    """Return a checkpoint in the format described at the top of this module.
+
+    The two earlier formats, for all stages and for a single one, are converted.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``saved`` has none of these formats.
     """
     if isinstance(saved, dict) and {"terms", "microbatches", "updates", "stages"} <= saved.keys():
         return saved

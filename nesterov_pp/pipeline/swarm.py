@@ -10,27 +10,27 @@ from functools import lru_cache
 from itertools import count
 
 FORWARD_SHARE = 1 / 3
-"""Of the time that a microbatch takes on a worker; backward takes the rest."""
+"""The share of a microbatch's time on a worker that forward takes; backward takes the rest."""
 
 
 @dataclass(frozen=True)
 class Swarm:
     """Stochastic wiring after SWARM (arXiv 2301.11913): every microbatch picks a worker of each stage.
 
-    The pick is the worker that is there with the lowest count of picks divided by its speed (interleaved weighted
-    round-robin). Forward and backward of a microbatch use the same workers, which serve one microbatch at a time in the
-    order of arrival. A stage's workers hold the same weights, updated after every backward; a microbatch's delay is the
-    number of updates between its forward and its backward there. Microbatches are taken in the order in which they
-    come back to the first stage. A microbatch is lost with the worker that holds it, or if it comes later than
-    ``largest`` updates.
+    It picks, among the workers that are present, the one with the lowest count of picks (this one included) divided by
+    its speed (interleaved weighted round-robin). Forward and backward of a microbatch use the same workers, which serve
+    one microbatch at a time in order of arrival. The workers of a stage hold the same weights, updated after every
+    backward; a microbatch's delay on a stage is the number of updates between its forward and its backward.
+    Microbatches are taken in the order in which they return to the first stage. A microbatch is lost if the worker that
+    holds it leaves, or if it is later than ``largest`` updates.
 
     Args:
-        speeds: for each stage, the microbatches that each of its workers does in a unit of time.
-        in_flight: microbatches on their way at a time.
-        cut: the largest delay.
-        mean_up, mean_down: mean times that a worker is there, and away, exponentially distributed; ``mean_up`` 0: it
-            stays for ever. The first worker of a stage always stays.
-        seed: of these times.
+        speeds: for each stage, the number of microbatches that each of its workers processes per unit of time.
+        in_flight: number of microbatches in flight at a time.
+        cut: the largest delay, in updates.
+        mean_up, mean_down: mean times for which a worker is present and absent, exponentially distributed. With
+            ``mean_up`` 0, workers stay forever. The first worker of a stage always stays.
+        seed: seed for these times.
 
     Raises:
         ValueError: a stage has no worker, or a number is out of range.
@@ -45,9 +45,12 @@ class Swarm:
 
     def __post_init__(self) -> None:
         if not self.speeds or not all(self.speeds) or any(v <= 0.0 for stage in self.speeds for v in stage):
-            raise ValueError(f"a swarm needs a worker of a speed above 0 for each stage, not {self.speeds}")
+            raise ValueError(f"each stage of a swarm needs workers, all with a speed above 0, not {self.speeds}")
         if self.in_flight < 1 or self.cut < 1 or self.mean_up < 0.0 or self.mean_down < 0.0:
-            raise ValueError("in_flight and cut must be at least 1, mean_up and mean_down at least 0")
+            raise ValueError(
+                "in_flight and cut must be at least 1, and mean_up and mean_down at least 0, not "
+                f"{self.in_flight}, {self.cut}, {self.mean_up} and {self.mean_down}"
+            )
 
     @property
     def largest(self) -> list[int]:
@@ -55,7 +58,7 @@ class Swarm:
 
     @property
     def expected(self) -> list[int]:
-        """Means over the first 500 microbatches."""
+        """The mean delays over the first 500 microbatches."""
         rows = [row for row in (self.draw(m) for m in range(500)) if row is not None]
         return [round(sum(column) / len(column)) for column in zip(*rows, strict=True)]
 
@@ -79,7 +82,7 @@ def _simulated(swarm: Swarm) -> _Simulation:
 
 
 class _Worker:
-    """Its queue is the time at which it is free; ``away`` are the spans when it is not there."""
+    """A worker of a stage. Its queue is the time at which it is free; ``away`` are the spans in which it is absent."""
 
     def __init__(self, speed: float, away: Iterator[tuple[float, float]]) -> None:
         self.speed, self.picks, self.free = speed, 0, 0.0
@@ -91,7 +94,7 @@ class _Worker:
         return now < self._span[0]
 
     def leaves_before(self, end: float) -> bool:
-        """Whether it goes away until ``end``, being there now."""
+        """Return whether the worker, which is present now, leaves before ``end``."""
         return self._span[0] < end
 
     def serve(self, now: float, share: float) -> float:
@@ -100,7 +103,7 @@ class _Worker:
 
 
 def _run(swarm: Swarm) -> Iterator[Sequence[int] | None]:
-    """Rows of delays in the order of completion. A microbatch is (worker of each stage, updates at each forward)."""
+    """Yield rows of delays in order of completion. A microbatch is (worker of each stage, updates at each forward)."""
     stages = len(swarm.speeds)
     teams = [[_Worker(v, _absences(swarm, s, w)) for w, v in enumerate(team)] for s, team in enumerate(swarm.speeds)]
     updates = [0] * stages
@@ -118,7 +121,7 @@ def _run(swarm: Swarm) -> Iterator[Sequence[int] | None]:
             arrived = (done, next(order), stage + 1, True, [*path, worker], [*seen, updates[stage]], delays)
             heapq.heappush(events, arrived)
             continue
-        if forward:  # at the far end: the loss, and back
+        if forward:  # past the last stage: the loss, then backward
             stage -= 1
         worker = path[stage]
         lost = not worker.present(now) or worker.leaves_before(max(worker.free, now) + 1 / worker.speed)
@@ -135,7 +138,7 @@ def _run(swarm: Swarm) -> Iterator[Sequence[int] | None]:
 
 
 def _absences(swarm: Swarm, stage: int, worker: int) -> Iterator[tuple[float, float]]:
-    """Spans (from, to) when a worker is away, in order; for ever one at infinity."""
+    """Yield the spans (from, to) in which a worker is absent, in order; after the last, spans at infinity forever."""
     now, draw = 0.0, random.Random(f"{swarm.seed}/{stage}/{worker}")
     while worker > 0 and swarm.mean_up > 0.0:
         begin = now + draw.expovariate(1 / swarm.mean_up)

@@ -1,4 +1,4 @@
-"""What stages hand each other: tensors, or tuples and lists of them."""
+"""The values that stages exchange: tensors, or tuples and lists of tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first tensor is; the CPU if it has none."""
+    """Return the device of a module's first parameter or buffer; the CPU if it has none."""
     tensors = [*module.parameters(), *module.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """``value`` with its tensors on ``device``."""
+    """Return ``value`` with its tensors moved to ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
@@ -24,11 +24,11 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no tensor of ``value`` has a NaN or Inf in it; on a GPU this waits for it."""
+    """Return whether no tensor of ``value`` contains a NaN or Inf. On a GPU this waits for the device."""
     for tensor in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        # A sum that is finite has finite terms; only one that is not needs a closer look.
+        # A finite sum has finite terms; only a sum that is not finite needs a closer look.
         total = tensor.detach().sum(dtype=torch.float32)
         if not torch.isfinite(total) and not torch.isfinite(tensor).all():
             return False

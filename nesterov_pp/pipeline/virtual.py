@@ -30,41 +30,41 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class VirtualPipeline:
-    """Trains ``stages`` as a never-flushing pipeline would, one microbatch a call.
+    """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
 
-    Update ``t`` takes the gradient that its microbatches have at version ``max(0, t - tau_i)`` of stage ``i``'s
-    weights, ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. The losses and
+    Update ``t`` applies the gradient of its microbatches at version ``max(0, t - tau_i)`` of stage ``i``'s weights,
+    where ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. The losses and
     weights are those of the pipeline with P processes; with one stage, those of ordinary training. Some methods have
-    other delays, and ``delays`` gives any.
+    other delays, and ``delays`` sets any.
 
     Args:
-        stages: the stage modules in order, each mapping the output of the one before to its own; or an
+        stages: the stage modules in order, each mapping the output of the previous one to its own; or an
             ``nn.Sequential`` with ``partition``.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
         method: a name from ``recipes()``, or a ``Recipe``.
-        lr: base learning rate; settable at any time as ``pipe.lr``.
-        partition: for an ``nn.Sequential``: layers of each stage, or the number of stages.
-        microbatches_per_update: K; default: the recipe's.
-        delays: of every microbatch on every stage, instead of the method's own: one number a stage, or a model of them
-            (``pipeline.Uniform``, ``Geometric``, ``Trace``, ``Stragglers``, ``DropOuts``, ...). A recipe with
-            ``constant_delay`` is told the expected delay. A microbatch that is lost has no gradient.
-        flush_every: drain the pipeline after every so many updates and go on with all versions equal, as the paper's
-            released code does every 1,000; default: never.
-        max_grad_norm: clip each stage's gradient norm; default: no clipping.
-        seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone. Default: the global generator.
+        lr: base learning rate; may be changed at any time as ``pipe.lr``.
+        partition: for an ``nn.Sequential``: the number of layers of each stage, or the number of stages.
+        microbatches_per_update: K (default: the recipe's).
+        delays: the delays of every microbatch on every stage, instead of the method's own: one number per stage, or a
+            delay model (``pipeline.Uniform``, ``Geometric``, ``Trace``, ``Stragglers``, ``DropOuts``, ...). A recipe
+            with ``constant_delay`` is given the expected delay. A microbatch that is lost has no gradient.
+        flush_every: drain the pipeline after every ``flush_every`` updates and continue with all versions equal, as
+            the paper's released code does every 1,000 updates (default: never).
+        max_grad_norm: clip the gradient norm of each stage to this value (default: no clipping).
+        seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone (default: the global generator).
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
-        autocast: a dtype, such as ``torch.bfloat16``, to compute forwards and loss in, as ``torch.autocast`` does.
-        overrides: hyper-parameters of the recipe.
+        autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
+        overrides: hyper-parameters of the recipe to replace.
 
-    The emulation keeps as many versions of each stage's weights as its largest delay and one, also for recipes that
-    need no stash in a real pipeline. ``pipe.delays`` are the expected delays. Modules are left in the mode (training or
-    evaluation) they are in.
+    The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
+    stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
+    evaluation) that they are in.
 
     Raises:
-        ValueError: unknown method or hyper-parameter, a bad partition, parameters tied across stages, delays that
-            are not one a stage or that the method cannot have, or a recipe that needs the activations or weights that
-            ``recompute`` or ``autocast`` would replace.
+        ValueError: the method or a hyper-parameter is unknown, the partition is invalid, parameters are tied across
+            stages, ``delays`` does not have one entry per stage, the method cannot have these delays, or the recipe
+            needs the activations or weights that ``recompute`` or ``autocast`` would replace.
     """
 
     def __init__(
@@ -115,23 +115,23 @@ class VirtualPipeline:
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
-        # Of the microbatches since the last update: for each stage, the versions and delays they ran with.
+        # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
 
     @property
     def waiting(self) -> int:
-        """How many microbatches of an unfinished update there are."""
+        """The number of microbatches taken for an unfinished update."""
         return len(self._ran_with[0])
 
     def versions(self) -> list[int]:
-        """The weight version that the next microbatch runs with, for each stage (the newest, if it will be lost)."""
+        """Return the weight version of the next microbatch on each stage (the newest, if it will be lost)."""
         return self._versions(self._draw() or [0] * len(self.stages))
 
     def step(self, inputs: Any, targets: Any) -> Tensor:
-        """Take one microbatch through the delayed stages; every K-th that is not lost ends in an update.
+        """Run one microbatch through the delayed stages; every K-th that is not lost completes an update.
 
         Returns:
-            The microbatch's loss, a detached 0-d tensor; if the microbatch is lost, that with the newest weights.
+            The microbatch's loss, a detached 0-d tensor; for a lost microbatch, the loss at the newest weights.
         """
         delays = self._draw()
         versions = self._versions(delays or [0] * len(self.stages))
@@ -157,9 +157,9 @@ class VirtualPipeline:
         return loss.detach()
 
     def predict(self, inputs: Any) -> Any:
-        """The last stage's output with every stage's newest weights, in evaluation mode, without gradients.
+        """Return the last stage's output at every stage's newest weights, in evaluation mode, without gradients.
 
-        Where forwards run at predicted weights, these are the weights that they are predicted from.
+        If forwards run at predicted weights, the output is at the weights from which these are predicted.
         """
         modes = [module.training for module in self.stages]
         try:
@@ -174,30 +174,35 @@ class VirtualPipeline:
                 module.train(training)
 
     def evaluate(self, inputs: Any, targets: Any) -> Tensor:
-        """The loss with every stage's newest weights, in evaluation mode, without gradients; a 0-d tensor."""
+        """Return the loss at every stage's newest weights, in evaluation mode, without gradients; a 0-d tensor."""
         output = self.predict(inputs)
         with torch.no_grad(), autocasting(self.stages[0], self._autocast):
             return self.loss_fn(output, targets)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held: ``weights`` (one version of all stages), ``stash`` (the others), ``moments`` (and means)."""
+        """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``.
+
+        ``stash`` includes the shadows, ``moments`` the means of gradients.
+        """
         return memory_of(self._stage_states().values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next ``step`` depends on, but the global random state; between updates only.
+        """Return everything that the next ``step`` depends on, except the global random state.
+
+        Call this between updates only.
 
         Raises:
-            ValueError: gradients of an unfinished update are waiting.
+            ValueError: microbatches of an unfinished update are waiting.
         """
         check_finished(self.waiting, self.microbatches_per_update)
         stages = {i: stage.save() for i, stage in self._stage_states().items()}
         return save_stages(self._terms(), self.microbatches, self.updates, stages)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Restore a state that ``state_dict`` returned.
 
         Raises:
-            ValueError: the state is of another method, model, K, seed or other delays; nothing is changed.
+            ValueError: the state belongs to another method, model, K or seed, or to other delays; nothing is changed.
         """
         saved = load_stages(self._terms(), self._stage_states(), state)
         self._ran_with = [[] for _ in self.stages]
@@ -212,7 +217,7 @@ class VirtualPipeline:
         return {i: StageState(*part) for i, part in enumerate(parts)}
 
     def _draw(self) -> list[int] | None:
-        """The next microbatch's delays; None if it will be lost."""
+        """Return the next microbatch's delays; None if it will be lost."""
         if self.updates < (self.recipe.synchronous_updates or 0):
             return [0] * len(self.stages)
         return self.delay_model.draw(self.microbatches)
@@ -224,7 +229,7 @@ class VirtualPipeline:
         return [min(version, stash.newest) for version, stash in zip(wanted, self.stashes, strict=True)]
 
     def _backward(self, loss: Tensor, versions: list[int], delays: list[int]) -> None:
-        """Add the microbatch's gradients to its update's; on stages where it is too late they count as zeros."""
+        """Add the microbatch's gradients to those of its update; where it is too late for a stage, they are zeros."""
         limit = self.recipe.max_staleness
         kept = []
         for stash, version, delay in zip(self.stashes, versions, delays, strict=True):

@@ -1,8 +1,8 @@
-"""Asynchronous workers and a parameter server, emulated in one process: the home of DANA and of GBA.
+"""Asynchronous workers and a parameter server, emulated in one process: the original setting of DANA and GBA.
 
-Every worker holds a copy of the weights that the server sent it, computes a gradient with it, and gets new ones when
-the gradient has arrived. Here the late weights are a whole model's, and a delay is the number of gradients that arrived
-in between: with N equal workers, N - 1.
+Every worker holds a copy of the weights that the server sent it, computes a gradient at this copy, and gets new weights
+when the gradient has arrived. Here the late weights are those of a whole model, and a delay is the number of gradients
+that arrived in between: N - 1 with N equal workers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ METHODS = (
 
 
 class VirtualWorkers:
-    """Trains ``model`` with N asynchronous workers, one gradient a call. theta are the server's weights, s those that
-    the worker was sent, g its gradient with s, gamma the momentum::
+    """N asynchronous workers that train ``model``, one gradient per call.
 
-        asgd             theta -= lr g                                             sends theta, as all but dana-zero
+    theta are the server's weights, s the weights that the worker was sent, g its gradient at s, gamma the momentum::
+
+        asgd             theta -= lr g                                             sends theta, as do all but dana-zero
         nag-asgd         v = gamma v + g                theta -= lr (gamma v + g)
         staleness-aware  theta -= lr / max(1, tau) g                               arXiv 1511.05950 (recalled)
         dc-asgd          theta -= lr (g + lambda g g (theta - s))                  arXiv 1609.08326
@@ -40,27 +41,27 @@ class VirtualWorkers:
                          sends theta - lr gamma (v_1 + ... + v_N)
         dana-slim        v_i = gamma v_i + g            theta -= lr (gamma v_i + g)
         dana-dc          dana-zero with g + lambda g g (theta - s) for g
-        gba              of every M gradients: g = sum_j [k - token_j <= iota] g_j / M, then v = gamma v + g and
+        gba              for every M gradients: g = sum_j [k - token_j <= iota] g_j / M, then v = gamma v + g and
                          theta -= lr v                                             arXiv 2205.11048 (recalled)
 
-    A token of ``gba`` is the update that a gradient is meant for, dealt out with the weights, each M times; k is the
-    update that takes it.
+    A token of ``gba`` is the update that a gradient is meant for. Tokens are handed out with the weights, each one M
+    times; k is the update that uses the gradient.
 
     Args:
-        model: a module; its parameters are the server's.
+        model: the module to train; its parameters are the server's weights.
         loss_fn: ``(output, targets) -> 0-d tensor``.
-        method: see above.
-        workers: N, or the speed of each; equal workers take turns.
-        lr: learning rate; settable at any time.
-        momentum: gamma (0.9).
-        strength: lambda (0.04; 2 for dana-dc, as in their papers).
+        method: one of the names above.
+        workers: N, or the speed of each worker; equal workers take turns.
+        lr: learning rate; may be changed at any time.
+        momentum: gamma (default: 0.9).
+        strength: lambda (default: 0.04, or 2 for dana-dc, as in their papers).
         global_batch: M (default: the number of workers).
-        max_staleness: iota (4).
-        synchronous: for gba: all M gradients of an update are computed with the newest weights, as by workers that
-            wait; settable between two updates without changing anything else (False).
+        max_staleness: iota (default: 4).
+        synchronous: for gba: compute all M gradients of an update at the newest weights, as workers that wait would.
+            May be changed between two updates without changing anything else (default: False).
 
     Raises:
-        ValueError: an unknown method, or a number out of range.
+        ValueError: the method is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class VirtualWorkers:
             raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
         speeds = [1.0] * workers if isinstance(workers, int) else list(workers)
         if not speeds or any(speed <= 0.0 for speed in speeds):
-            raise ValueError(f"workers must be at least 1, or speeds above 0, not {workers}")
+            raise ValueError(f"workers must be at least 1, or a list of speeds above 0, not {workers}")
         if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum must be from 0 to below 1, not {momentum}")
+            raise ValueError(f"momentum must be at least 0 and below 1, not {momentum}")
         if global_batch is not None and global_batch < 1:
             raise ValueError(f"global_batch must be at least 1, not {global_batch}")
         if synchronous and method != "gba":
-            raise ValueError(f"method {method!r} has no synchronous form; gba has")
+            raise ValueError(f"method {method!r} has no synchronous form; only gba has one")
         self.model, self.loss_fn, self.method, self.lr = model, loss_fn, method, lr
         self.momentum = momentum
         self.strength = (2.0 if method == "dana-dc" else 0.04) if strength is None else strength
@@ -109,10 +110,10 @@ class VirtualWorkers:
         heapq.heapify(self._finishing)
 
     def step(self, inputs: Any, targets: Any) -> Tensor:
-        """The next worker to finish computes its gradient on these data, and the server takes it.
+        """Compute the gradient of the next worker to finish on these data, and apply it on the server.
 
         Returns:
-            The loss with the worker's weights, a detached 0-d tensor.
+            The loss at the worker's weights, a detached 0-d tensor.
         """
         now, worker = heapq.heappop(self._finishing)
         heapq.heappush(self._finishing, (now + 1.0 / self._speeds[worker], worker))
@@ -127,12 +128,12 @@ class VirtualWorkers:
         return loss
 
     def evaluate(self, inputs: Any, targets: Any) -> Tensor:
-        """The loss with the server's weights, without gradients; a 0-d tensor."""
+        """Return the loss at the server's weights, without gradients; a 0-d tensor."""
         with torch.no_grad():
             return self.loss_fn(self.model(inputs), targets)
 
     def _send(self) -> tuple[int, int, list[Tensor]]:
-        """What a worker gets: a token, the number of gradients arrived, and weights of its own."""
+        """Return what a worker gets: a token, the number of gradients that have arrived, and a copy of the weights."""
         token = self._dealt // self.global_batch
         self._dealt += 1
         weights = [p.detach().clone() for p in self._theta]
@@ -171,7 +172,7 @@ class VirtualWorkers:
         self.updates += 1
 
     def _gap(self, i: int, p: Tensor, s: Tensor) -> Tensor:
-        """``1 + |theta - s| / C``, C the learning rate times the root mean square of the velocity so far."""
+        """Return ``1 + |theta - s| / C``, where C is the learning rate times the velocity's root mean square so far."""
         bias = 1.0 - 0.999 ** (self._steps - 1)
         size = (self._mean_square[i] / bias).sqrt() if bias > 0.0 else torch.zeros_like(p)
         return 1.0 + (p - s).abs() / (self.lr * (size + 1e-8))

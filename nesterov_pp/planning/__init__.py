@@ -1,4 +1,4 @@
-"""What a pipeline would do on other machines: its time, its memory and its delays, before money is spent."""
+"""Estimates of the time, memory and delays of a pipeline on other machines, before it runs there."""
 
 from nesterov_pp.planning.layers import LayerCost, StageCost, measure_layers, stage_costs
 from nesterov_pp.planning.memory import memory_per_stage

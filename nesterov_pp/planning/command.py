@@ -1,4 +1,4 @@
-"""``python -m nesterov_pp plan``: its arguments, and the table it prints."""
+"""The command ``python -m nesterov_pp plan``: its arguments, and the table it prints."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 MODEL = ("layers", "width", "heads", "context", "batch", "vocab_size", "threads")
-"""Settings of ``train`` that ``plan`` takes too."""
+"""Settings of ``train`` that ``plan`` also takes."""
 
 _GIB = float(1 << 30)
 
 
 def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
-    """``typed`` makes an argument type of a function that raises ``ValueError``."""
+    """Add the flags of ``plan``. ``typed`` makes an argument type of a function that raises ``ValueError``."""
 
     def add(name: str, parse: Callable[[str], Any], metavar: str, help_text: str) -> None:
         parser.add_argument(name, type=typed(parse), metavar=metavar, help=help_text)
 
-    add("--devices", _counts, "P[,...]", "numbers of stages to compare, one device each (default: 2,4,8)")
-    add("--per-update", _count, "N", "microbatches of one update of gpipe and 1f1b (default: 4)")
-    add("--latency", _at_least_0, "MS", "of a message between neighbours, in milliseconds (default: 0)")
-    add("--bandwidth", _above_0, "GBIT", "of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: without limit)")
-    add("--speed", _above_0, "X", "how many times faster than this machine a device computes (default: 1)")
-    add("--memory", _above_0, "GIB", "of a device; what does not fit is marked (default: without limit)")
+    add("--devices", _counts, "P[,...]", "numbers of stages to compare, with one device per stage (default: 2,4,8)")
+    add("--per-update", _count, "N", "microbatches per update of gpipe and 1f1b (default: 4)")
+    add("--latency", _at_least_0, "MS", "latency of a link between neighbours, in milliseconds (default: 0)")
+    add("--bandwidth", _above_0, "GBIT", "bandwidth of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: unlimited)")
+    add("--speed", _above_0, "X", "speed of a device, as a multiple of this machine's speed (default: 1)")
+    add("--memory", _above_0, "GIB", "memory of a device, in GiB; what does not fit is marked (default: unlimited)")
 
 
 def plan(
@@ -50,7 +50,7 @@ def plan(
     speed: float = 1.0,
     memory: float = math.inf,
 ) -> None:
-    """Measure the layers of the model of ``train`` here, and print what pipelines of them would do.
+    """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
     Raises:
         ValueError: there are more devices than layers.
@@ -103,8 +103,8 @@ def _measured(settings: dict[str, Any]) -> list[LayerCost]:
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Pipelines, simulated; gpipe and 1f1b update every {per_update} microbatches")
-    for heading in ("Stages", "Schedule", "Busy", "ms/microbatch", "us/token", "Tokens/s", "Largest stage", "Late by"):
+    table = Table(title=f"Simulated pipelines; gpipe and 1f1b update every {per_update} microbatches")
+    for heading in ("Stages", "Schedule", "Busy", "ms/microbatch", "us/token", "Tokens/s", "Largest stage", "Delay"):
         table.add_column(heading, justify="left" if heading == "Schedule" else "right")
     for count, schedule, found, held, delays in rows:
         seconds = found.seconds_per_microbatch

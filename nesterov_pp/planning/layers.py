@@ -1,4 +1,4 @@
-"""What the layers of a model cost: time and memory, measured on this machine."""
+"""The costs of a model's layers: time and memory, measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nesterov_pp.pipeline.partition import balanced_sizes
 
 @dataclass(frozen=True)
 class StageCost:
-    """Of one microbatch (the step: of one update), in seconds and bytes.
+    """The costs of one microbatch on a stage (``step``: of one update), in seconds and bytes.
 
-    ``message_bytes``: what goes on to the next stage; a gradient of that size comes back. ``activation_bytes``: what a
-    microbatch keeps from its forward to its backward.
+    ``message_bytes`` is the size of the output sent to the next stage; a gradient of that size comes back.
+    ``activation_bytes`` is what a microbatch keeps from its forward to its backward.
     """
 
     forward: float
@@ -33,13 +33,13 @@ class StageCost:
 
 
 LayerCost = StageCost
-"""The same of one layer."""
+"""The costs of one layer, in the same form."""
 
 
 def stage_costs(layers: Sequence[LayerCost], stages: int, speed: float = 1.0) -> list[StageCost]:
-    """The costs of ``stages`` stages of neighbouring layers, the slowest as fast as can be.
+    """Return the costs of ``stages`` stages of consecutive layers, with the slowest stage as fast as possible.
 
-    ``speed``: how many times faster than measured the stages compute.
+    ``speed`` is how many times faster than measured the stages compute.
 
     Raises:
         ValueError: there are more stages than layers.
@@ -67,9 +67,10 @@ def stage_costs(layers: Sequence[LayerCost], stages: int, speed: float = 1.0) ->
 def measure_layers(
     layers: Sequence[nn.Module], inputs: Tensor, loss_fn: Callable[[Tensor], Tensor], repeats: int = 5
 ) -> list[LayerCost]:
-    """Each layer's costs on ``inputs``, times the medians of ``repeats``; ``loss_fn`` goes with the last layer.
+    """Measure each layer's costs on ``inputs``, with times the medians of ``repeats``.
 
-    The layers' weights are stepped, so give ones that nobody needs.
+    ``loss_fn`` counts as part of the last layer. The layers' weights are updated, so pass layers that are not needed
+    afterwards.
     """
     costs, hidden = [], inputs
     for k, layer in enumerate(layers):
@@ -109,7 +110,7 @@ def _measure(
             optimizer.zero_grad()
         times.append(_now(leaf))
         rounds.append([after - before for before, after in pairwise(times)])
-    forward, backward, step = map(median, zip(*rounds[1:], strict=True))  # the first one warms up
+    forward, backward, step = map(median, zip(*rounds[1:], strict=True))  # the first round warms up
     cost = LayerCost(
         forward=forward,
         backward=backward,

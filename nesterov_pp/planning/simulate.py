@@ -1,4 +1,4 @@
-"""A pipeline's schedule played through, event by event, with given times of stages and links."""
+"""An event-by-event simulation of a pipeline's schedule, with given times of stages and links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nesterov_pp.planning.layers import StageCost
 
 SCHEDULES = ("async", "gpipe", "1f1b")
 Event = tuple[str, int]
-"""("forward" or "backward", microbatch) or ("step", update), counted from 0."""
+"""An event: ("forward" or "backward", microbatch) or ("step", update), counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a simulated run took.
+    """The result of a simulated run.
 
     Attributes:
-        seconds_per_microbatch: in steady state, which the second half of the run is taken to be.
-        utilisation: share of the stages' time that they compute in, over the same half.
-        waiting: for each stage, the share of its time that it waits, likewise.
-        seconds: the whole run, its filling and draining too.
+        seconds_per_microbatch: time in the steady state, taken to be the second half of the run.
+        utilisation: the share of the stages' time that they spend computing, over the same half.
+        waiting: for each stage, the share of its time that it spends waiting, over the same half.
+        seconds: time of the whole run, including filling and draining.
     """
 
     seconds_per_microbatch: float
@@ -41,25 +41,26 @@ class Simulated:
 def simulate(
     schedule: str, costs: Sequence[StageCost], network: Network, microbatches: int, per_update: int = 1
 ) -> Simulated:
-    """Play a run of ``microbatches`` through.
+    """Simulate a run of ``microbatches``.
 
     Args:
-        schedule: "async" never flushes, with an update every ``per_update`` microbatches; "gpipe" (arXiv 1811.06965)
-            and "1f1b" flush for every update.
-        costs: of each stage.
-        network: between neighbours. What is sent waits for the link, not for the stages.
-        microbatches: at least two updates; a multiple of ``per_update``.
+        schedule: "async" never flushes and updates every ``per_update`` microbatches; "gpipe" (arXiv 1811.06965) and
+            "1f1b" flush for every update.
+        costs: the costs of each stage.
+        network: the links between neighbours. A message waits for the link, not for the stages.
+        microbatches: length of the run, at least two updates; a multiple of ``per_update``.
+        per_update: microbatches per update.
 
     Raises:
-        ValueError: an unknown schedule, or a run that is too short.
+        ValueError: the schedule is unknown, or the run is too short.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     updates = microbatches // per_update
     if not costs or per_update < 1 or microbatches % per_update or updates < 2:
         raise ValueError(
-            f"a simulated run takes at least one stage and a multiple of {per_update} microbatches from "
-            f"{2 * per_update} on, not {microbatches}"
+            f"a simulated run needs at least one stage and a multiple of {per_update} microbatches, at least "
+            f"{2 * per_update}, not {microbatches}"
         )
     stages = len(costs)
     queues = [list(_events(schedule, i, stages, microbatches, per_update)) for i in range(stages)]
@@ -78,7 +79,7 @@ def simulate(
 
 
 def _events(schedule: str, stage: int, stages: int, microbatches: int, k: int) -> Iterator[Event]:
-    """What a stage does, in order."""
+    """Yield the events of a stage in order."""
     ahead = stages - 1 - stage
     delay = (2 * ahead + 1) // (2 * k) if schedule == "async" else 0
     forwarded = 0
@@ -99,12 +100,12 @@ def _events(schedule: str, stage: int, stages: int, microbatches: int, k: int) -
 def _play(
     queues: list[list[Event]], costs: Sequence[StageCost], network: Network
 ) -> tuple[list[dict[Event, float]], list[float], list[float]]:
-    """When each event of each stage ends, and when stages and links have done their last."""
+    """Return when each event of each stage ends, and when stages and links finish their last one."""
     stages = len(costs)
     finished: list[dict[Event, float]] = [{} for _ in range(stages)]
     arrived: list[dict[Event, float]] = [{} for _ in range(stages)]
     now, done = [0.0] * stages, [0] * stages
-    link = [0.0] * (2 * stages)  # when those to the stage after and before each stage are free again
+    link = [0.0] * (2 * stages)  # when the links to the next and to the previous stage are free again
     ready = list(range(stages))
     while ready:
         i = ready.pop()

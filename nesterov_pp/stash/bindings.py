@@ -1,4 +1,4 @@
-"""What binds the module of a ring to a version: blocks, and backwards that are running."""
+"""Bindings of the module of a ring to a version, made by blocks and by running backwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from nesterov_pp.stash.watch import Ending, Watch
 
 
 def _nodes() -> int:
-    """How many nodes of autograd this thread has made."""
+    """Return how many autograd nodes this thread has created."""
     return int(torch._C._autograd._get_sequence_nr())
 
 
 class Binding:
-    """That the module computes with a version for a while.
+    """A temporary binding of the module to a version.
 
     Attributes:
-        version: of the weights; SHADOW for those outside the ring.
+        version: version of the weights; SHADOW for the weights outside the ring.
         linearise_at: as in ``WeightStash.use``.
-        task: autograd's number of the backward; None for a block.
-        counted: the block counts as a microbatch in flight.
-        ran_backward: a backward of this version ran inside the block.
-        nodes: how many nodes of autograd there were before the block.
+        task: autograd's id of the backward; None for a block.
+        counted: whether the block counts as a microbatch in flight.
+        ran_backward: whether a backward of this version ran inside the block.
+        nodes: number of autograd nodes before the block.
     """
 
     def __init__(self, version: int, linearise_at: str, task: int | None = None) -> None:
@@ -38,7 +38,7 @@ class Binding:
 
 
 class Bindings:
-    """Binds the module to the version of the innermost block or backward, else to the newest."""
+    """The bindings of a module: to the version of the innermost block or backward, else to the newest."""
 
     def __init__(self, position: Position, bound: Bound) -> None:
         self._position, self._bound = position, bound
@@ -51,10 +51,10 @@ class Bindings:
         return self._all[-1].version if self._all else self._position.newest
 
     def rebind(self, *, follow: bool = True) -> None:
-        """Bind the module as it should be.
+        """Bind the module to the version that it should have now.
 
         Raises:
-            ValueError: with ``follow``, where something was done to its parameters that the ring cannot follow.
+            ValueError: with ``follow``, if the module's parameters were changed in a way that the ring cannot follow.
         """
         position, version = self._position, self.version
         slot = SHADOW if version == SHADOW else max(version, position.oldest) % position.versions
@@ -62,13 +62,13 @@ class Bindings:
 
     @contextmanager
     def block(self, binding: Binding, *, counts: bool = False) -> Iterator[None]:
-        """The module is bound as ``binding`` says; with ``counts`` a forward in the block is a microbatch in flight."""
+        """Bind the module as ``binding`` says; with ``counts``, a forward in the block is a microbatch in flight."""
         outer = self._innermost_block()
         if outer is not None and self.watch.ran_compiled:
             self._tally(outer)
         self.watch.ran_compiled = False
         failed = True
-        # Leaves the block for us where that is cut short itself.
+        # Removes the binding if leaving the block is interrupted itself.
         ending = Ending(partial(_end, weakref.ref(self), binding))
         try:
             self._all.append(binding)
@@ -89,7 +89,7 @@ class Bindings:
             ending.done = True
 
     def tally(self, version: int) -> None:
-        """Count what ran in the blocks of a version so far."""
+        """Count the forwards that ran in the blocks of a version so far."""
         for binding in self._all:
             if binding.task is None and binding.version == version:
                 self._tally(binding)
@@ -97,7 +97,7 @@ class Bindings:
     # ------------------------------------------------------------------ for the hooks
 
     def ran_forward(self) -> tuple[int, str, int] | None:
-        """Count the microbatch of a forward with gradients; returns what its backward begins with, if anything."""
+        """Count the microbatch of a forward with gradients; return the arguments of its ``begin_backward``, or None."""
         block = self._innermost_block()
         if block is None:
             return (self._position.newest, "version", self._position.loads) if self._bound.binds_own() else None
@@ -109,25 +109,26 @@ class Bindings:
         return (block.version, block.linearise_at, self._position.loads) if self._bound.binds_own() else None
 
     def begin_backward(self, version: int, linearise_at: str, loads: int) -> None:
-        """Bind the version of a forward until the backward that is running ends.
+        """Bind the module to the version of a forward until the running backward ends.
 
         Raises:
-            RuntimeError: the version is not there any more, or a block binds the module to another one.
+            RuntimeError: the version is no longer there, or a block binds the module to another version.
         """
         position, block = self._position, self._innermost_block()
         if loads != position.loads:
             raise RuntimeError(
-                "this backward is of a forward from before the WeightStash was loaded; run that forward again"
+                "this backward belongs to a forward from before the WeightStash was loaded; run that forward again"
             )
         if linearise_at == "version" and not position.oldest <= version <= position.newest:
             raise RuntimeError(
-                f"this backward is of a forward with version {version}, which has left the ring of versions "
-                f"{position.oldest} to {position.newest}; step it earlier, or keep more than {position.versions}"
+                f"this backward belongs to a forward with version {version}, which has left the ring of versions "
+                f"{position.oldest} to {position.newest}; step it earlier, or keep more than {position.versions} "
+                "versions"
             )
         if block is not None and block.version not in (version, SHADOW):
             raise RuntimeError(
-                f"this backward is of a forward with version {version}, but runs inside a block of version "
-                f"{block.version}; run it inside `with stash.use({version}):`, or outside of any block"
+                f"this backward belongs to a forward with version {version}, but runs inside a block of version "
+                f"{block.version}; run it inside `with stash.use({version}):`, or outside any block"
             )
         if block is not None:
             block.ran_backward = True
@@ -135,7 +136,7 @@ class Bindings:
         binding = next((b for b in self._all if b.task == task), None)
         if binding is None:
             binding = Binding(version, linearise_at, task)
-            # Autograd drops its callbacks at the end of a backward, and when it fails.
+            # Autograd drops its callbacks at the end of a backward, also when the backward fails.
             ending = Ending(partial(_end, weakref.ref(self), binding))
             torch.autograd.Variable._execution_engine.queue_callback(ending)
             self._all.append(binding)
@@ -143,25 +144,25 @@ class Bindings:
         self.rebind()
 
     def check_recomputed(self) -> None:
-        """See that a forward in the middle of a backward computes what the first one did.
+        """Check that a forward that runs again in a backward computes what the first one did.
 
         Raises:
-            RuntimeError: it does not, or nothing says with which version it should.
+            RuntimeError: it does not, or the version that it should run with is not known.
         """
         newest = self._position.newest
         if not self._all:
             if newest > 0:
                 raise RuntimeError(
-                    "a part of the module runs again in a backward, as torch.utils.checkpoint makes it do, and it is "
-                    "not known with which version; run this backward inside `with stash.use(version):`"
+                    "a part of the module runs again in a backward, as with torch.utils.checkpoint, but the version to "
+                    "run it with is not known; run this backward inside `with stash.use(version):`"
                 )
             return
         binding = self._all[-1]
         if binding.linearise_at == "shadow" or (binding.linearise_at == "newest" and binding.version != newest):
             raise RuntimeError(
-                f"a part of the module runs again in a backward, as torch.utils.checkpoint makes it do, but "
-                f"linearise_at={binding.linearise_at!r} needs the activations that version {binding.version} left; "
-                'do without checkpointing, or use linearise_at="version"'
+                f"a part of the module runs again in a backward, as with torch.utils.checkpoint, but "
+                f"linearise_at={binding.linearise_at!r} needs the activations of version {binding.version}; "
+                'turn checkpointing off, or use linearise_at="version"'
             )
 
     # ------------------------------------------------------------------ inside
@@ -170,7 +171,7 @@ class Bindings:
         return next((binding for binding in reversed(self._all) if binding.task is None), None)
 
     def _tally(self, block: Binding) -> None:
-        """Count a block as a microbatch, if something ran forward in it that no hook has seen."""
+        """Count a block as a microbatch if a forward ran in it that no hook has seen."""
         compiled, self.watch.ran_compiled = self.watch.ran_compiled, False
         unseen = not block.ran_backward and _nodes() > block.nodes
         if not block.counted and (compiled or unseen):

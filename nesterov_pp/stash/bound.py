@@ -1,10 +1,11 @@
-"""What the module of a ring computes with, and what its owner changes while it is in the ring.
+"""The weights that the module of a ring computes with, and the changes that its owner makes to them.
 
 [note: what a ring takes over]
-The parameters that a module shows are those of one version, so what is done to them has to be done to the ring. Frozen
-and unfrozen: from the next version on; gradients of earlier versions that still arrive are dropped, and the weight is
-carried along. Replaced by a like one: its values become those of the newest version. All else cannot be followed, and
-is refused at the next ``use`` or step rather than undone in silence.
+The parameters that a module shows are those of one version, so changes to them have to be made to the ring. Freezing
+and unfreezing take effect from the next version on: gradients of earlier versions that still arrive are dropped, and
+the weight is carried along. If a parameter is replaced by one of the same dtype, device and shape, its values become
+those of the newest version. All other changes cannot be followed; the next ``use`` or step refuses them rather than
+undoing them silently.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from nesterov_pp.stash.places import Places, described, likeness
 
 _trains = attrgetter("requires_grad")
 SHADOW = -1
-"""Stands for the weights outside the ring, where a slot is asked for."""
+"""The number that stands for the weights outside the ring, in place of a slot or a version."""
 
 
 class Bound:
-    """Binds a module to the leaves of one slot or another.
+    """The binding of a module to the leaves of one slot at a time.
 
     Args:
         module: the module, bound to slot 0.
-        names: of the parameters in the ring.
+        names: names of the parameters in the ring.
         slots: the leaves of every slot.
-        shadows: those outside the ring, if any.
-        gathered: ``fully_shard`` keeps some of them, and binds others while the module runs.
+        shadows: the leaves outside the ring, if any.
+        gathered: whether ``fully_shard`` keeps some of the leaves, and binds others while the module runs.
     """
 
     def __init__(
@@ -46,42 +47,42 @@ class Bound:
         self._places = Places(module, slots[0])
         self._like = [likeness(p) for p in slots[0]]
         self._slot: int | None = 0
-        # Whether each parameter wants gradients from the next version on, and whether the leaves of each slot do.
+        # Whether each parameter requires gradients from the next version on, and whether the leaves of each slot do.
         self._trained = [True] * len(names)
         self._told = [[True] * len(names) for _ in slots]
 
     @property
     def trained(self) -> list[bool]:
-        """For each parameter, whether the next version of it wants gradients."""
+        """For each parameter, whether its next version requires gradients."""
         return self._trained
 
     def leaves(self, slot: int) -> Sequence[nn.Parameter]:
-        """Those of a slot."""
+        """Return the leaves of a slot."""
         return self._shadows if slot == SHADOW else self._slots[slot]
 
     def bind(self, slot: int, newest: int, *, follow: bool = True) -> None:
-        """Make the module compute with a slot.
+        """Make the module compute with the leaves of a slot.
 
         Raises:
-            ValueError: as ``follow``, which comes first.
+            ValueError: as for ``follow``, which runs first.
         """
         if slot == self._slot:
             return
         if follow:
             self.follow(newest)
-        self._slot = None  # neither the one nor the other, if what comes next is cut short
+        self._slot = None  # neither slot, if the binding is interrupted
         self._places.bind(self.leaves(slot))
         self._slot = slot
 
     def binds_own(self) -> bool:
-        """Whether the module has the ring's leaves, not others that somebody put there for a while."""
+        """Return whether the module has the ring's leaves, not others that were put there temporarily."""
         return self._gathered or self._slot is None or self._places.holds_first(self.leaves(self._slot))
 
     def follow(self, newest: int, *, thorough: bool = False) -> None:
-        """Take over what was done to the module's parameters. ``newest`` is the slot of the newest version.
+        """Take over changes made to the module's parameters. ``newest`` is the slot of the newest version.
 
         Raises:
-            ValueError: it cannot be; nothing has been changed.
+            ValueError: a change cannot be taken over; nothing has been changed.
         """
         if self._slot is None:
             return
@@ -91,7 +92,7 @@ class Bound:
             if found and self._slot != newest:
                 raise ValueError(
                     f"{self._names[min(found)]} was replaced while the module was bound to other weights than the "
-                    "newest; replace parameters outside of any block"
+                    "newest; replace parameters outside any block"
                 )
             self._places.check_others(leaves)
             if thorough:
@@ -102,14 +103,14 @@ class Bound:
             self._freeze_as(leaves, self._told[self._slot], newest)
 
     def tell(self, slot: int) -> None:
-        """Let the leaves of the next version want gradients, or not, as its parameters are to."""
+        """Make the leaves of the next version, in ``slot``, require gradients or not, as ``trained`` says."""
         if self._told[slot] != self._trained:
             for leaf, trains in zip(self._slots[slot], self._trained, strict=True):
                 leaf.requires_grad_(trains)
             self._told[slot] = list(self._trained)
 
     def drop_frozen_gradients(self, slot: int) -> None:
-        """Of parameters that were frozen since the forward."""
+        """Drop the gradients in a slot of parameters that were frozen since the forward."""
         if not all(self._trained):
             for leaf, trains in zip(self._slots[slot], self._trained, strict=True):
                 if not trains:

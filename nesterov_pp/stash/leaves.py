@@ -1,4 +1,4 @@
-"""The leaf tensors of a ring, and where a module keeps its own."""
+"""The leaf tensors of a ring, and checks of the parameters that a module has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nesterov_pp.kernels import zeros_like
 
 
 def gathers_itself(module: nn.Module) -> bool:
-    """Whether FSDP2 (``fully_shard``) keeps weights of the module, and binds gathered ones when it runs."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is there if it has been used
+    """Return whether FSDP2 (``fully_shard``) keeps weights of the module, and binds gathered ones when it runs."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and already imported if it has been used
     return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
 def check_stashable(named: dict[str, nn.Parameter]) -> None:
-    """Raises: ValueError: one of them cannot be kept in a ring."""
+    """Raise ValueError if one of the parameters cannot be kept in a ring."""
     first_with: dict[int, str] = {}
     for name, p in named.items():
         _check_memory(name, p)
@@ -30,7 +30,7 @@ def check_stashable(named: dict[str, nn.Parameter]) -> None:
                 f"{name} carries hooks, which the other versions would not have; "
                 "register them after building the WeightStash, on each of stash.parameters(version)"
             )
-        here = p.to_local() if hasattr(p, "to_local") else p  # of a DTensor, the shard
+        here = p.to_local() if hasattr(p, "to_local") else p  # the shard of a DTensor
         twin = first_with.setdefault(here.untyped_storage().data_ptr(), name) if here.numel() else name
         if twin != name:
             raise ValueError(
@@ -40,9 +40,9 @@ def check_stashable(named: dict[str, nn.Parameter]) -> None:
 
 
 def _check_memory(name: str, p: nn.Parameter) -> None:
-    fake = sys.modules.get("torch._subclasses.fake_tensor")  # is there if it has been used
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # already imported if it has been used
     if is_lazy(p):
-        cause = "not initialised yet, as lazy modules are until their first forward; run one"
+        cause = "not initialised yet, because its module is lazy until its first forward; run a forward"
     elif fake is not None and isinstance(p, fake.FakeTensor):
         cause = "a FakeTensor, which has no values; build the module outside of FakeTensorMode"
     elif p.is_meta:
@@ -50,20 +50,20 @@ def _check_memory(name: str, p: nn.Parameter) -> None:
             "on the meta device, where there are no values; materialise the module with to_empty(), load its weights"
         )
     elif p.numel() and p.layout == torch.strided and not _storage(p).nbytes():
-        cause = "without memory, because its storage was resized to nothing; give it back"
+        cause = "without memory, because its storage was resized to nothing; restore the storage"
     else:
         return
     raise ValueError(f"{name} is {cause}, then build the WeightStash")
 
 
 def _storage(p: nn.Parameter) -> torch.UntypedStorage:
-    """Of a DTensor, that of the shard."""
+    """Return the storage of a parameter, or of its shard if it is a DTensor."""
     here: torch.Tensor = p.to_local() if hasattr(p, "to_local") else p
     return here.untyped_storage()
 
 
 def new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Zeros, each laid out in memory as its parameter, with the parameter's attributes."""
+    """Return zeros, each laid out in memory like its parameter, with the parameter's attributes."""
     leaves = []
     for p, zeros in zip(first, zeros_like(first, [p.dtype for p in first]), strict=True):
         leaf = nn.Parameter(zeros)

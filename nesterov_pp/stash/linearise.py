@@ -1,4 +1,4 @@
-"""LineariseAt at other weights than those of the forward."""
+"""Linearisation at other weights than those of the forward."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 def linearised_elsewhere(
     leaves: Sequence[Tensor], elsewhere: Callable[[], Sequence[Tensor]], *, linearise_at: str, gathered: bool
 ) -> AbstractContextManager[Any]:
-    """Hooks that swap the weights autograd saves, and views of them, for other ones when backward runs.
+    """Return hooks that swap the weights autograd saves, and views of them, for other weights when backward runs.
 
     Args:
         leaves: the weights of the forward.
-        elsewhere: those to take instead, when backward runs.
-        linearise_at: for people.
-        gathered: ``fully_shard`` keeps some of the leaves.
+        elsewhere: function that returns the weights to use instead, called when backward runs.
+        linearise_at: the value to show in error messages.
+        gathered: whether ``fully_shard`` keeps some of the leaves.
 
     Raises:
         ValueError: autocast or tensor parallelism would hide the weights.
@@ -30,9 +30,9 @@ def linearised_elsewhere(
     if any(torch.is_autocast_enabled(kind) for kind in device_types):
         raise ValueError(
             f'linearise_at="{linearise_at}" cannot see through the weight copies that autocast makes; '
-            'leave autocast out of this stage or use linearise_at="version"'
+            'turn autocast off in this stage or use linearise_at="version"'
         )
-    # What fully_shard keeps it gathers again for the backward: the newest weights.
+    # Weights that fully_shard keeps are gathered again for the backward, as the newest weights.
     plain = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.numel() and not hasattr(leaf, "to_local")]
     owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in plain}
 

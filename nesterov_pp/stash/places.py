@@ -1,4 +1,4 @@
-"""Where a module keeps the parameters of a ring, and what others have done there."""
+"""The places where a module keeps the parameters of a ring, and changes that others made there."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Place(NamedTuple):
 
 
 class Places:
-    """Binds a module to one list of leaves or another, and finds what was put in their place.
+    """The places of a module to which lists of leaves are bound; finds what was put there instead.
 
     Args:
         module: the module.
-        first: its parameters that are in the ring; one that is tied has several places.
+        first: the module's parameters that are in the ring; a tied parameter has several places.
     """
 
     def __init__(self, module: nn.Module, first: Sequence[nn.Parameter]) -> None:
@@ -41,7 +41,7 @@ class Places:
         self._containers = [place.module._parameters for place in self._all]
         self._keys = [place.key for place in self._all]
         self._order = [place.number for place in self._all]
-        # Recurrent layers read their weights from a list of their own, which Module.to makes anew.
+        # Recurrent layers read their weights from a list of their own, which Module.to rebuilds.
         self._lists = [
             (submodule, k, index[id(p)])
             for submodule in module.modules()
@@ -59,14 +59,14 @@ class Places:
             submodule._flat_weights[k] = leaves[i]
 
     def holds_first(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether ``leaves`` are bound, to judge by the first place."""
+        """Return whether ``leaves`` are bound, judging by the first place."""
         return not self._all or self._containers[0].get(self._keys[0]) is leaves[self._order[0]]
 
     def replacements(self, leaves: Sequence[Tensor]) -> dict[int, nn.Parameter]:
-        """What stands where ``leaves`` were bound and is none of them, by index.
+        """Return, by index, the parameters that have replaced ``leaves`` where these were bound.
 
         Raises:
-            ValueError: it is nothing that a ring could take over.
+            ValueError: a replacement is not one that a ring can take over.
         """
         try:
             now = list(map(getitem, self._containers, self._keys))
@@ -99,10 +99,10 @@ class Places:
         return {i: entry for i, (_, entry) in found.items()}
 
     def check_others(self, leaves: Sequence[Tensor]) -> None:
-        """See that nothing else in the module is to be trained. ``leaves`` are those that are bound.
+        """Check that no other parameter of the module is to be trained. ``leaves`` are the bound ones.
 
         Raises:
-            ValueError: a parameter that is not in the ring wants gradients, or one of the ring is not in the module.
+            ValueError: a parameter outside the ring requires gradients, or one of the ring is not in the module.
         """
         others = map(dict.get, self._others, self._other_keys)
         if any(p.requires_grad for p in others if p is not None):
@@ -119,8 +119,9 @@ class Places:
             there.add(id(p))
             if id(p) not in own and p.requires_grad:
                 raise ValueError(
-                    f"{name} wants gradients, but is not in the WeightStash, which would never train it: it was frozen "
-                    "or absent when the stash was built; build the stash with it trainable, and freeze it afterwards"
+                    f"{name} requires gradients, but is not in the WeightStash, which would never train it: it was "
+                    "frozen or absent when the stash was built; build the stash while it is trainable, and freeze it "
+                    "afterwards"
                 )
         for place in self._all:
             if id(leaves[place.number]) not in there:
@@ -144,7 +145,7 @@ class Places:
 def _check_replacement(place: _Place, entry: Tensor | None, leaf: Tensor) -> None:
     if parametrize.is_parametrized(place.module, place.key):
         raise ValueError(
-            f"{place.name} was parametrized after the WeightStash was built, which holds it as it was; "
+            f"{place.name} was parametrized after the WeightStash was built, which still holds the original parameter; "
             "parametrize first, then build the stash"
         )
     if entry is None:
@@ -156,16 +157,16 @@ def _check_replacement(place: _Place, entry: Tensor | None, leaf: Tensor) -> Non
     if unlike or not isinstance(entry, nn.Parameter) or hasattr(entry, "to_local") != hasattr(leaf, "to_local"):
         raise ValueError(
             f"{place.name} was replaced by a {described(entry)}; "
-            f"a WeightStash takes over only what is like its other versions, a {described(leaf)}"
+            f"a WeightStash only takes over a replacement that is like its other versions, a {described(leaf)}"
         )
 
 
 def likeness(t: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
-    """What all versions of a parameter have in common."""
+    """Return the properties that all versions of a parameter have in common."""
     return t.dtype, t.device, t.shape
 
 
 def described(t: Tensor) -> str:
-    """A tensor, for people."""
-    kind = "Parameter" if isinstance(t, nn.Parameter) else "tensor that is no Parameter"
+    """Return a description of a tensor for display."""
+    kind = "Parameter" if isinstance(t, nn.Parameter) else "tensor that is not a Parameter"
     return f"{str(t.dtype).removeprefix('torch.')} {kind} of shape {tuple(t.shape)} on {t.device}"

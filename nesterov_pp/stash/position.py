@@ -1,10 +1,10 @@
-"""Which versions a ring holds, and the microbatches that use them.
+"""The versions that a ring holds, and the microbatches that use them.
 
 [note: why a position is one object]
-A step that is cut short, by Ctrl-C or for want of memory, must not leave weights of one version under the number of
-another. So all that a step changes of the ring itself is in one immutable ``_State``, and counting a step is one
-assignment. What follows from it, gradients to clear and what the module is bound to, is done afterwards, and done again
-by whoever comes next if it was cut short.
+A step that is interrupted, by Ctrl-C or for lack of memory, must not leave weights of one version under the number of
+another. So everything that a step changes in the ring itself is in one immutable ``_State``, and counting a step is one
+assignment. Clearing gradients and binding the module follow afterwards; if they are interrupted, the next call does
+them again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class _State(NamedTuple):
-    """``in_flight`` has the microbatches of each version; it is never changed in place."""
+    """The state of a ring. ``in_flight`` counts the microbatches of each version; it is never changed in place."""
 
     newest: int = 0
     in_flight: Mapping[int, int] = MappingProxyType({})
@@ -23,13 +23,13 @@ class _State(NamedTuple):
     loads: int = 0
 
     def counting(self, version: int, microbatches: int) -> _State:
-        """With so many more microbatches in flight on a version, or fewer."""
+        """Return the state with ``microbatches`` more in flight on a version, or fewer if negative."""
         left = {**self.in_flight, version: self.in_flight.get(version, 0) + microbatches}
         return self._replace(in_flight={v: n for v, n in left.items() if n > 0})
 
 
 class Position:
-    """Where a ring of ``versions`` slots is. Version ``v`` lives in slot ``v % versions``."""
+    """The position of a ring of ``versions`` slots. Version ``v`` lives in slot ``v % versions``."""
 
     def __init__(self, versions: int) -> None:
         self.versions = versions
@@ -50,16 +50,16 @@ class Position:
 
     @property
     def loads(self) -> int:
-        """How often the ring was loaded."""
+        """The number of times that the ring was loaded."""
         return self._state.loads
 
     @property
     def to_clear(self) -> tuple[int, ...]:
-        """Slots whose gradients the last step has taken, and which have not been cleared."""
+        """Slots whose gradients are to be cleared after the last step, and have not been yet."""
         return self._state.to_clear
 
     def slot_of(self, version: int) -> int:
-        """Raises: ValueError: the version is not in the ring."""
+        """Return the slot of a version; raise ValueError if the version is not in the ring."""
         if not isinstance(version, int):
             raise ValueError(f"version must be a whole number, not {version!r}")
         if version > self.newest or version < 0:
@@ -72,15 +72,15 @@ class Position:
         return version % self.versions
 
     def in_flight(self, version: int) -> int:
-        """Microbatches that used a version and have not been stepped."""
+        """Return how many microbatches used a version and have not been stepped."""
         return self._state.in_flight.get(version, 0)
 
     def count(self, version: int, microbatches: int) -> None:
-        """So many more microbatches are in flight on a version, or fewer."""
+        """Count ``microbatches`` more in flight on a version, or fewer if negative."""
         self._state = self._state.counting(version, microbatches)
 
     def move(self, versions: list[int], to: int) -> None:
-        """The microbatches in flight on ``versions`` are on another one from now on."""
+        """Move the microbatches in flight on ``versions`` to version ``to``."""
         state = self._state
         for version in versions:
             moved = state.in_flight.get(version, 0)
@@ -88,7 +88,7 @@ class Position:
         self._state = state
 
     def check_step(self, version: int, microbatches: int) -> None:
-        """Raises: ValueError: a step would overwrite a version that other microbatches in flight need."""
+        """Raise ValueError if a step would overwrite a version that other microbatches in flight need."""
         leaving = self.newest + 1 - self.versions
         waiting = self.in_flight(leaving) - (microbatches if leaving == version else 0)
         if leaving >= 0 and waiting > 0:
@@ -98,11 +98,11 @@ class Position:
             )
 
     def begin_step(self) -> None:
-        """What ``end_step`` counts next is the step to the version after the newest."""
+        """Announce the step to the version after the newest, which ``end_step`` counts next."""
         self._next = self.newest + 1
 
     def end_step(self, version: int | None, microbatches: int) -> None:
-        """Count the step that ``begin_step`` announced, once, however often this is called."""
+        """Count the step that ``begin_step`` announced; counts it only once, however often this is called."""
         state = self._state
         if state.newest >= self._next:
             return
@@ -113,9 +113,9 @@ class Position:
         self._state = counted._replace(newest=self._next, in_flight=left, to_clear=slots)
 
     def cleared(self) -> None:
-        """Gradients that were taken have been cleared."""
+        """Note that the gradients of ``to_clear`` have been cleared."""
         self._state = self._state._replace(to_clear=())
 
     def load(self, newest: int) -> None:
-        """Go on at another version, with no microbatch in flight."""
+        """Continue at another version, with no microbatch in flight."""
         self._state, self._next = _State(newest=newest, loads=self.loads + 1), newest

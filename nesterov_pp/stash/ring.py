@@ -2,10 +2,10 @@
 
 [note: why every slot owns its leaf tensors]
 Autograd remembers a leaf *object*, not its memory. Repointing ``p.data`` between forward and backward therefore gives
-wrong gradients without a word for LayerNorm, RMSNorm, convolutions and elementwise gains. Here each slot holds its own
-parameters, and choosing a version means binding the module's ``_parameters`` entries to that slot: no copy, and a
-microbatch's forward and backward see the same objects. A slot that is overwritten too early has its version counters
-bumped, so autograd raises where it would have used the wrong weights.
+silently wrong gradients for LayerNorm, RMSNorm, convolutions and elementwise gains. Here each slot holds its own
+parameters, and choosing a version means binding the module's ``_parameters`` entries to that slot: nothing is copied,
+and a microbatch's forward and backward see the same objects. Overwriting a slot too early bumps its version counters,
+so autograd raises an error where it would have used the wrong weights.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ Shadow = Literal["stepped", "linearised"]
 
 
 class WeightStash:
-    """Keeps the ``versions`` newest weight versions of ``module`` in a ring, without ever copying one.
+    """A ring of the ``versions`` newest weight versions of ``module``, which never copies a version.
 
     Version ``v`` lives in slot ``v % versions``. An optimizer built with ``stash=`` reads the newest slot and writes
     the next one, so a step with a stash moves as many bytes as one without.
 
     Args:
         module: a pipeline stage. Its trainable parameters become slot 0; the other ``versions - 1`` slots are
-            allocated here (same shapes, dtypes, devices). Frozen parameters and buffers are shared by all versions;
-            parameters tied inside the module stay tied.
-        versions: ring length, the delay ``tau`` of the stage plus one; at least 1.
-        shadow: one more copy of the weights outside the ring, for an optimizer with a ``prediction``. "stepped": the
-            weights that are stepped, while the ring holds predictions. "linearised": the weights that
-            ``use(version, linearise_at="shadow")`` differentiates at. Default: none.
+            allocated here, with the same shapes, dtypes and devices. Frozen parameters and buffers are shared by all
+            versions; parameters tied inside the module stay tied.
+        versions: length of the ring: the delay ``tau`` of the stage plus one; at least 1.
+        shadow: one more copy of the weights, kept outside the ring, for an optimizer with a ``prediction``. "stepped":
+            the weights that are stepped, while the ring holds predicted weights. "linearised": the weights at which
+            ``use(version, linearise_at="shadow")`` differentiates. Default: None, no such copy.
 
-    Outside ``use`` the module is bound to the newest version. ``module.parameters()`` gives the leaves of the version
-    that is bound. Not safe to use from several threads at once.
+    Outside ``use``, the module is bound to the newest version. ``module.parameters()`` returns the leaves of the bound
+    version. A stash must not be used from several threads at once.
 
-    While a backward runs, the module is bound to the version of its forward, for ``torch.utils.checkpoint``, which runs
-    parts of the module again then. Parameters may be frozen and unfrozen at any time, from the next version on, and
-    replaced by like ones (``load_state_dict(assign=True)``), whose values become those of the newest version.
+    While a backward runs, the module is bound to the version of its forward, because ``torch.utils.checkpoint`` runs
+    parts of the module again then. Parameters may be frozen and unfrozen at any time, with effect from the next version
+    on. They may also be replaced by parameters of the same dtype, device and shape (``load_state_dict(assign=True)``),
+    whose values become those of the newest version.
 
     Raises:
-        ValueError: ``versions`` is below 1, ``shadow`` is something else, or a parameter cannot be kept in a ring: it
-            has no values yet (the meta device, lazy modules), shares memory with another one, overlaps itself, or
-            carries hooks (register them afterwards, on each of ``parameters(version)``); or ``versions`` is above 1
+        ValueError: ``versions`` is below 1; ``shadow`` is not one of the above; a parameter cannot be kept in a ring,
+            because it has no values yet (meta device, lazy modules), shares memory with another one, overlaps itself,
+            or carries hooks (register them afterwards, on each of ``parameters(version)``); or ``versions`` is above 1
             and ``fully_shard`` keeps the module's weights.
     """
 
@@ -71,8 +72,8 @@ class WeightStash:
         self._gathered = gathers_itself(module)
         if self._gathered and versions > 1:
             raise ValueError(
-                f"fully_shard keeps one version of a module's weights, so a ring of {versions} cannot hold it; use a "
-                "method without a stash, such as nesterov-no-stash, or a delay of 0"
+                f"fully_shard keeps one version of a module's weights, so a ring of {versions} versions is not "
+                "possible; use a method without a stash, such as nesterov-no-stash, or a delay of 0"
             )
         self.versions = versions
         self.shadow = shadow
@@ -94,7 +95,7 @@ class WeightStash:
 
     @property
     def newest(self) -> int:
-        """The version that the last step wrote; 0 before the first."""
+        """The version that the last step wrote; 0 before the first step."""
         return self._position.newest
 
     @property
@@ -104,17 +105,17 @@ class WeightStash:
 
     @property
     def in_use(self) -> int:
-        """The version that the module is bound to: that of the innermost ``use`` or backward, else the newest."""
+        """The version that the module is bound to: that of the innermost ``use`` or backward, or else the newest."""
         version = self._bindings.version
         return self.newest if version == SHADOW else version
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters in the ring, as in ``module.named_parameters()``."""
+        """The names of the parameters in the ring, as in ``module.named_parameters()``."""
         return list(self._names)
 
     def parameters(self, version: int) -> dict[str, nn.Parameter]:
-        """The leaf tensors of a version, by name.
+        """Return the leaf tensors of a version, by name.
 
         Raises:
             ValueError: the version is not in the ring.
@@ -122,19 +123,19 @@ class WeightStash:
         return dict(zip(self._names, self._slots[self._position.slot_of(version)], strict=True))
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The weights that are stepped, by name: those of the newest version, unless the ring holds predictions."""
+        """Return the stepped weights, by name: the newest version, or the shadow if the ring holds predictions."""
         leaves = self._shadows if self.shadow == "stepped" else self._slots[self._position.newest_slot]
         return dict(zip(self._names, leaves, strict=True))
 
     def in_flight(self, version: int) -> int:
-        """How many microbatches used the version and have not been stepped or released."""
+        """Return how many microbatches used the version and have not been stepped or released."""
         return self._position.in_flight(version)
 
     def release(self, version: int) -> None:
-        """Give up one microbatch in flight on the version: its gradient will never be stepped.
+        """Give up one microbatch in flight on the version, whose gradient will never be stepped.
 
         Raises:
-            ValueError: no microbatch is in flight on it.
+            ValueError: the version is not in the ring, or no microbatch is in flight on it.
         """
         self._position.slot_of(version)
         if self.in_flight(version) < 1:
@@ -146,22 +147,22 @@ class WeightStash:
         """Run the module with the weights of ``version`` inside the block.
 
         A block in which the module runs forward with gradients counts as one microbatch in flight until
-        ``optimizer.step(version=version)`` takes its gradient, or ``release(version)`` gives it up. One with nothing
-        but a backward does not count. Blocks nest.
+        ``optimizer.step(version=version)`` takes its gradient, or ``release(version)`` gives it up. A block
+        that only runs a backward does not count. Blocks can be nested.
 
         Args:
-            version: between ``oldest`` and ``newest``.
-            linearise_at: where backward differentiates: by default at ``version``. "newest" keeps the activations of
-                ``version`` but takes the weights that are newest when backward runs, as a pipeline without a stash
-                does: they replace the weights that autograd has saved. "shadow" takes those of
-                ``WeightStash(shadow="linearised")`` instead. Weights that an operator saved as a converted copy cannot
-                be replaced, so autocast is refused.
+            version: version between ``oldest`` and ``newest``.
+            linearise_at: the weights at which backward differentiates. "version" (default): those of ``version``.
+                "newest": the activations are those of ``version``, but the weights are those that are newest when
+                backward runs, as in a pipeline without a stash; they replace the weights that autograd has saved.
+                "shadow": as "newest", but with the shadow of ``WeightStash(shadow="linearised")``. Weights that an
+                operator saved as a converted copy cannot be replaced, so autocast is refused.
 
         Raises:
-            ValueError: the version is not in the ring; weights are to be replaced under autocast; or something was done
-                to the module's parameters that the ring cannot follow.
-            RuntimeError: (from a backward) a backward inside the block is of a forward with another version; or the
-                module is to run again in a backward that takes other weights than those of its forward.
+            ValueError: the version is not in the ring; weights would have to be replaced under autocast; or the
+                module's parameters were changed in a way that the ring cannot follow.
+            RuntimeError: (from a backward) a backward inside the block belongs to a forward with another version; or
+                the module has to run again in a backward that uses other weights than those of its forward.
         """
         if linearise_at not in ("version", "newest", "shadow"):
             raise ValueError(f"linearise_at must be 'version', 'newest' or 'shadow', not {linearise_at!r}")
@@ -178,16 +179,16 @@ class WeightStash:
                 linearise_at=linearise_at,
                 gathered=self._gathered,
             )
-        # What runs in a backward runs for the second time.
+        # A forward inside a backward runs for the second time.
         counts = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
         with self._bindings.block(Binding(version, linearise_at), counts=counts), hooks:
             yield
 
     def bind(self, version: int, *, linearise_at: LineariseAt = "version") -> AbstractContextManager[None]:
-        """Bind the module to a version inside the block, for a backward: ``use`` that never counts as a microbatch.
+        """Bind the module to a version inside the block, for a backward; unlike ``use``, never count a microbatch.
 
         Raises:
-            ValueError: as ``use``.
+            ValueError: as for ``use``.
         """
         self._settle()
         self._position.slot_of(version)
@@ -196,7 +197,10 @@ class WeightStash:
 
     @contextmanager
     def use_stepped(self) -> Iterator[None]:
-        """Run the module with ``weights()`` inside the block, without gradients: what a trained model is judged by."""
+        """Run the module with ``weights()`` inside the block, to evaluate it.
+
+        Gradients are disabled if these weights are the shadow.
+        """
         if self.shadow != "stepped":
             yield
             return
@@ -205,9 +209,9 @@ class WeightStash:
             yield
 
     def gather_gradients(self, versions: Sequence[int]) -> int:
-        """Add the gradients of several versions up on the newest of them, which is returned, with what is in flight.
+        """Add up the gradients and the microbatches in flight of several versions on the newest of them; return it.
 
-        For updates whose microbatches ran with different versions. The other versions have no gradients then.
+        For updates whose microbatches ran with different versions. The other versions have no gradients afterwards.
 
         Raises:
             ValueError: one of the versions is not in the ring.
@@ -239,7 +243,7 @@ class WeightStash:
         """Make ``optimizer`` the one that writes this ring.
 
         Raises:
-            ValueError: another optimizer does.
+            ValueError: another optimizer already writes it.
         """
         if self._owner is not None and self._owner() not in (None, optimizer):
             raise ValueError(
@@ -249,10 +253,10 @@ class WeightStash:
         self._owner = weakref.ref(optimizer)
 
     def leaves(self, parameters: Sequence[Tensor], *, complete: bool = True) -> list[list[Tensor]]:
-        """The ring as lists over ``parameters``, one list a slot. ``parameters`` may be leaves of any version.
+        """Return the leaves of every slot in the order of ``parameters``, which may be leaves of any version.
 
         Raises:
-            ValueError: one of ``parameters`` is not in the ring; or, if ``complete``, they are not all that are.
+            ValueError: one of ``parameters`` is not in the ring, or ``complete`` is set and one of the ring is missing.
         """
         order = [self._index.get(id(p), -1) for p in parameters]
         if -1 in order:
@@ -269,19 +273,19 @@ class WeightStash:
         return [[slot[i] for i in order] for slot in self._slots]
 
     def shadows_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The copies outside the ring of ``parameters``, which may be leaves of any version."""
+        """Return the shadows of ``parameters``, which may be leaves of any version."""
         return [self._shadows[self._index[id(p)]] for p in parameters]
 
     def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
-        """Check a step that takes the gradients of ``version``; returns its slots (gradients, source, target).
+        """Check a step that takes the gradients of ``version``; return its slots (gradients, source, target).
 
-        ``None`` stands for the newest version, where that is not ambiguous. Takes over what was done to the module's
+        ``None`` stands for the newest version, unless that is ambiguous. Takes over changes made to the module's
         parameters; changes nothing else.
 
         Raises:
             ValueError: the version is not in the ring; the step would overwrite a version that other microbatches in
-                flight need; no version was named while only an older one has gradients; or something was done to the
-                module's parameters that the ring cannot follow.
+                flight need; no version was named, but an older one has gradients; or the module's parameters were
+                changed in a way that the ring cannot follow.
         """
         self._settle()
         self._bound.follow(self._position.newest_slot)
@@ -297,7 +301,7 @@ class WeightStash:
     def end_step(self, version: int | None, microbatches: int) -> None:
         """Count the step that ``begin_step`` checked: its gradients are taken, and the next version is the newest.
 
-        Whatever cuts this call short, the same call finishes it; once it is finished, it does nothing.
+        If this call is interrupted, the same call finishes it; once finished, it does nothing.
         """
         self._position.end_step(version, microbatches)
         self._settle()
@@ -305,12 +309,12 @@ class WeightStash:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Every live version: ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, without copies.
+        """Return every live version, ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, not copied.
 
-        Where there are weights outside the ring, they are under ``"shadow"``.
+        Weights outside the ring, if there are any, are under ``"shadow"``.
 
         Raises:
-            ValueError: something was done to the module's parameters that the ring cannot follow.
+            ValueError: the module's parameters were changed in a way that the ring cannot follow.
         """
         self._settle()
         self._bound.follow(self._position.newest_slot, thorough=True)
@@ -324,11 +328,10 @@ class WeightStash:
         return state
 
     def check(self, state: dict[str, Any]) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
-        """The parts of a state that ``load_state_dict`` would take: newest version, weights, oldest first, and those
-        outside the ring.
+        """Check a state for ``load_state_dict``; return its newest version, its weights (oldest first) and its shadow.
 
         Raises:
-            ValueError: ``load_state_dict`` would refuse it.
+            ValueError: ``load_state_dict`` would refuse the state.
         """
         self._settle()
         self._bound.follow(self._position.newest_slot, thorough=True)
@@ -340,8 +343,8 @@ class WeightStash:
         """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
 
         Raises:
-            ValueError: the state is of a ring of another length or of other parameters, or something was done to the
-                module's parameters that the ring cannot follow; nothing is changed.
+            ValueError: the state is of a ring of another length or of other parameters, or the module's parameters
+                were changed in a way that the ring cannot follow; nothing is changed.
         """
         newest, weights, shadow = self.check(state)
         self._position.load(newest)
@@ -364,13 +367,13 @@ class WeightStash:
         older = [v for v in range(self.oldest, self.newest) if has_gradient(v)]
         if older:
             raise ValueError(
-                f"gradients are waiting on version {older[0]}, not only on the newest ({self.newest}); "
+                f"gradients are waiting on version {older[0]}, which is older than the newest ({self.newest}); "
                 f"say which to take: step(version={older[0]})"
             )
         return self.newest
 
     def _settle(self) -> None:
-        """Do what follows from the last step, where that has not been done."""
+        """Clear gradients and bind the module after the last step, if that has not been done."""
         if not self._position.to_clear:
             return
         for slot in self._position.to_clear:

@@ -1,4 +1,4 @@
-"""What a ring was saved as."""
+"""Checks of a saved ring."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 def check_saved(
     state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_shadow: bool
 ) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
-    """The parts of a saved ring: its newest version, the weights, oldest first, and those outside the ring.
+    """Check a saved ring; return its newest version, its weights (oldest first) and its shadow.
 
     Args:
-        state: what ``WeightStash.state_dict`` returned.
-        like: the parameters of one version here.
-        versions: the length of the ring here.
-        has_shadow: whether it has weights outside.
+        state: the state that ``WeightStash.state_dict`` returned.
+        like: the parameters of one version of this ring.
+        versions: the length of this ring.
+        has_shadow: whether this ring has a shadow, weights outside the ring.
 
     Raises:
-        ValueError: it is of a ring of another length or of other parameters.
+        ValueError: the state is of a ring of another length or of other parameters.
     """
     newest, weights = _parts_of(state)
     if len(weights) != min(newest + 1, versions):
@@ -28,9 +28,9 @@ def check_saved(
             f"the saved ring holds {len(weights)} versions at version {newest}; "
             f"this one keeps {versions} and needs {min(newest + 1, versions)}"
         )
-    shadow = state.get("shadow", state.get("beside"))  # the name it had
+    shadow = state.get("shadow", state.get("beside"))  # "beside" is its former name
     if has_shadow != (shadow is not None) or not isinstance(shadow, dict | None):
-        raise ValueError("one of the saved ring and this one has weights outside the ring, and the other has none")
+        raise ValueError("only one of the saved ring and this ring has a shadow (weights outside the ring)")
     for saved in weights if shadow is None else [*weights, shadow]:
         _check_weights(saved, like)
     return newest, weights, shadow

@@ -1,13 +1,13 @@
-"""Hooks of a ring on its module: which forwards run, and which version the backward of each belongs to.
+"""Hooks of a ring on its module, to see which forwards run and which version the backward of each belongs to.
 
 [note: why a backward binds the version of its forward]
-Autograd remembers the leaves of a forward, so an ordinary backward needs no binding. Activation checkpointing runs
-parts of the forward again, in the middle of backward, and such a forward reads the weights from the module as any
-other: the newest, which are not those of the microbatch. Nothing in the gradient shows it. So a forward leaves a hook
-on the autograd node of each of its outputs, which runs before any node within: it binds the version of the forward
-until this backward ends. One backward through forwards of several versions binds them in turn, because autograd takes
-nodes in the reverse order of their making. What has no such hook (the module's parts, called one by one inside
-reentrant checkpoints, say) finds no version bound when it runs again, and that is an error instead.
+Autograd remembers the leaves of a forward, so an ordinary backward needs no binding. Activation checkpointing, however,
+runs parts of the forward again during backward, and such a forward reads the weights from the module like any other:
+the newest ones, which are not those of the microbatch. Nothing in the gradient shows it. So a forward leaves a hook on
+the autograd node of each of its outputs. The hook runs before any node inside, and binds the version of the forward
+until this backward ends. One backward through forwards of several versions binds them in turn, because autograd visits
+nodes in the reverse order of their creation. Code without such a hook (for example the module's parts, called one by
+one inside reentrant checkpoints) finds no version bound when it runs again, and that is an error instead.
 
 Compiled code has no hooks of this kind and needs none: what it computes again takes the weights as inputs, saved with
 the forward.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """The hooks. They belong to one ring and one module: a copy of the module has hooks that do nothing.
+    """The hooks of one ring on one module; a copy of the module has hooks that do nothing.
 
     Attributes:
-        ran_compiled: the module ran in compiled code, with gradients, since this was last set to False.
+        ran_compiled: whether the module ran in compiled code, with gradients, since this was last set to False.
     """
 
     def __init__(self, bindings: Bindings | None = None) -> None:
@@ -44,9 +44,9 @@ class Watch:
         return Watch, ()
 
     def attach(self, module: nn.Module) -> list[Any]:
-        """Hook the module and all parts of it that have parameters somewhere; returns the handles.
+        """Hook the module and all its parts that contain parameters at any depth; return the handles.
 
-        Layers that have no parts, of which there are many, are only checked.
+        Layers without parts, of which there are many, only get the check.
         """
         handles = []
         for part in module.modules():
@@ -58,13 +58,13 @@ class Watch:
         return handles
 
     def before(self, module: nn.Module, _: Any) -> None:
-        """Raises: RuntimeError: as ``check``."""
+        """Run ``check``, and note the outermost module of a forward."""
         self.check(module, _)
         if self._outermost is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self._outermost = module
 
     def check(self, _: nn.Module, __: Any) -> None:
-        """Raises: RuntimeError: this is a forward that runs again, and which version it ran with is not known."""
+        """Note compiled code; raise RuntimeError for a forward that runs again and would not compute what it did."""
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 self.ran_compiled = True
@@ -74,7 +74,7 @@ class Watch:
                 bindings.check_recomputed()
 
     def after(self, module: nn.Module, _: Any, output: Any) -> None:
-        """Count the forward, and have its version bound in its backward."""
+        """Count the forward, and hook its outputs so that its backward binds its version."""
         if torch.compiler.is_compiling() or self._outermost is not module:
             return
         self._outermost = None
@@ -85,13 +85,13 @@ class Watch:
         begin = partial(self._begin_backward, *ran)
         for tensor in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             node: Any = tensor.grad_fn if isinstance(tensor, Tensor) else None
-            # What the module only passes on may belong to an earlier forward of it.
+            # A tensor that the module only passes on may belong to an earlier forward of it.
             if node is not None and self not in node.metadata:
                 node.metadata[self] = True
                 node.register_prehook(begin)
 
     def forget(self) -> None:
-        """A forward did not get to its end."""
+        """Forget the running forward, which did not get to its end."""
         self._outermost = None
 
     def _begin_backward(self, version: int, linearise_at: str, loads: int, _: Any) -> None:
@@ -101,7 +101,7 @@ class Watch:
 
 
 class Ending:
-    """Does something when it is called, or else when it is dropped."""
+    """An action that runs when this is called, or else when it is dropped."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act, self.done = act, False
@@ -115,6 +115,6 @@ class Ending:
 
 
 def detach(handles: Iterable[Any]) -> None:
-    """Remove hooks."""
+    """Remove the hooks."""
     for handle in handles:
         handle.remove()

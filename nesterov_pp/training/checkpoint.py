@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and files written the same way."""
+"""Checkpoints that are either complete or absent, and other files written in the same atomic way."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _readable_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that at any moment ``path`` is the old file or the whole new one, also after a power cut.
+    """Write a file so that ``path`` is the old file or the complete new one at any moment, even after a power cut.
 
     Raises:
-        RunError: the disk is full, the folder cannot be written, ...; ``path`` is as it was.
+        RunError: the file cannot be written (the disk is full, ...); ``path`` is left as it was.
     """
     temporary = path.with_name(f".{path.name}.part")
     with _readable_errors(path):
@@ -53,33 +53,33 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_atomic`` for text."""
+    """Write text as UTF-8 with ``write_atomic``."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def checkpoints(folder: Path, part: str = "") -> list[Path]:
-    """The checkpoints in a folder, oldest first; ``part`` is that of one stage, "" of a whole pipeline."""
+    """Return the checkpoints in a folder, oldest first: those of one stage's ``part``, or of a whole pipeline ("")."""
     return sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}{part}.pt"))
 
 
 def stage_part(stage: int, stages: int) -> str:
-    """How the checkpoint of one stage (from 0) is marked in its name."""
+    """Return the part of a checkpoint's file name that marks one stage (from 0)."""
     return f".stage-{stage + 1}-of-{stages}"
 
 
 def microbatch_of(path: Path) -> int:
-    """The microbatches done before a checkpoint."""
+    """Return the number of microbatches done before a checkpoint."""
     return int(path.name[len(_PREFIX) :][:_DIGITS])
 
 
 def save(folder: Path, microbatch: int, state: dict[str, Any], *, part: str = "", certain: int | None = None) -> None:
-    """Write the checkpoint after ``microbatch`` microbatches and drop old ones.
+    """Write the checkpoint after ``microbatch`` microbatches and delete old ones.
 
-    Kept are the newest two of those that are whole: where stages write parts of their own, those of at most
-    ``certain`` microbatches, which all of them have written.
+    The newest two complete checkpoints are kept. Where each stage writes its own part, the complete checkpoints are
+    those of at most ``certain`` microbatches, which all stages have written.
 
     Raises:
-        RunError: it cannot be written; the others are kept.
+        RunError: the checkpoint cannot be written; the older ones are kept.
     """
     path = folder / f"{_PREFIX}{microbatch:0{_DIGITS}d}{part}.pt"
     write_atomic(path, lambda file: torch.save({"format": _FORMAT, "microbatch": microbatch, **state}, file))
@@ -90,10 +90,10 @@ def save(folder: Path, microbatch: int, state: dict[str, Any], *, part: str = ""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote, and ``microbatch``. Nothing in the file is executed.
+    """Return what ``save`` wrote, including ``microbatch``. No code in the file is executed.
 
     Raises:
-        UserError: the file is truncated, damaged, or something else.
+        UserError: the file is truncated, damaged or not a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:

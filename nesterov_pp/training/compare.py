@@ -1,4 +1,4 @@
-"""Several methods over several seeds, each run in a process of its own, and the table beside them."""
+"""Comparison of several methods over several seeds: each run in its own process, the results in one table."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def compare(
 ) -> None:
     """Train every method with every seed, ``jobs`` at a time, each on one thread unless ``given`` has ``threads``.
 
-    ``rates`` and ``depths``: every one of these learning rates and numbers of stages too, instead of ``given``'s. The
-    first seed tries all rates; the others run each method's best one, with which it is judged.
+    Every learning rate in ``rates`` and number of stages in ``depths`` is run, instead of ``given``'s. The first
+    seed tries all rates; the others run only the best rate of each method, at which the method is judged.
 
-    Runs lie in ``out/METHOD/seed-N``; with several rates or depths in ``out/stages-P/lr-X/METHOD/seed-N``. With
-    ``resume``, finished runs are taken as they are and unfinished ones go on.
+    Runs are stored in ``out/METHOD/seed-N``; with several rates or depths, in ``out/stages-P/lr-X/METHOD/seed-N``. With
+    ``resume``, finished runs are used as they are and unfinished ones are resumed.
 
     Raises:
-        UserError: a setting, the data or the folder is not usable; nothing has been started.
-        RunError: runs have failed; the table of the others is there.
+        UserError: a setting, the data or the folder is unusable; nothing has been started.
+        RunError: some runs have failed; the table of the others has been written.
         InterruptionError: SIGINT or SIGTERM arrived; the runs have written checkpoints.
     """
     console = console or report.make_console()
     if given.get("data") is not None:
         given = {**given, "data": str(Path(given["data"]).resolve())}
     if not is_fresh(out) and not resume:
-        raise UserError(f"{out} already holds something; add --resume to go on with it, or give another --out")
+        raise UserError(f"{out} is not empty; add --resume to continue the comparison in it, or give another --out")
     every = _plan(given, methods, seeds, rates, depths, out)
     for job in every:
         job.config.check()
@@ -60,7 +60,7 @@ def compare(
     finished = sum(job.finished for job in every)
     console.print(
         f"{len(methods)} methods, {len(seeds)} seeds: {count} runs of {every[0].config.microbatches} microbatches, "
-        f"{jobs} at a time" + (f"; {finished} are finished." if finished else "."),
+        f"{jobs} at a time" + (f"; {finished} are already finished." if finished else "."),
         soft_wrap=True,
     )
     failed = run_all(tried, lambda: _with_best_rates(tried, others), count, jobs, out, console)
@@ -71,7 +71,7 @@ def compare(
 
 
 def _check_data(config: Config) -> None:
-    """Raises: UserError: no run could train on it."""
+    """Raise UserError if no run could train on the data."""
     text = read_text(config.data)
     tokenize(text, ByteTokenizer(), config.context)
     if config.tokenizer == "bpe":
@@ -86,7 +86,7 @@ def _plan(
     depths: Sequence[int],
     out: Path,
 ) -> list[Job]:
-    """All runs; seeds outside, so that every method has a run before any has its second."""
+    """Return all runs, one seed after the other, so that every method has a run before any has its second."""
     grid = [
         ({"lr": rate} if rates else {}) | ({"stages": depth} if depths else {})
         for depth in depths or (None,)
@@ -102,7 +102,7 @@ def _plan(
 
 
 def _job(given: Mapping[str, Any], out: Path, several_rates: bool, several_depths: bool) -> Job:
-    """Raises: UserError: the run's folder holds a run with other settings."""
+    """Return the job of one run; raise UserError if its folder holds a run with other settings."""
     config = Config(**given)
     if several_depths:
         out /= f"stages-{config.stages}"
@@ -118,7 +118,7 @@ def _job(given: Mapping[str, Any], out: Path, several_rates: bool, several_depth
 
 
 def _with_best_rates(tried: Sequence[Job], others: Sequence[Job]) -> list[Job]:
-    """Those of ``others`` that have the rate with which their method did best in ``tried``."""
+    """Return the jobs in ``others`` that use the learning rate with which their method did best in ``tried``."""
     best = {}
     for depth in {job.config.stages for job in tried}:
         rows, _ = _judged([job for job in tried if job.finished and job.config.stages == depth])
@@ -148,7 +148,7 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
     checkpoint.write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
-    console.print(f"Table and plot are in {out}: compare.md, compare.json, compare.png.", soft_wrap=True)
+    console.print(f"The table and the plot are in {out}: compare.md, compare.json, compare.png.", soft_wrap=True)
 
 
 def _draw(curves: dict[str, list[Curves]], file: IO[bytes]) -> None:
@@ -156,7 +156,7 @@ def _draw(curves: dict[str, list[Curves]], file: IO[bytes]) -> None:
 
 
 def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[Curves]]]:
-    """A row for each method with its best learning rate, and the curves of its runs; methods in the order of runs."""
+    """Return a row for each method at its best learning rate and the curves of its runs, in the order of the runs."""
     runs: dict[tuple[str, float], list[Job]] = {}
     for job in jobs:
         runs.setdefault((job.config.method, job.config.lr), []).append(job)

@@ -1,4 +1,4 @@
-"""Text into train and validation tokens, and microbatches by number."""
+"""The train and validation tokens of a text, and microbatches by number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nesterov_pp.training.config import UserError, derived_seed
 from nesterov_pp.training.tokenizer import Tokenizer
 
 VALIDATION_SHARE = 0.1
-# Not prose written as source: tests and demos, machine-made tables, and what pip installed.
+# Left out of the standard library: tests and demos, generated tables, and what pip installed.
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 
 
@@ -25,7 +25,7 @@ _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "encodings", "
 class Text:
     """Documents as bytes, in a fixed order, split into train and validation.
 
-    ``skipped`` counts files of a folder that were left out as empty or binary.
+    ``skipped`` counts the files of a folder that were left out because they are empty or binary.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """Of the content and its split."""
+        """A hash of the content and its split."""
         total = hashlib.sha256()
         for part in (self.train, self.validation):
             for document in part:
@@ -46,22 +46,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of a text: 1-d integer tensors."""
+    """The tokens of a text, as 1-d integer tensors."""
 
     train: Tensor
     validation: Tensor
 
     def batch(self, seed: int, microbatch: int, size: int, context: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a microbatch, each ``(size, context)`` int64: random windows of the train text.
+        """Return inputs and targets of a microbatch, each ``(size, context)`` int64: random windows of the train text.
 
-        A function of the seed and the microbatch's number alone.
+        They depend on the seed and the microbatch's number alone.
         """
         generator = torch.Generator().manual_seed(derived_seed("batch", seed, microbatch))
         starts = torch.randint(len(self.train) - context, (size,), generator=generator)
         return _windows(self.train, starts, context)
 
     def validation_batches(self, count: int, size: int, context: int) -> list[tuple[Tensor, Tensor]]:
-        """``count`` batches of windows evenly spaced over the validation text: always the same ones."""
+        """Return ``count`` batches of windows evenly spaced over the validation text, always the same ones."""
         starts = torch.linspace(0, len(self.validation) - context - 1, count * size, dtype=torch.float64).long()
         return [_windows(self.validation, part, context) for part in starts.view(count, size)]
 
@@ -72,29 +72,29 @@ def _windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tens
 
 
 def tokenize(text: Text, tokenizer: Tokenizer, context: int) -> Corpus:
-    """The tokens of a text.
+    """Return the tokens of a text.
 
     Raises:
-        UserError: a part is shorter than one sequence and its last target.
+        UserError: the train or validation text is shorter than one sequence and its last target.
     """
     parts = {}
     for name, documents in (("train", text.train), ("validation", text.validation)):
         parts[name] = tokenizer.encode(documents)
         if len(parts[name]) < context + 1:
             raise UserError(
-                f"--context {context} needs {context + 1} tokens of {name} text at least, "
-                f"and {text.name} has {len(parts[name])}: use a shorter context or more text"
+                f"--context {context} needs at least {context + 1} tokens of {name} text, "
+                f"but {text.name} has {len(parts[name])}; use a shorter context or more text"
             )
     return Corpus(**parts)
 
 
 def read_text(data: str | None) -> Text:
-    """A file split at nine tenths, or a folder's files split by file; without ``data``, Python's standard library.
+    """Read a file, split at nine tenths, or a folder, split by file; without ``data``, Python's standard library.
 
-    Of a folder, files that are empty or hold NUL bytes (binary) are left out, and so is what is hidden.
+    In a folder, files that are hidden, empty or binary (they contain NUL bytes) and hidden folders are left out.
 
     Raises:
-        UserError: nothing there, not readable, or no text in it.
+        UserError: ``data`` does not exist, cannot be read, or contains no text.
     """
     if data is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -111,12 +111,12 @@ def read_text(data: str | None) -> Text:
     if not content:
         raise UserError(f"--data {path} is empty; give a file with text in it")
     if b"\0" in content:
-        raise UserError(f"--data {path} is binary (it holds NUL bytes); give a text file")
+        raise UserError(f"--data {path} is binary (it contains NUL bytes); give a text file")
     return _split_one(str(path), content)
 
 
 def _files(root: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
-    """Regular files below ``root`` in an order that does not depend on the file system, without the names left out."""
+    """Yield regular files below ``root``, neither hidden nor left out, in an order independent of the file system."""
     for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in left_out)
         for name in sorted(names):
@@ -142,7 +142,7 @@ def _split_one(name: str, content: bytes) -> Text:
 
 
 def _split_by_file(name: str, root: Path, paths: list[Path]) -> Text:
-    """Validation is the tenth of the files (at least one) whose paths' hashes are smallest."""
+    """Split the files: validation is the tenth of them (at least one) whose paths have the smallest hashes."""
     contents = {p.relative_to(root).as_posix(): _read(p) for p in paths}
     texts = {p: c for p, c in contents.items() if c and b"\0" not in c}
     if not texts:

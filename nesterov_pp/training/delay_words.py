@@ -13,20 +13,22 @@ from nesterov_pp.pipeline.delay_models import Delays, DropOuts, Fixed, Geometric
 T = TypeVar("T")
 
 CUT = 4
-"""Geometric delays are cut off at so many times their mean."""
+"""Geometric delays are cut off at this multiple of their mean."""
 
-FORMS = "own, 3,2,1,0, uniform:0-4, geometric:2.5, trace:FILE, with +stragglers:0.1:5 or +dropouts:0.05 after it"
+FORMS = (
+    "own, 3,2,1,0, uniform:0-4, geometric:2.5 or trace:FILE, optionally followed by +stragglers:0.1:5 or +dropouts:0.05"
+)
 
 
 def read_delays(words: str, recipe: Recipe, stages: int, microbatches_per_update: int, seed: int) -> Delays:
-    """``USUAL[+stragglers:PROBABILITY:EXTRA][+dropouts:PROBABILITY]``.
+    """Parse ``USUAL[+stragglers:PROBABILITY:EXTRA][+dropouts:PROBABILITY]``.
 
-    ``USUAL`` is ``own`` (the method's), a list of numbers, ``uniform:`` with a list of ``LOW-HIGH``, ``geometric:``
-    with a list of means, or ``trace:`` with the path of a file (``pipeline.Trace.read``). A list has an entry a stage,
-    separated by commas; a single entry is that of every stage.
+    ``USUAL`` is ``own`` (the method's delays), a list of numbers, ``uniform:`` with a list of ``LOW-HIGH``,
+    ``geometric:`` with a list of means, or ``trace:`` with the path of a file (``pipeline.Trace.read``). A list has one
+    entry per stage, separated by commas; a single entry applies to every stage.
 
     Raises:
-        ValueError: the words are something else, or the delays are not possible.
+        ValueError: the words have another form, or the delays are not possible.
         OSError: the trace cannot be read.
     """
     usual, *more = re.split(r"\+(?=stragglers:|dropouts:)", words)
@@ -69,7 +71,7 @@ def _listed(words: str, stages: int, text: str, parse: Callable[[str], T]) -> Se
     except ValueError:
         raise _unreadable(words) from None
     if len(values) not in (1, stages):
-        raise ValueError(f"delays need one entry, or one for each of {stages} stages, not {len(values)}")
+        raise ValueError(f"delays need one entry, or one for each of the {stages} stages, not {len(values)}")
     return values * stages if len(values) == 1 else values
 
 
@@ -79,4 +81,4 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _unreadable(words: str) -> ValueError:
-    return ValueError(f"delays are given as {FORMS}; not {words!r}")
+    return ValueError(f"delays must be given as {FORMS}, not {words!r}")

@@ -1,4 +1,4 @@
-"""What ``--diagnostics`` measures during a run."""
+"""The measurements that ``--diagnostics`` takes during a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Diagnostics:
 
     Args:
         pipe: the pipeline, whose stashes are read.
-        every: updates between the beginnings of two measurements of a stage.
+        every: updates between the starts of two measurements of a stage.
 
     Raises:
         UserError: the method's optimizer has no direction to look ahead along.
@@ -29,22 +29,22 @@ class Diagnostics:
                 if optimizer is not None and delay > 0
             }
         except ValueError as error:
-            raise UserError(f"--diagnostics does not go with method {pipe.recipe.name}: {error}") from None
+            raise UserError(f"--diagnostics does not work with method {pipe.recipe.name}: {error}") from None
 
     def observe(self) -> list[tuple[int, float]]:
-        """To be called after each update: stage (from 1) and cosine of the measurements that ended."""
+        """Return stage (from 1) and cosine of each measurement that ended; to be called after each update."""
         ended = [(stage, meter.observe()) for stage, meter in self._meters.items()]
         return [(stage, cosine) for stage, cosine in ended if cosine is not None]
 
     def state_dict(self) -> dict[int, Any]:
-        """The measurements under way, by stage."""
+        """Return the measurements in progress, by stage."""
         return {stage: meter.state_dict() for stage, meter in self._meters.items()}
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
-        """Go on with the measurements of ``state_dict``; what is not in it begins anew.
+        """Continue the measurements of ``state_dict``; a stage that is not in it starts anew.
 
         Raises:
-            ValueError: they are of stages with other parameters.
+            ValueError: the measurements are of stages with other parameters.
         """
         for stage, meter in self._meters.items():
             if stage in state:

@@ -1,4 +1,4 @@
-"""One process of a run that ``torchrun`` has started: one stage of the pipeline."""
+"""The driver of one process of a run that ``torchrun`` has started: one stage of the pipeline."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from nesterov_pp.training.signals import StopRequest
 
 T = TypeVar("T")
 
-_ASK_EVERY = 1.0  # seconds between looks whether another process was told to stop
+_ASK_EVERY = 1.0  # seconds between checks whether another process was told to stop
 
 
 @contextmanager
 def stage_driver(timeout: float, replicas: int) -> Iterator[StageDriver]:
-    """Meets the other processes, and parts from them at the end of the block.
+    """Connect to the other processes, and disconnect from them at the end of the block.
 
     Raises:
-        RunError: they cannot be met, or one of them is lost or stops.
+        RunError: the other processes cannot be reached, or one of them is lost or stops.
     """
     try:
         with connect(timeout) as world:
@@ -46,7 +46,7 @@ def stage_driver(timeout: float, replicas: int) -> Iterator[StageDriver]:
 
 
 class StageDriver:
-    """Drives this process's stage; the last stage of the first replica reports, because it has the losses."""
+    """The driver of this process's stage; the last stage of the first replica reports, because it has the losses."""
 
     def __init__(self, world: World, replicas: int) -> None:
         self.world, self.replicas, self.processes = world, replicas, world.size
@@ -77,22 +77,29 @@ class StageDriver:
     def settled(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         if given.get("stages", self.stages) != self.stages:
             raise UserError(
-                f"--stages {given['stages']} needs {given['stages'] * self.replicas} processes, and torchrun has "
-                f"started {self.processes}; leave --stages out, or start as many"
+                f"--stages {given['stages']} needs {given['stages'] * self.replicas} processes, but torchrun has "
+                f"started {self.processes}; omit --stages, or start that many"
             )
         return {**given, "stages": self.stages}
 
     def resumes(self, resume: bool) -> bool:
-        """Also after a restart by ``torchrun --max-restarts``, which machines count apart."""
+        """Return whether to resume: if asked to, or after a restart by ``torchrun --max-restarts``.
+
+        Machines count their restarts separately, so one that has counted a restart decides for all.
+        """
         return any(self.gather(resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
 
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         if config.diagnostics is not None:
-            raise UserError("--diagnostics looks at all stages, so it needs them in one process; leave torchrun out")
+            raise UserError("--diagnostics needs all stages in one process; start the run without torchrun")
         if config.delays is not None:
-            raise UserError("--delays are those of a virtual pipeline, in one process; leave torchrun out, or --delays")
+            raise UserError(
+                "--delays needs a virtual pipeline, in one process; start the run without torchrun, or omit --delays"
+            )
         if config.device != "cpu":
-            raise UserError(f"--device {config.device} trains in one process; leave torchrun out, or --device")
+            raise UserError(
+                f"--device {config.device} trains in one process; start the run without torchrun, or omit --device"
+            )
         self._every = config.checkpoint_every
         self.pipe = refusals_explained(
             lambda: AsyncPipeline(
@@ -175,11 +182,11 @@ class StageDriver:
 
 
 class AgreedStop:
-    """One number of updates at which every process stops, although each is at another one when it hears of it.
+    """The number of updates at which every process stops, although each is at a different one when told to stop.
 
-    Each process that was told to stop, or finds that another was, writes down how many updates it has done, and goes
-    on. When all have written, the highest number and ``margin`` is one that none has passed: stages depend on each
-    other's microbatches, so none gets further ahead than that.
+    Each process that was told to stop, or finds that another was, writes its number of updates to the store and
+    continues. When all have written, the highest number plus ``margin`` is one that no process has passed: stages
+    depend on each other's microbatches, so none gets further ahead than that.
     """
 
     def __init__(self, world: World, margin: int) -> None:
@@ -189,7 +196,7 @@ class AgreedStop:
         self.at: int | None = None
 
     def reached(self, told: bool, updates: int) -> bool:
-        """Whether this process, after so many updates, is to stop now."""
+        """Return whether this process, after ``updates`` updates, must stop now."""
         store = self._world.store
         if store is None:
             return told

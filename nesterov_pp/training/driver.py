@@ -1,4 +1,4 @@
-"""How a run computes its microbatches: a virtual pipeline here, one process of a real one in ``distributed``."""
+"""Drivers, which compute a run's microbatches: a virtual pipeline here, a process of a real one in ``distributed``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ State = dict[str, Any]
 
 
 class Driver(Protocol):
-    """What the trainer asks of a pipeline. In a run of several processes all of them make the same calls.
+    """The trainer's interface to a pipeline. In a run of several processes, all of them make the same calls.
 
     Attributes:
-        reports: this process writes the run's files and speaks for it.
-        processes: how many there are.
-        delays: of the stages, in updates.
+        reports: whether this process writes the run's files and prints its messages.
+        processes: the number of processes.
+        delays: the delay of each stage, in updates.
     """
 
     reports: bool
@@ -37,62 +37,62 @@ class Driver(Protocol):
     delays: list[int]
 
     def agree(self, act: Callable[[], T]) -> T:
-        """``act()``; where it raises ``UserError`` on one process, all stop, and one of them says why."""
+        """Return ``act()``; if it raises ``UserError`` on a process, all processes stop, and one of them says why."""
 
     def settled(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Settings, with those that follow from the number of processes."""
+        """Return the settings, with those that follow from the number of processes."""
 
     def resumes(self, resume: bool) -> bool:
-        """Whether to go on with the run in the folder."""
+        """Return whether to resume the run in the folder."""
 
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
-        """Make the pipeline. Raises: UserError: it refuses the settings, or there is not enough memory."""
+        """Build the pipeline; raise UserError if it refuses the settings or there is not enough memory."""
 
     def newest(self, folder: Path) -> State | None:
-        """The newest checkpoint that is whole on every process."""
+        """Return the newest checkpoint that every process has."""
 
     def load(self, state: State) -> None:
-        """Go on from what ``newest`` gave. Raises: UserError: it does not fit."""
+        """Continue from the checkpoint that ``newest`` returned; raise UserError if it does not fit."""
 
     def save(self, folder: Path, done: int, state: State) -> None:
         """Write a checkpoint after ``done`` microbatches."""
 
     def step(self, lr: float) -> float | None:
-        """Complete a microbatch; its loss on the process that reports."""
+        """Complete a microbatch; return its loss on the process that reports."""
 
     def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-        """Mean loss with the newest weights; on the process that reports."""
+        """Return the mean loss with the newest weights, on the process that reports."""
 
     def observe(self) -> list[tuple[int, float]]:
-        """After each update: stage (from 1) and cosine of the measurements of ``--diagnostics`` that ended."""
+        """Return, after each update, stage (from 1) and cosine of the ``--diagnostics`` measurements that ended."""
 
     def predict(self, tokens: Tensor) -> Tensor:
-        """Logits with the newest weights."""
+        """Return the logits with the newest weights."""
 
     def stopping(self, stop: StopRequest, updates: int) -> bool:
-        """Whether to stop after so many updates, on all processes at the same number."""
+        """Return whether to stop after ``updates`` updates, the same number on all processes."""
 
     def waiting(self) -> bool:
-        """Whether microbatches of an unfinished update are waiting."""
+        """Return whether microbatches of an unfinished update are waiting."""
 
     def updates(self) -> int:
-        """Updates done."""
+        """Return the number of updates done."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this process holds, by purpose."""
+        """Return the bytes that this process holds, by purpose."""
 
     def optimizer_seconds(self) -> float:
-        """Spent in optimizer steps by this process."""
+        """Return the seconds that this process has spent in optimizer steps."""
 
     def gather(self, value: T) -> list[T]:
-        """The ``value`` of every process."""
+        """Return the ``value`` of every process."""
 
     def command(self, out: Path) -> str:
-        """How to go on with the run in a folder."""
+        """Return the command that resumes the run in a folder."""
 
 
 class VirtualDriver:
-    """All stages in this process."""
+    """The driver of a virtual pipeline, with all stages in this process."""
 
     reports = True
     processes = 1
@@ -178,7 +178,7 @@ class VirtualDriver:
 
 
 def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
-    """The model of a run, cut into stages."""
+    """Return the model of a run, cut into stages."""
     return build_stages(
         vocabulary=vocabulary,
         stages=config.stages,
@@ -202,7 +202,7 @@ def _delays(config: Config) -> Delays | None:
 
 
 def pipeline_options(config: Config) -> dict[str, Any]:
-    """Keywords of any pipeline of a run."""
+    """Return the keyword arguments that every pipeline of a run takes."""
     return {
         "method": config.method,
         "lr": config.lr,
@@ -217,7 +217,7 @@ def pipeline_options(config: Config) -> dict[str, Any]:
 
 
 def refusals_explained(build: Callable[[], T]) -> T:
-    """Raises: UserError: the pipeline refuses the settings, or there is not enough memory."""
+    """Return ``build()``; raise UserError if the pipeline refuses the settings or there is not enough memory."""
     try:
         return build()
     except ValueError as error:
@@ -229,13 +229,13 @@ def refusals_explained(build: Callable[[], T]) -> T:
 
 
 def fits(load: Callable[[], None]) -> None:
-    """Raises: UserError: the checkpoint does not fit."""
+    """Call ``load``; raise UserError if the checkpoint does not fit."""
     try:
         load()
     except ValueError as error:
-        raise UserError(f"the checkpoint does not fit: {error}") from None
+        raise UserError(f"the checkpoint does not fit this run: {error}") from None
 
 
 def mean(losses: Sequence[float]) -> float:
-    """Of what may not be finite."""
+    """Return the mean of the losses; NaN if one of them is not finite."""
     return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whose turn it is to write."""
+"""The folder of a run: its files, and the lock of the process that writes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nesterov_pp.training.config import UserError
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of a run's files. Files whose names begin with a dot are leftovers of interrupted writes."""
+    """Paths of a run's files. Files whose names begin with a dot are leftovers of interrupted writes."""
 
     path: Path
 
@@ -53,9 +53,9 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def recorded(self, *, resume: bool) -> dict[str, Any] | None:
-        """The configuration file of the run to go on with; None where a new run may begin.
+        """Return the contents of the configuration file of the run to resume; None where a new run may begin.
 
-        With ``resume`` a folder that is absent or empty begins a new run too. Changes nothing.
+        With ``resume``, too, an absent or empty folder begins a new run. Nothing is changed.
 
         Raises:
             UserError: the folder holds a run and ``resume`` is False, or it holds something else.
@@ -63,22 +63,22 @@ class RunFolder:
         if is_fresh(self.path):
             return None
         if not self.config.exists():
-            raise UserError(f"{self.path} holds other files and no run; give an empty or new folder with --out")
+            raise UserError(f"{self.path} holds other files but no run; give an empty or new folder with --out")
         if not resume:
-            raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
+            raise UserError(f"{self.path} already holds a run; add --resume to continue it, or give another --out")
         return read_object(self.config)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Create the folder, and keep other processes from training in it inside the block.
+        """Create the folder, and keep other processes from training in it during the block.
 
         Raises:
-            UserError: it cannot be created or written, or another process trains in it.
+            UserError: the folder cannot be created or written to, or another process is training in it.
         """
         make_folder(self.path)
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            # The lock ends with the process, however it ends.
+            # The lock is released when the process ends, however it ends.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
@@ -94,10 +94,10 @@ class RunFolder:
 
 
 def is_fresh(path: Path) -> bool:
-    """Whether a folder is absent or empty.
+    """Return whether a folder is absent or empty, apart from hidden files.
 
     Raises:
-        UserError: it is not a folder, or cannot be looked into.
+        UserError: the path is not a folder, or the folder cannot be read.
     """
     try:
         return all(name.startswith(".") for name in os.listdir(path))
@@ -111,21 +111,21 @@ def make_folder(path: Path) -> None:
     """Create a folder to write in.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path} cannot be created: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path} cannot be written to; give a folder of your own")
+        raise UserError(f"--out {path} cannot be written to; give a folder that you may write to")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file of ours with one JSON object.
+    """Return the JSON object in one of a run's files.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or does not hold one JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

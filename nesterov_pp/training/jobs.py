@@ -1,4 +1,4 @@
-"""Runs of training in processes of their own, several at a time, with one account of how far they are."""
+"""Training runs in their own processes, several at a time, with one display of their progress."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the run's process prints."""
+        """The file that the run's process prints to."""
         return self.folder.path.with_suffix(".log")
 
     @property
@@ -58,9 +58,9 @@ class Job:
 def run_all(
     first: Sequence[Job], then: Callable[[], Sequence[Job]], count: int, jobs: int, out: Path, console: Console
 ) -> list[tuple[Job, str]]:
-    """Run the ``first`` in order, and what comes ``then``, those that are not finished; returns what failed, and why.
+    """Run the unfinished jobs of ``first`` in order, then those of ``then()``; return the jobs that failed, and why.
 
-    ``count``: how many there will be.
+    ``count`` is the number of jobs in both together.
     """
     queue, running, failed = _unfinished(first), dict[subprocess.Popen[bytes], Job](), list[tuple[Job, str]]()
     progress = _Progress(console, queue, (count - len(first)) * first[0].config.microbatches)
@@ -73,7 +73,8 @@ def run_all(
                     progress.expect(queue)
                 if stop.received is not None:
                     raise InterruptionError(
-                        stop.received, f"stopped; the runs in {out} are kept: the same command with --resume goes on"
+                        stop.received,
+                        f"stopped; the runs in {out} are kept, and the same command with --resume continues them",
                     )
                 while queue and len(running) < jobs:
                     job = queue.pop(0)
@@ -99,7 +100,7 @@ def _unfinished(jobs: Sequence[Job]) -> list[Job]:
 def _start(job: Job) -> subprocess.Popen[bytes]:
     make_folder(job.folder.path.parent)
     threads = str(job.config.threads)
-    # A session of its own: Ctrl-C reaches the run once, through this process.
+    # In a session of its own, the run gets Ctrl-C once, through this process.
     with job.log.open("ab") as log:
         return subprocess.Popen(
             job.command(),
@@ -113,7 +114,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """Has the kernel send SIGTERM to a run whose comparison is killed."""
+    """Return a function that has the kernel send SIGTERM to a run whose comparison is killed."""
     import ctypes
 
     prctl = ctypes.CDLL(None).prctl
@@ -122,7 +123,7 @@ def _die_with_parent() -> Callable[[], None]:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have runs write their checkpoints, and wait for them."""
+    """Stop the runs, which write their checkpoints first, and wait for them."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -130,7 +131,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _reason(status: int, job: Job) -> str | None:
-    """Why a run's process ended without finishing; None if it did finish."""
+    """Return why a run's process ended without finishing the run; None if the run is finished."""
     if status == 0 and job.finished:
         return None
     if status < 0:
@@ -140,7 +141,7 @@ def _reason(status: int, job: Job) -> str | None:
 
 
 class _Progress:
-    """One bar for all runs on a terminal; elsewhere a line for each run that ends."""
+    """A progress bar for all runs on a terminal; elsewhere, a line for each run that ends."""
 
     def __init__(self, console: Console, waiting: Sequence[Job], later: int) -> None:
         self._console = console
@@ -153,7 +154,7 @@ class _Progress:
             self._bar = report.make_bar(console, self._total, self._first)
 
     def expect(self, waiting: Sequence[Job], later: int = 0) -> None:
-        """What runs next, and how many microbatches come after that."""
+        """Add the jobs that run next; ``later`` microbatches come after them."""
         done = {job: microbatches_done(job.folder.metrics) for job in waiting}
         self._done |= done
         self._first += sum(done.values())

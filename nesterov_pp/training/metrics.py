@@ -1,9 +1,9 @@
-"""What a run measured: one JSON object a line, and the same for TensorBoard.
+"""The metrics of a run: a file with one JSON object per line, and the same values for TensorBoard.
 
 A line is ``{"microbatch": m, "loss": ..., "lr": ...}`` for the m-th microbatch (from 1),
 ``{"microbatch": m, "validation_loss": ...}`` for the weights after it, or with ``--diagnostics``
 ``{"microbatch": m, "stage": i, "cosine": ...}`` for a measurement of stage i (from 1) that ended with its update.
-Losses are means in nats a token.
+Losses are means in nats per token.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _FLUSH_EVERY = 10
 
 
 class MetricsLog:
-    """Appends to a file, of which the first ``keep`` bytes are kept.
+    """A metrics file to append to; when it is opened, only its first ``keep`` bytes are kept.
 
     Raises:
-        UserError: the file has fewer bytes.
+        UserError: the file has fewer than ``keep`` bytes.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.path = path
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
-            raise UserError(f"{path} has lost lines that its checkpoint counts on; the run cannot go on")
+            raise UserError(f"{path} has lost lines that the checkpoint relies on; the run cannot be resumed")
         self._file = path.open("ab")
         self._file.truncate(keep)
         self._lines = 0
 
     def write(self, **values: float) -> None:
-        """Raises: RunError: the disk is full, ..."""
+        """Append a line; raise RunError if the file cannot be written (the disk is full, ...)."""
         try:
             self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
             self._lines += 1
@@ -49,7 +49,7 @@ class MetricsLog:
             raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def sync(self) -> int:
-        """Put every line on the disk; returns the bytes up to here."""
+        """Write every line to disk; return the number of bytes up to here."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -63,7 +63,7 @@ class MetricsLog:
 
 @dataclass(frozen=True)
 class Curves:
-    """A run against microbatches: ``train[i]`` is the loss of microbatch ``i + 1``; ``cosines`` are by stage."""
+    """Curves of a run over microbatches: ``train[i]`` is the loss of microbatch ``i + 1``; ``cosines`` are by stage."""
 
     train: list[float]
     validation: list[tuple[int, float]]
@@ -71,7 +71,7 @@ class Curves:
 
 
 def read_curves(path: Path) -> Curves:
-    """The whole lines of a metrics file; an unfinished last one is left out.
+    """Return the curves in the complete lines of a metrics file; an unfinished last line is left out.
 
     Raises:
         UserError: the file cannot be read or is not a metrics file.
@@ -94,7 +94,7 @@ def read_curves(path: Path) -> Curves:
 
 
 def microbatches_done(path: Path) -> int:
-    """The microbatch of the last whole line of a metrics file; 0 where there is none."""
+    """Return the microbatch of the last complete line of a metrics file; 0 if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -105,7 +105,7 @@ def microbatches_done(path: Path) -> int:
 
 
 def tensorboard_writer(folder: Path, microbatch: int) -> SummaryWriter:
-    """A writer whose earlier scalars after ``microbatch`` are hidden."""
+    """Return a writer that hides scalars written earlier for microbatches after ``microbatch``."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=microbatch + 1)

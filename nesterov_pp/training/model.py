@@ -1,4 +1,4 @@
-"""A GPT cut into pipeline stages: the paper's shape, of any size (arXiv 2505.01099, Section 5)."""
+"""A GPT cut into pipeline stages: the architecture of the paper (arXiv 2505.01099, Section 5), of any size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention and a ReLU feed-forward layer, each on a normalised input and added to the stream."""
+    """Causal attention and a ReLU feed-forward layer, each on a normalised input and added to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -71,10 +71,10 @@ class Head(nn.Module):
 def build_stages(
     *, vocabulary: int, stages: int, layers: int, width: int, heads: int, context: int, dropout: float, seed: int
 ) -> list[nn.Module]:
-    """The model as ``stages`` modules; the embedding is in the first, the head in the last, blocks spread evenly.
+    """Return the model as ``stages`` modules: embedding in the first, head in the last, blocks spread evenly.
 
-    Each layer's first weights depend on ``seed`` and the layer alone, whatever the number of stages. The global random
-    state is left as it was.
+    The initial weights of each layer depend on ``seed`` and the layer alone, whatever the number of stages. The global
+    random state is left unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         blocks = [_initialised(Block(width, heads, dropout), layers, seed, k) for k in range(layers)]
@@ -92,13 +92,21 @@ def build_stages(
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats: ``(batch, context, vocabulary)`` and ``(batch, context)`` int64 to a 0-d tensor."""
+    """Return the mean cross-entropy in nats, a 0-d tensor.
+
+    Args:
+        logits: ``(batch, context, vocabulary)``.
+        targets: ``(batch, context)`` int64.
+    """
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def _initialised(layer: nn.Module, layers: int, seed: int, place: object) -> nn.Module:
-    """Weights N(0, 0.02), smaller by sqrt(2 layers) where they write to the residual stream; biases 0, gains 1."""
+    """Initialise a layer: weights N(0, 0.02), biases 0, gains 1.
+
+    Weights that write to the residual stream are smaller by sqrt(2 layers).
+    """
     torch.manual_seed(derived_seed("layer", seed, place))
     for name, p in layer.named_parameters():
         if "norm" in name or name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: lines, scalars, progress."""
+"""The outputs of a run while it trains: metrics lines, TensorBoard scalars and progress."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SCALARS_EVERY = 10
 
 
 class Outputs:
-    """Of the process that reports.
+    """The outputs of the process that reports.
 
     Args:
         keep: bytes of the metrics file to keep.
-        start: microbatches done before.
+        start: microbatches done before this process began.
     """
 
     def __init__(self, config: Config, folder: RunFolder, console: Console, keep: int, start: int) -> None:
@@ -26,7 +26,7 @@ class Outputs:
         self._progress = RunProgress(console, start, config.microbatches)
 
     def trained(self, done: int, loss: float, lr: float, rate: float) -> None:
-        """A microbatch's loss and learning rate, and the tokens a second so far."""
+        """Record a microbatch's loss and learning rate, and the tokens per second so far."""
         self._progress.step(done, loss, rate)
         self._log.write(microbatch=done, loss=loss, lr=lr)
         if done % _SCALARS_EVERY == 0:
@@ -35,18 +35,18 @@ class Outputs:
             self._scalars.add_scalar("tokens_per_second", rate, done)
 
     def validated(self, done: int, loss: float) -> None:
-        """A validation loss."""
+        """Record a validation loss."""
         self._progress.validated(loss)
         self._log.write(microbatch=done, validation_loss=loss)
         self._scalars.add_scalar("loss/validation", loss, done)
 
     def measured(self, done: int, stage: int, cosine: float) -> None:
-        """A measurement of ``--diagnostics`` of a stage (from 1)."""
+        """Record a ``--diagnostics`` measurement of a stage (from 1)."""
         self._log.write(microbatch=done, stage=stage, cosine=cosine)
         self._scalars.add_scalar(f"cosine/stage_{stage}", cosine, done)
 
     def sync(self) -> int:
-        """Put every line on the disk; returns the bytes up to here."""
+        """Write every line to disk; return the number of bytes up to here."""
         return self._log.sync()
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Outputs:
 
 
 class Silence:
-    """Of the others."""
+    """The outputs of the other processes: nothing."""
 
     def trained(self, done: int, loss: float, lr: float, rate: float) -> None: ...
 

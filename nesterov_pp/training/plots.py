@@ -1,4 +1,4 @@
-"""Plots as PNG files, drawn to stay readable in black-and-white print."""
+"""Plots as PNG files that stay readable in black-and-white print."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from nesterov_pp.colours import COLOURS, LINES
 from nesterov_pp.training.metrics import Curves
 
-_MANY = 8  # methods, beyond which a legend does not fit into a plot
-_FALL = 8  # A comparison shows the height reached after an eighth of the run.
+_MANY = 8  # With more methods than this, the legend does not fit into the plot.
+_FALL = 8  # A comparison shows losses up to those after an eighth of the run.
 _SIZE = (8.0, 5.0)
 _DPI = 150
 
 
 def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
-    """A run's train loss (faint), its moving average, and the validation points."""
+    """Draw a run's train loss (faint), its moving average, and the validation points."""
     figure, axes = _figure()
     train = np.asarray(curves.train)
     steps = np.arange(1, len(train) + 1)
@@ -33,9 +33,9 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
 
 
 def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> None:
-    """Validation loss of each method: the mean over its runs as a line, lowest to highest as a band.
+    """Draw the validation loss of each method: the mean over its runs as a line, lowest to highest as a band.
 
-    Many methods are listed beside the plot, the best last as their lines are, and without bands.
+    With many methods there are no bands, and the legend is next to the plot, with the best method last, like the lines.
     """
     figure, axes = _figure()
     highest, lowest, many = -np.inf, np.inf, len(runs) > _MANY
@@ -49,10 +49,10 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)
         highest = max(highest, losses[:, len(steps) // _FALL].max())
         lowest = min(lowest, losses.min())
-    # The first fall is much the same for all; what differs comes after it.
+    # The initial drop is much the same for all methods; the differences come after it.
     axes.set_ylim(lowest - 0.05 * (highest - lowest + 0.1), highest + 0.05 * (highest - lowest + 0.1))
     seeds = max(len(curves) for curves in runs.values())
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_ylabel("validation loss (nats per token)")
     bands = "" if many else ", lowest to highest shaded"
     axes.set_title("Validation loss" + (f": mean of {seeds} seeds{bands}" if seeds > 1 else ""))
     lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1]) if many else axes.get_lines()
@@ -62,7 +62,7 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
 
 
 def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, float]]], delays: Sequence[int]) -> None:
-    """The cosine between look-ahead and displacement against microbatches: a moving mean for each late stage."""
+    """Draw the cosine between look-ahead and displacement over microbatches, with a moving mean for each late stage."""
     from matplotlib import colormaps
 
     figure, axes = _figure()
@@ -70,22 +70,22 @@ def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, fl
         where, values = np.array(points).T
         window = max(1, len(values) // 10)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        # From dark at the input side to light; the light end of the map is too light on white.
+        # From dark (input side) to light; the light end of the map is too light on white.
         colour = colormaps["viridis"](0.9 * k / max(1, len(cosines) - 1))
-        label = f"stage {stage}, {delays[stage - 1]} late: {values.mean():.2f}"
+        label = f"stage {stage}, delay {delays[stage - 1]}: {values.mean():.2f}"
         axes.plot(where, values, color=colour, linewidth=0.5, alpha=0.25)
         axes.plot(
             where[window - 1 :], smooth, color=colour, linestyle=LINES[k % len(LINES)], linewidth=1.8, label=label
         )
     axes.set_ylabel("cosine of look-ahead and displacement")
-    axes.set_title("Does the look-ahead point where the weights will go? 1: exactly")
+    axes.set_title("Does the look-ahead point where the weights will go? (1: exactly)")
     columns = 1 + (len(cosines) - 1) // 12
-    axes.legend(edgecolor="none", title="updates of delay: mean", fontsize=8, handlelength=3.5, ncols=columns)
+    axes.legend(edgecolor="none", title="delay in updates: mean cosine", fontsize=8, handlelength=3.5, ncols=columns)
     _save(figure, file)
 
 
 def draw_depths(file: IO[bytes], by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
-    """Validation loss at the end against the number of stages, a line a method, lowest to highest seed as a bar."""
+    """Draw the final validation loss over the number of stages: a line per method, lowest to highest seed as a bar."""
     figure, axes = _figure()
     methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
     for k, method in enumerate(methods):
@@ -97,13 +97,13 @@ def draw_depths(file: IO[bytes], by_depth: Mapping[int, Sequence[Mapping[str, An
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(by_depth), list(map(str, by_depth)))
     axes.set_xlabel("stages")
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False, handlelength=3.5)
     _save(figure, file)
 
 
 def _line(k: int) -> Any:
-    """Lines and colours together tell 36 methods apart; the first 6 differ in both."""
+    """Return the k-th line style; styles and colours together distinguish 36 methods, the first 6 differ in both."""
     return LINES[(k + k // len(COLOURS)) % len(LINES)]
 
 
@@ -113,7 +113,7 @@ def _figure() -> tuple[Any, Any]:
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("microbatches")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -1,4 +1,4 @@
-"""What people see of a run: the lines before it, its progress, the table after it."""
+"""The terminal output of a run: the lines before it, its progress, and the table after it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from nesterov_pp.training.config import Config
 from nesterov_pp.training.metrics import Curves
 
 TRAIN_LOSS_OVER = 100
-"""The train loss in a table is the mean over this many last microbatches."""
+"""The number of last microbatches over which the train loss in a table is averaged."""
 
 _PLAIN_WIDTH = 120
 _SMOOTHING = 0.95
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """Return a console on standard output, wide enough for the tables where that is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
 def size(bytes_: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for display."""
     for unit in ("B", "KiB", "MiB"):
         if bytes_ < 1024:
             return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.1f} {unit}"
@@ -40,14 +40,14 @@ def size(bytes_: float) -> str:
 
 
 def memory_line(memory: Mapping[str, int], delays: Sequence[int]) -> str:
-    """The bytes a pipeline holds, and the delays that decide how many."""
+    """Return a line with the bytes that a pipeline holds, and the delays that determine how many."""
     parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "stash", "moments"))
     total = size(sum(memory.values()))
     return f"Memory: {parts} = {total}. Delays of the stages, in updates: {' '.join(map(str, delays))}."
 
 
 def make_bar(console: Console, total: int, done: int) -> Progress:
-    """A running progress bar with one task, counted in microbatches."""
+    """Start and return a progress bar with one task, counted in microbatches."""
     bar = Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -63,7 +63,7 @@ def make_bar(console: Console, total: int, done: int) -> Progress:
 
 
 class RunProgress:
-    """A bar on a terminal; elsewhere a line at each validation."""
+    """A progress bar on a terminal; elsewhere, a line at each validation."""
 
     def __init__(self, console: Console, start: int, total: int) -> None:
         self._console, self._start, self._done, self._total = console, start, start, total
@@ -107,7 +107,7 @@ def summarise(
     optimizer_seconds: float,
     peak_memory: int,
 ) -> dict[str, Any]:
-    """The numbers of a finished run. Losses are in nats a token, memory in bytes."""
+    """Return the numbers of a finished run. Losses are in nats per token, memory in bytes."""
     last = curves.train[-TRAIN_LOSS_OVER:]
     validation_loss = curves.validation[-1][1]
     return {
@@ -130,12 +130,12 @@ def summarise(
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, the largest float where that is too large."""
+    """Return ``exp(loss)``, with ``loss`` capped at 700 so that it does not overflow."""
     return math.exp(min(loss, 700.0))
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The final table of a run."""
+    """Print the final table of a run."""
     table = Table(title=f"{summary['method']}, {summary['stages']} stages, {summary['microbatches']} microbatches")
     for heading in ("Train loss", "Validation loss", "Perplexity", "Tokens/s", "Optimizer time", "Peak memory"):
         table.add_column(heading, justify="right")
@@ -154,5 +154,5 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def print_sample(console: Console, sample: str) -> None:
-    """Generated text in a frame."""
-    console.print(Panel(RichText(sample), title=escape("Sample (it continues the start of the validation text)")))
+    """Print generated text in a frame."""
+    console.print(Panel(RichText(sample), title=escape("Sample (continues the beginning of the validation text)")))

@@ -22,27 +22,28 @@ from nesterov_pp.training.model import next_token_loss
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer
 
 Name = tuple[int, str]
-"""A parameter whatever the number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and name in it."""
+"""A parameter, for any number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and its name there."""
 
 
 def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) -> str:
-    """Write into ``out`` what ``source``'s newest checkpoint is with ``stages`` stages; returns what to tell people.
+    """Write ``source``'s newest checkpoint, regrouped into ``stages`` stages, to ``out``; return a message about it.
 
-    Weights, optimizer state and position are the same. The ring starts again: every version of it is the newest one,
+    Weights, optimizer state and position stay the same. The ring starts again with the newest version in every slot,
     so the first updates of the new stages are late by less than their delay, as after a drain.
 
     Args:
-        source: the folder of a run, of one process or several.
+        source: the folder of a run, in one process or several.
         out: an empty or new folder.
-        one_process: for a run of one process; default: of as many as there are stages.
+        one_process: write it for a run in one process; default: for one process per stage.
 
     Raises:
-        UserError: there is no whole checkpoint, ``out`` is not empty, or the layers do not fill that many stages.
+        UserError: there is no complete checkpoint, ``out`` is not empty, there are fewer layers than stages, or the
+            method's state cannot be regrouped.
     """
     folder = RunFolder(source)
     record = folder.recorded(resume=True)
     if record is None:
-        raise UserError(f"{source} holds no run; give the folder of one")
+        raise UserError(f"{source} holds no run; give the folder of a run")
     if not is_fresh(out):
         raise UserError(f"{out} is not empty; give an empty or new folder with --out")
     config = settle({}, record["config"])
@@ -65,21 +66,21 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
         checkpoint.write_text(RunFolder(out).config, json.dumps(record, indent=2) + "\n")
     how = f"torchrun --nproc-per-node {processes} -m" if processes > 1 else "python -m"
     return (
-        f"{out} has the run of {source} after microbatch {done}, in {stages} stages instead of {config.stages}. "
-        "The ring starts again from the newest weights: the first updates are late by less than their delay. "
-        f"Go on with: {how} nesterov_pp train --resume --out {out}"
+        f"{out} holds the run of {source} after microbatch {done}, in {stages} stages instead of {config.stages}. "
+        "The ring starts again from the newest weights, so the first updates are late by less than their delay. "
+        f"Resume with: {how} nesterov_pp train --resume --out {out}"
     )
 
 
 def _newest(source: Path, config: Config) -> dict[str, Any]:
-    """The newest whole checkpoint, as one process writes it."""
+    """Return the newest complete checkpoint, in the form that one process writes."""
     whole = {checkpoint.microbatch_of(p): [p] for p in checkpoint.checkpoints(source)}
     names = [checkpoint.stage_part(k, config.stages) for k in range(config.stages)]
     parts = [{checkpoint.microbatch_of(p): p for p in checkpoint.checkpoints(source, name)} for name in names]
     for done in set.intersection(*(set(part) for part in parts)):
         whole[done] = [part[done] for part in parts]
     if not whole:
-        raise UserError(f"{source} holds no checkpoint that all its stages have")
+        raise UserError(f"{source} holds no checkpoint that all of its stages have written")
     states = [checkpoint.load(path) for path in whole[max(whole)]]
     pipelines = [as_saved_now(state["pipeline"]) for state in states]
     together = {**pipelines[0], "stages": {i: stage for p in pipelines for i, stage in p["stages"].items()}}
@@ -87,7 +88,7 @@ def _newest(source: Path, config: Config) -> dict[str, Any]:
 
 
 def _layers_of(config: Config) -> list[list[int]]:
-    """The layers of each stage, as ``build_stages`` cuts them."""
+    """Return the layers of each stage, as ``build_stages`` cuts them."""
     cut = [k * config.layers // config.stages for k in range(config.stages + 1)]
     layers = [list(range(first + 1, last + 1)) for first, last in pairwise(cut)]
     layers[0].insert(0, 0)
@@ -113,7 +114,7 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         newest = stash["weights"][-1]
         names = _names(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
-            raise UserError(f"{old.method} keeps more than one state a parameter; its runs cannot be regrouped")
+            raise UserError(f"{old.method} keeps more than one state per parameter; its runs cannot be regrouped")
         if "shadow" in stash:
             shadows.update(zip(names, stash["shadow"].values(), strict=True))
         weights.update(zip(names, newest.values(), strict=True))
@@ -137,14 +138,14 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
 
 
 def _parts(pipe: VirtualPipeline, config: Config, processes: int) -> Iterable[tuple[str, dict[str, Any]]]:
-    """The checkpoint's files: a mark in their names and the pipeline in them."""
+    """Yield, for each file of the checkpoint, the mark in its name and the state of the pipeline in it."""
     if processes == 1:
         yield "", pipe.state_dict()
         return
     whole = pipe.state_dict()
     for k, stash in enumerate(pipe.stashes):
         own, kept = whole["stages"][k], {}
-        if pipe.recipe.linearise_at == "newest":  # several processes have a ring of one there
+        if pipe.recipe.linearise_at == "newest":  # with several processes, the ring has one version there
             ring = own["stash"]
             kept = dict.fromkeys(range(stash.oldest, stash.newest), ring["weights"][-1])
             own = {**own, "stash": {**ring, "weights": ring["weights"][-1:]}}

@@ -12,7 +12,7 @@ from nesterov_pp.training.metrics import Curves
 from nesterov_pp.training.report import perplexity, size
 
 UNDELAYED, UNCORRECTED = "gpipe-1", "pipedream"
-"""The methods that others are measured between."""
+"""The two methods between which the others are measured."""
 
 _HEADINGS = (
     "Method",
@@ -29,7 +29,7 @@ _RELATIVE = ("Slowdown", "Recovered")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row: means over a method's runs, with each seed's validation loss and their spread (highest - lowest)."""
+    """Return one row: means over a method's runs, each seed's validation loss, and their spread (highest - lowest)."""
     losses = [float(run["validation_loss"]) for run in runs]
     return {
         "method": runs[0]["method"],
@@ -46,7 +46,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
-    """(microbatches, mean validation loss over runs)."""
+    """Return the points (microbatches, mean validation loss over runs)."""
     return [
         (points[0][0], fmean(loss for _, loss in points))
         for points in zip(*(c.validation for c in curves), strict=True)
@@ -54,9 +54,9 @@ def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the rows of a method with several learning rates, the one whose first seed has the lowest loss.
+    """Return, for each method, the row of the learning rate at which its first seed has the lowest loss.
 
-    ``by_lr`` has the losses of that seed: the other seeds are run with the best rate only, and do not choose.
+    ``by_lr`` holds the losses of that seed: the other seeds run at the best rate only, and have no part in the choice.
     """
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -71,7 +71,7 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
-    """Rows with ``slowdown`` and ``recovered``, None where the methods that they compare with are not there.
+    """Return the rows with ``slowdown`` and ``recovered``, None where the methods that they compare with are missing.
 
     ``slowdown``: tokens of the method over tokens of the undelayed run to the lowest loss that both have reached.
     ``recovered``: (pipedream - method) / (pipedream - undelayed), in final losses.
@@ -91,7 +91,11 @@ def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[i
 
 
 def first_reaching(curve: Sequence[tuple[int, float]], level: float) -> float:
-    """Microbatches, interpolated, at which a curve that gets there first comes down to ``level``."""
+    """Return the number of microbatches, interpolated, at which a curve first comes down to ``level``.
+
+    Raises:
+        ValueError: the curve stays above ``level``.
+    """
     before: tuple[int, float] | None = None
     for m, loss in curve:
         if loss <= level:
@@ -104,7 +108,7 @@ def first_reaching(curve: Sequence[tuple[int, float]], level: float) -> float:
 
 
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The first method's validation loss beside the others', whichever way it falls."""
+    """Return a sentence that compares the first method's validation loss with the others', whichever is lower."""
     if len(rows) < 2:
         return ""
     first, *others = rows
@@ -120,7 +124,7 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     result = Table(title=title)
     for heading in _headings(rows):
         result.add_column(
@@ -132,7 +136,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str) -> str:
-    """The same table as a Markdown file."""
+    """Return the same table as the text of a Markdown file."""
     headings = _headings(rows)
     lines = ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
     lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
@@ -140,7 +144,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str) -> str:
 
 
 def depth_markdown(by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """Validation loss of each method (rows) at each number of stages (columns)."""
+    """Return a Markdown table of the validation loss of each method (rows) at each number of stages (columns)."""
     methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
     losses = {(row["method"], n): row["validation_loss"] for n, rows in by_depth.items() for row in rows}
     lines = ["| Stages | " + " | ".join(map(str, by_depth)) + " |", "|---" + "|--:" * len(by_depth) + "|"]

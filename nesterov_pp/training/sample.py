@@ -1,4 +1,4 @@
-"""Text from a model."""
+"""Text generation from a model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[int]:
-    """``length`` tokens that follow ``prompt``, drawn one by one from ``softmax(logits / temperature)``.
+    """Return ``length`` tokens that continue ``prompt``, drawn one by one from ``softmax(logits / temperature)``.
 
     Args:
-        predict: ``(1, n)`` int64 tokens, n <= context, to logits ``(1, n, vocabulary)``.
+        predict: maps ``(1, n)`` int64 tokens, n <= context, to logits ``(1, n, vocabulary)``.
         prompt: 1-d tokens, at least one.
-        context: how many of the last tokens ``predict`` is shown.
-        seed: of the draws; the same seed gives the same text.
+        context: the number of last tokens that ``predict`` is given.
+        seed: seed of the draws; the same seed gives the same text.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt.long()
@@ -36,5 +36,5 @@ def generate(
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which could move a terminal's cursor, as U+FFFD."""
+    """Replace control characters, which could move a terminal's cursor, by U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

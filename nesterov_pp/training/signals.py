@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop soon, not an exception in the middle of a step."""
+"""Ctrl-C and SIGTERM as a request to stop soon, instead of an exception in the middle of a step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class InterruptionError(Exception):
 
 
 class StopRequest:
-    """Inside the block the first signal is noted in ``received``; a second one acts as it would without the block.
+    """A block that notes the first signal in ``received``; a second one acts as it would without the block.
 
-    A ``patient`` one notes the second one too: a launcher passes on what the terminal has sent already, and kills what
-    does not end in time. Outside the main thread nothing is caught.
+    With ``patient``, the second one is noted too: a launcher passes on a signal that the terminal has already sent, and
+    kills processes that do not end in time. Outside the main thread, no signal is caught.
     """
 
     def __init__(self, patient: bool = False) -> None:

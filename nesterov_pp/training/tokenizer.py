@@ -1,4 +1,4 @@
-"""Text to tokens and back."""
+"""Tokenizers, from text to tokens and back."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from nesterov_pp.training.config import UserError
 
-_PIECE = 1 << 14  # characters encoded in one call, and
-_BATCH = 64  # such calls at a time: enough for every core, and little memory
+_PIECE = 1 << 14  # characters in a piece of text
+_BATCH = 64  # pieces encoded in one call: enough for every core, and little memory
 
 
 class Tokenizer(Protocol):
-    """``size`` tokens, numbered from 0. ``digest`` tells two tokenizers apart."""
+    """A tokenizer with ``size`` tokens, numbered from 0. ``digest`` tells two tokenizers apart."""
 
     size: int
     digest: str
 
     def encode(self, documents: Sequence[bytes]) -> Tensor:
-        """The tokens of the documents one after the other, a 1-d integer tensor."""
+        """Return the tokens of the documents, one after the other, as a 1-d integer tensor."""
 
     def decode(self, tokens: list[int]) -> str:
-        """Their text; what is not UTF-8 becomes U+FFFD."""
+        """Return the text of the tokens; what is not UTF-8 becomes U+FFFD."""
 
 
 class ByteTokenizer:
-    """One token a byte."""
+    """A tokenizer with one token per byte."""
 
     size = 256
     digest = "bytes"
@@ -57,7 +57,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, documents: Sequence[bytes], vocab_size: int) -> BpeTokenizer:
-        """A vocabulary of at most ``vocab_size`` tokens; the same for the same documents.
+        """Train a vocabulary of at most ``vocab_size`` tokens; the same documents give the same vocabulary.
 
         Raises:
             UserError: a document is not UTF-8.
@@ -74,13 +74,13 @@ class BpeTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> BpeTokenizer:
-        """Raises: UserError: the file is not there, or not a tokenizer."""
+        """Load a saved tokenizer; raise UserError if the file is missing or is not a tokenizer."""
         try:
             return cls(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}; without it the run cannot go on") from None
+            raise UserError(f"{path} cannot be read: {error.strerror}; the run cannot continue without it") from None
         except Exception:  # the package raises bare Exception
-            raise UserError(f"{path} is damaged; without it the run cannot go on") from None
+            raise UserError(f"{path} is damaged; the run cannot continue without it") from None
 
     def encode(self, documents: Sequence[bytes]) -> Tensor:
         pieces = _pieces(documents)
@@ -95,20 +95,20 @@ class BpeTokenizer:
 
 
 def check_text(documents: Sequence[bytes]) -> None:
-    """Raises: UserError: a document is not UTF-8."""
+    """Raise UserError if a document is not UTF-8."""
     for _ in _pieces(documents):
         pass
 
 
 def _pieces(documents: Sequence[bytes]) -> Iterator[str]:
-    """The documents as text, cut at line ends into pieces of moderate size."""
+    """Yield the documents as text, cut at line ends into pieces of moderate size."""
     for document in documents:
         try:
             text = document.decode("utf-8")
         except UnicodeDecodeError as error:
             start = document[max(0, error.start - 20) : error.start].decode("utf-8", errors="replace")
             raise UserError(
-                f"a BPE needs UTF-8 text, and the byte after {start!r} is not; use --tokenizer bytes"
+                f"--tokenizer bpe needs UTF-8 text, but the byte after {start!r} is not valid; use --tokenizer bytes"
             ) from None
         piece: list[str] = []
         size = 0

@@ -1,4 +1,4 @@
-"""One run, from the text to the report. It owns the run's files, and knows no schedule."""
+"""One run, from the text to the report. The trainer owns the run's files and does not know the schedule."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from nesterov_pp.training.signals import InterruptionError, StopRequest
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 
 PROMPT = 32
-"""Tokens of validation text that the sample continues."""
+"""The number of tokens of validation text that the sample continues."""
 
 
 @dataclass
 class Totals:
-    """Sums over a run in this process, interruptions included. Seconds are those of training steps alone."""
+    """Totals of a run in this process, across interruptions. Seconds are those of training steps alone."""
 
     seconds: float = 0.0
     optimizer_seconds: float = 0.0
@@ -46,15 +46,15 @@ class Totals:
 
 
 def train(given: Mapping[str, Any], out: Path, *, resume: bool = False, console: Console | None = None) -> None:
-    """Run or go on with a run in the folder ``out``; a run that is finished is reported again.
+    """Start or resume a run in the folder ``out``; a run that is finished is reported again.
 
     Args:
-        given: settings by the names of ``Config``; the rest are those of the run to go on with, or the defaults.
-        out: absent or empty, or with ``resume`` the folder of an unfinished run, which goes on after its newest
-            checkpoint with the losses it would have had without the interruption.
+        given: settings by their names in ``Config``; the rest are those of the run to resume, or the defaults.
+        out: an absent or empty folder, or with ``resume`` the folder of an unfinished run, which continues after its
+            newest checkpoint with the losses it would have had without the interruption.
 
     Raises:
-        UserError: a setting, the data or the folder is not usable; nothing has been changed.
+        UserError: a setting, the data or the folder is unusable; nothing has been changed.
         RunError: the loss is not finite, or a file cannot be written; the checkpoints are kept.
         InterruptionError: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
@@ -102,15 +102,15 @@ def _train(driver: Driver, given: Mapping[str, Any], out: Path, resume: bool, co
 def _settled(
     driver: Driver, given: Mapping[str, Any], folder: RunFolder, resume: bool
 ) -> tuple[Config, dict[str, Any] | None]:
-    """The configuration, and the record of the run to go on with."""
+    """Return the configuration, and the record of the run to resume (None for a new run)."""
     given = driver.settled(given)
     recorded = folder.recorded(resume=resume)
     if recorded is not None and recorded.get("processes", 1) != driver.processes:
         there = recorded.get("processes", 1)
         how = f"torchrun --nproc-per-node {there} -m" if there != 1 else "python -m"
         raise UserError(
-            f"the run in {folder.path} is one of {there} process(es), not {driver.processes}; "
-            f"go on with: {how} nesterov_pp train --resume --out {folder.path}"
+            f"the run in {folder.path} has {there} process(es), not {driver.processes}; "
+            f"resume with: {how} nesterov_pp train --resume --out {folder.path}"
         )
     config = settle(given, None if recorded is None else _part(recorded, "config", folder.config))
     config.check()
@@ -141,7 +141,7 @@ def _tokenizer(config: Config, text: Text, folder: RunFolder) -> Tokenizer:
 
 
 def _newest_checkpoint(driver: Driver, folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Raises: UserError: it is damaged, or of another run."""
+    """Return the newest checkpoint; raise UserError if it is damaged or belongs to another run."""
     state = driver.newest(folder.path)
     if state is None:
         return None
@@ -151,10 +151,10 @@ def _newest_checkpoint(driver: Driver, folder: RunFolder, record: Mapping[str, A
         for name, value in record["config"].items()
         if name not in FREE and theirs["config"].get(name) != value
     ]
-    unlike += [f"another {n.split('_')[0]}" for n in ("data_digest", "tokenizer_digest") if theirs[n] != record[n]]
+    unlike += [f"different {n.split('_')[0]}" for n in ("data_digest", "tokenizer_digest") if theirs[n] != record[n]]
     if unlike:
         name = f"the checkpoint in {folder.path} after microbatch {state['microbatch']}"
-        raise UserError(f"{name} is of another configuration ({unlike[0]}); remove it, or give another --out")
+        raise UserError(f"{name} belongs to another configuration ({unlike[0]}); remove it, or give another --out")
     return state
 
 
@@ -176,11 +176,11 @@ class _Run:
         self.validation = corpus.validation_batches(config.eval_batches, config.batch, config.context)
 
     def announce(self, text: Text) -> None:
-        """What is about to happen, and the memory it takes."""
+        """Print what is about to run, and the memory it takes."""
         left_out = f", {text.skipped} empty or binary files left out" if text.skipped else ""
         self.console.print(
             f"{self.config.method}, {self.config.stages} stages. Data: {text.name}, "
-            f"{len(self.corpus.train):,} + {len(self.corpus.validation):,} tokens to train and validate on, "
+            f"{len(self.corpus.train):,} + {len(self.corpus.validation):,} tokens for training and validation, "
             f"vocabulary {self.tokenizer.size}{left_out}.",
             soft_wrap=True,
         )
@@ -226,7 +226,7 @@ class _Run:
             self.outputs.close()
 
     def finish(self) -> None:
-        """Plot, sample, summary (which marks the run as finished), table."""
+        """Write the plots, the sample and the summary (which marks the run as finished); print the table."""
         config, driver = self.config, self.driver
         prompt = self.corpus.validation[: min(PROMPT, config.context)].long()
         tokens = generate(
@@ -261,7 +261,7 @@ class _Run:
         if config.sample_length:
             report.print_sample(self.console, sample)
         report.print_summary(self.console, summary)
-        self.console.print(f"Loss curves, sample and metrics are in {self.folder.path}.", soft_wrap=True)
+        self.console.print(f"The loss curves, the sample and the metrics are in {self.folder.path}.", soft_wrap=True)
 
     def _step(self, m: int) -> float | None:
         begin = time.perf_counter()
@@ -287,23 +287,23 @@ class _Run:
 
     def _save(self, done: int) -> None:
         self._sum_up()
-        # Every line up to here is on the disk before the checkpoint that counts on it.
+        # Every line up to here is on disk before the checkpoint that relies on it.
         state = {"metrics_bytes": self.outputs.sync(), "record": self.record, "totals": asdict(self.sums)}
         self.driver.save(self.folder.path, done, state)
 
     def _diverged(self, loss: float, microbatch: int) -> None:
         saved = checkpoint.checkpoints(self.folder.path)
-        kept = f"{saved[-1]} is kept" if saved else "no checkpoint was due before"
+        kept = f"{saved[-1]} is kept" if saved else "no checkpoint has been written yet"
         advice = "try a smaller --lr, or --max-grad-norm 1"
         raise RunError(f"the loss is {loss} at microbatch {microbatch}; {kept}; {advice}")
 
     def _how_to_go_on(self, done: int, number: int) -> str:
         name = "Ctrl-C" if number == 2 else "SIGTERM"
         command = self.driver.command(self.folder.path)
-        return f"stopped by {name} after microbatch {done} of {self.config.microbatches}; go on with: {command}"
+        return f"stopped by {name} after microbatch {done} of {self.config.microbatches}; resume with: {command}"
 
 
 def _peak_memory() -> int:
-    """Of this process so far, resident, in bytes."""
+    """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

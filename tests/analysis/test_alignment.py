@@ -1,4 +1,4 @@
-"""Proposition 1's cosine: along recorded trajectories, and measured through the ring."""
+"""The cosine of Proposition 1, computed along recorded trajectories and measured through the ring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nesterov_pp.analysis import AlignmentMeter, cosine, linear_rule, lookahead_
 
 
 def noisy_quadratic(momentum: float, delay: int, noise: float = 1.0) -> torch.Tensor:
-    """Weights of 50 dimensions, curvatures from 0.01 to 1, 4,000 updates at lr 0.1."""
+    """Return a trajectory of 4,000 updates at lr 0.1 in 50 dimensions, with curvatures from 0.01 to 1."""
     draw = np.random.default_rng(0)
     curvature = np.geomspace(0.01, 1.0, 50)
     run = simulate(
@@ -47,7 +47,7 @@ def test_the_cosine_tends_to_one_with_the_momentum():
     ids=["ema", "nag", "nadam at 1000"],
 )
 def test_noise_alone_gives_the_closed_form(rule, delay):
-    """The recurrence in 2,000 dimensions on pure noise, its moment against the displacement that follows."""
+    """Run the recurrence in 2,000 dimensions on pure noise; compare its moment with the displacement that follows."""
     draw = np.random.default_rng(0)
     moments, points = [np.zeros(2000)], [np.zeros(2000)]
     for _ in range(1200):
@@ -66,7 +66,7 @@ def test_noise_alone_gives_the_closed_form(rule, delay):
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 def test_the_proposition_s_w_is_the_average_without_look_ahead(momentum):
-    """Along w of Eq. 10 the cosine under noise is that of the rule "ema"."""
+    """Along the w of Eq. 10, the cosine under noise is that of the rule "ema"."""
     draw = np.random.default_rng(0)
     rule = linear_rule("nag", momentum=momentum)
     run = simulate(lambda w: draw.standard_normal(2000), np.zeros(2000), rule, step=1.0, delay=0, updates=600)
@@ -110,7 +110,7 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("tau", "every"), [(1, 1), (3, 5), (3, 2)])
 def test_the_meter_measures_what_full_copies_give(name, tau, every):
-    """The look-ahead from the recurrence of its own moments, the displacement from copies of all versions."""
+    """The expected look-ahead comes from moments computed here, the displacement from copies of all versions."""
     module = stage()
     stash = npp.WeightStash(module, versions=tau + 1)
     optimizer = RULES[name](module.parameters(), stash=stash)
@@ -118,7 +118,7 @@ def test_the_meter_measures_what_full_copies_give(name, tau, every):
     versions = [flat(module.parameters())]
     looks: dict[int, torch.Tensor] = {}
     m = v = torch.zeros_like(versions[0])
-    sign = -1.0 if name == "upwards" else 1.0  # moments are of what is stepped against
+    sign = -1.0 if name == "upwards" else 1.0  # with maximize, the moments average the negated gradient
     begun, seen = None, {}
     for t in range(24):
         late = max(0, t - tau)
@@ -182,15 +182,15 @@ def test_a_saved_measurement_that_does_not_fit():
     with pytest.raises(ValueError, match="of a stage with other parameters"):
         meter.load_state_dict({"version": 0, "direction": [torch.zeros(3)]})
     good = [torch.zeros_like(p) for p in module.parameters()]
-    meter.load_state_dict({"version": 5, "direction": good})  # a version that does not exist here
+    meter.load_state_dict({"version": 5, "direction": good})  # this ring has no such version
     assert meter.state_dict() == {"version": None, "direction": []}
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: lookahead_cosines(torch.zeros(4, 2), 0), "needs to be at least 1"),
-        (lambda: lookahead_cosines(torch.zeros(4, 2), 3), "at least 5 points, not 4"),
+        (lambda: lookahead_cosines(torch.zeros(4, 2), 0), "delay must be at least 1, and .* not 0 and 4"),
+        (lambda: lookahead_cosines(torch.zeros(4, 2), 3), "at least 5 points, not 3 and 4"),
         (lambda: noise_cosine(linear_rule(), 0), "delay must be at least 1, not 0"),
         (lambda: _meter(versions=1, every=1), "without a delay has no displacement"),
         (lambda: _meter(versions=2, every=0), "every must be at least 1 update, not 0"),

@@ -66,7 +66,7 @@ def test_a_real_process_has_defaults_for_the_rest(place: Path) -> None:
         "late by 2 updates, momentum 0.99",
         "uniform 0 to 4",
         "geometric, mean 2",
-        "The plot is runs/analysis.png.",
+        "The plot is in runs/analysis.png.",
     ):
         assert part in result.stdout
     assert (place / "runs" / "analysis.png").stat().st_size > 10_000
@@ -83,16 +83,16 @@ BAD = [
     ("--step inf", "argument --step"),
     ("--random normal:3", "needs uniform:LOW:HIGH, geometric:MEAN, gamma:MEAN:SHAPE or trace:FILE, not 'normal:3'"),
     ("--random uniform:0:6,", "argument --random: needs uniform:LOW:HIGH"),
-    ("--random uniform:6:0", "'uniform:6:0': a uniform delay goes from"),
-    ("--random uniform:0:2000", "'uniform:0:2000': a uniform delay goes from"),
+    ("--random uniform:6:0", "'uniform:6:0': a uniform delay needs whole numbers with 0 <= low <= high"),
+    ("--random uniform:0:2000", "'uniform:0:2000': a uniform delay needs whole numbers with 0 <= low <= high"),
     ("--random uniform:a:2", "'uniform:a:2': 'a' is not a whole number"),
     ("--random geometric:x", "'geometric:x': 'x' is not a number"),
     ("--random gamma:3:0", "a shape of at least 1"),
-    ("--random trace:nowhere.txt", "'trace:nowhere.txt': it cannot be read (No such file or directory)"),
+    ("--random trace:nowhere.txt", "'trace:nowhere.txt': the file cannot be read (No such file or directory)"),
     ("--random trace:words.txt", "'five' is not a whole number"),
-    ("--random trace:empty.txt", "a trace holds at least one delay"),
-    ("--out plot.pdf", "--out plot.pdf cannot be the plot; give the name of a .png file"),
-    ("--out folder.png", "--out folder.png cannot be the plot"),
+    ("--random trace:empty.txt", "a trace must hold at least one delay"),
+    ("--out plot.pdf", "--out plot.pdf cannot be used for the plot; give the name of a .png file"),
+    ("--out folder.png", "--out folder.png cannot be used for the plot"),
     ("--out delays.txt/plot.png", "--out delays.txt cannot be created: "),
     ("--tau 3", "unrecognized arguments: --tau 3"),
 ]

@@ -1,4 +1,4 @@
-"""Rates on convex objectives, by simulation, and the simulator by the optimizer itself."""
+"""Simulated rates on convex objectives, and the simulator checked against the optimizer itself."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_simulator_is_eq_10_and_the_optimizer(delay, schedule):
 @pytest.mark.parametrize("delay", [2, 3, 7])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_the_envelope_on_a_quadratic_has_the_derived_power(delay, share):
-    """``-3/2 + 2 lr lambda (tau - 1)``: -1 at a share of 1/4, and no decay at 3/4."""
+    """The power is ``-3/2 + 2 lr lambda (tau - 1)``: -1 at a share of 1/4, and no decay at 3/4."""
     step = share / (delay - 1)
     values = run(quadratic(1.0), 1.0, step=step, delay=delay)
     assert envelope_power(step, delay) == pytest.approx(2 * share - 1.5)
@@ -77,7 +77,7 @@ def test_the_envelope_on_a_quadratic_has_the_derived_power(delay, share):
     ids=["quadratic", "log-cosh"],
 )
 def test_the_gap_is_o_of_1_over_t_at_the_safe_step(objective, start, delay):
-    """``t (f - f*)`` reaches its highest value early and does not rise again, whatever the directions' curvatures."""
+    """``t (f - f*)`` peaks early and does not rise again, whatever the curvatures of the directions."""
     values = run(objective, start, step=safe_convex_step(objective.smoothness, delay), delay=delay)
     scaled = np.arange(len(values)) * values
     assert scaled[8000:].max() <= 1.02 * scaled[:8000].max()
@@ -86,7 +86,7 @@ def test_the_gap_is_o_of_1_over_t_at_the_safe_step(objective, start, delay):
 
 @pytest.mark.parametrize(("delay", "level"), [(2, 0.66), (3, 2.8), (7, 10.8)])
 def test_log_cosh_does_not_converge_at_the_step_the_theorem_is_quoted_with(delay, level):
-    """``1 / beta`` with a delay of 2 or more: a lasting oscillation, whose envelope stays where it is."""
+    """The step ``1 / beta`` with a delay of 2 or more gives a lasting oscillation with a constant envelope."""
     values = run(log_cosh(), 3.0, step=1.0, delay=delay, updates=30_000)
     assert values[-10_000:].max() == pytest.approx(level, rel=0.05)
     assert values[-1000:].max() > 0.95 * values[-20_000:-19_000].max()

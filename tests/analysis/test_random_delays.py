@@ -1,4 +1,4 @@
-"""Random delays: their transforms, the edge of the mean and that of the mean square."""
+"""Random delays: their transforms, the stability edge of the mean and that of the mean square."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DELAYS = [
 
 @pytest.mark.parametrize("delay", DELAYS, ids=lambda d: d.name)
 def test_transforms_belong_to_their_distributions(delay):
-    """At 0 they and their slopes are 1 and minus the mean; elsewhere, means over draws and difference quotients."""
+    """At 0, a transform is 1 and its slope minus the mean; elsewhere, they match draws and difference quotients."""
     draw = np.random.default_rng(0)
     if delay.probabilities is None:
         drawn = draw.gamma(3, 2, size=200_000)
@@ -58,7 +58,7 @@ def test_a_random_delay_that_is_always_the_same_is_a_fixed_one(rule):
 
 
 def transition(rule: LinearRule, late: int, longest: int, step: float) -> np.ndarray:
-    """One update for one delay, row by row from the recurrence: the state is theta_t ... theta_{t-D}, m."""
+    """Return the matrix of one update with one delay, from the recurrence; the state is theta_t ... theta_{t-D}, m."""
     identity = np.eye(longest + 2)
     momentum = rule.gamma * identity[-1] + (1 - rule.gamma) * identity[late]
     theta = identity[0] - step * (rule.c_grad * identity[late] + rule.c_momentum * momentum)
@@ -77,7 +77,7 @@ def test_the_mean_square_radius_is_that_of_the_kronecker_square(name, step):
 
 
 def test_the_mean_follows_the_averaged_recurrence():
-    """10,000 runs with drawn delays: their mean is the recurrence with the averaged gradient, within four errors."""
+    """The mean of 10,000 runs with drawn delays is the recurrence with the averaged gradient, within four errors."""
     delay, rule, step, updates = delays.uniform(0, 4), linear_rule("nag", momentum=0.8), 0.1, 30
     draw = np.random.default_rng(1)
     late = draw.integers(0, 5, size=(updates, 10_000))
@@ -96,7 +96,7 @@ def test_the_mean_follows_the_averaged_recurrence():
 
 
 def test_single_runs_stray_long_before_their_mean_does():
-    """SGD under geometric delays of mean 7: the mean bears a step of 30, the mean square about half of one."""
+    """Under geometric delays of mean 7, the mean of SGD tolerates a step of 30, the mean square about 0.5."""
     delay = delays.geometric(7)
     assert max_stable_step("sgd", delay=delay) == pytest.approx(30)
     edge = max_mean_square_step("sgd", delay=delay)
@@ -114,7 +114,7 @@ def test_single_runs_stray_long_before_their_mean_does():
 
 
 def test_what_mean_squares_cannot_do_is_said():
-    with pytest.raises(ValueError, match="need a delay in whole updates"):
+    with pytest.raises(ValueError, match="needs a delay in whole updates"):
         max_mean_square_step("sgd", delay=delays.gamma(3))
     with pytest.raises(ValueError, match="of at most 300 updates"):
         max_mean_square_step("sgd", delay=delays.fixed(301))

@@ -41,7 +41,8 @@ def test_roots_solve_the_characteristic_equation_rightmost_first(rate):
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99, 1.01, 2.0, 4.2, 4.3, 8.0])
 @pytest.mark.parametrize("delay", RANDOM, ids=lambda d: d.name)
 def test_no_root_lies_right_of_the_one_that_was_found(delay, share):
-    """Counted by how often ``f(s) = s + b L(s)`` winds around 0 along a half disc that holds all roots to its right."""
+    """Count the roots by how often ``f(s) = s + b L(s)`` winds around 0 along a half disc that holds all roots to the
+    right of a line."""
     rate = share * fastest_rate(delay)
     root = damping(rate, delay).root
     assert abs(root + rate * delay.transform(root)) < 1e-9
@@ -58,20 +59,20 @@ def roots_right_of(line: float, rate: float, delay: delays.Delay) -> int:
     along = np.concatenate([up, arc])
     values = along + rate * delay.transform(along)
     turned = np.angle(values[1:] / values[:-1])
-    assert np.abs(turned).max() < 1.0  # fine enough to be followed
+    assert np.abs(turned).max() < 1.0  # the grid is fine enough to follow the angle
     return round(-float(turned.sum()) / (2 * math.pi))
 
 
 @pytest.mark.parametrize("shape", [1.5, 2, 3, 10, 1000])
 def test_a_gamma_delay_has_a_closed_edge(shape):
-    """On the axis ``arg s (1 + s theta)^k = pi`` gives ``omega theta = tan(pi / 2k)``."""
+    """On the imaginary axis, ``arg s (1 + s theta)^k = pi`` gives ``omega theta = tan(pi / 2k)``."""
     angle = math.pi / (2 * shape)
     edge = math.tan(angle) * shape / 7 / math.cos(angle) ** shape
     assert stability_edge(delays.gamma(7, shape)) == pytest.approx(edge, rel=1e-9)
 
 
 def test_an_exponential_delay_is_a_second_order_system():
-    """``s (1 + s theta) + b = 0``: critical at ``b = 1 / (4 theta)``, never unstable."""
+    """``s (1 + s theta) + b = 0`` is critical at ``b = 1 / (4 theta)`` and never unstable."""
     delay = delays.gamma(7, 1)
     assert stability_edge(delay) == math.inf
     assert fastest_rate(delay) == pytest.approx(1 / 28, rel=1e-9)
@@ -94,7 +95,7 @@ def test_regimes_follow_each_other_as_the_rate_grows():
 
 
 def integrate(rate: float, values: list[int], shares: list[float], length: int) -> np.ndarray:
-    """``x' = -rate sum_k p_k x(t - tau_k)``, ``x = 1`` up to 0, by Heun's method with 200 steps an update."""
+    """Integrate ``x' = -rate sum_k p_k x(t - tau_k)``, ``x = 1`` up to 0, by Heun's method, 200 steps per update."""
     h = 1 / 200
     lag = [200 * v for v in values]
     start = max(lag)
@@ -112,7 +113,7 @@ def test_the_equation_itself_decays_like_the_rightmost_root(delay, values, share
     rate = share * fastest_rate(delay)
     expected = damping(rate, delay)
     x = integrate(rate, values, [1 / len(values)] * len(values), 80)
-    # Whole periods apart, the oscillation is at the same phase.
+    # At points whole periods apart, the oscillation is in the same phase.
     apart = 35.0 if expected.period == math.inf else expected.period * (35 // expected.period)
     first, last = x[200 * 20], x[200 * 20 + round(200 * apart)]
     assert math.log(first / last) / apart == pytest.approx(expected.decay, rel=1e-3)

@@ -26,9 +26,9 @@ from nesterov_pp.analysis import (
 from nesterov_pp.optim import coefficients
 
 EXACT = 1e-9
-"""Relative: the eigenvalues' rounding, where two roots are not close to each other."""
+"""The relative tolerance: the rounding of the eigenvalues where no two roots are close to each other."""
 
-# Rule, momentum, horizon as a multiple of the delay (None: the rule's own), and the edges for delays 1, 2, 5, 7, 31.
+# Rule, momentum, horizon as a multiple of the delay (None: the rule's own), edges for delays 1, 2, 5, 7 and 31.
 TABLE = [
     ("sgd", 0.9, None, [1.0, 0.618, 0.285, 0.209, 0.0499]),
     ("ema", 0.9, None, [1.0, 0.513, 0.215, 0.158, 0.0418]),
@@ -61,7 +61,7 @@ def test_sgd_has_a_closed_form(delay):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
 def test_without_a_delay_the_edge_is_where_minus_one_is_a_root(momentum):
-    """``P(-1) = 0`` at delay 0: heavy ball ``2 (1 + gamma)``, and Nesterov's by hand."""
+    """At delay 0, ``P(-1) = 0`` gives ``2 (1 + gamma)`` for heavy ball; the other edges are derived by hand."""
     assert max_stable_step("heavy-ball", momentum=momentum) == pytest.approx(2 * (1 + momentum), rel=EXACT)
     ema = 2 * (1 + momentum) / (1 - momentum)
     assert max_stable_step("ema", momentum=momentum) == pytest.approx(ema, rel=EXACT)
@@ -71,7 +71,7 @@ def test_without_a_delay_the_edge_is_where_minus_one_is_a_root(momentum):
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-5, 1.01e-6, 0.99e-6, 1e-8, 1e-10])
 def test_a_momentum_close_to_one_is_no_matter(gap):
-    """Without a delay by hand, as above; with one, the limit to the first order in the gap, which the bound holds."""
+    """Without a delay, the edge is derived by hand, as above; with one, the limit holds to first order in the gap."""
     gamma = 1 - gap
     edge = 2 * (1 + gamma) / ((1 - gamma) * (1 + 2 * gamma))
     assert max_stable_step("nag", momentum=gamma) == pytest.approx(edge, rel=1e-6)
@@ -108,7 +108,7 @@ def test_every_rule_is_worth_a_horizon():
 
 
 def test_eq_10_as_it_is_written():
-    """``z^(tau+2) - (1 + g) z^(tau+1) + g z^tau + a c [(1 + g) z - g]``, from the w of Eq. 10."""
+    """The w of Eq. 10 gives ``z^(tau+2) - (1 + g) z^(tau+1) + g z^tau + a c [(1 + g) z - g]``."""
     gamma, step, tau = 0.8, 0.3, 4
     expected = np.zeros(tau + 3)
     expected[:3] = 1, -(1 + gamma), gamma
@@ -131,7 +131,7 @@ def test_the_rules_have_the_optimizers_scalars():
 
 
 def grows(rule: LinearRule, delay: int, step: float) -> bool:
-    """Whether the recurrence itself grows in the long run, from its last stretch and the one before."""
+    """Return whether the recurrence itself grows in the long run, comparing its last third with the third before."""
     run = simulate(quadratic(1.0).gradient, 1.0, rule, step=step, delay=delay, updates=40 * (delay + 1) * 40)
     size = np.abs(run.points[:, 0])
     if len(size) <= 40 * (delay + 1) * 40:
@@ -151,7 +151,7 @@ def test_the_recurrence_decays_below_the_edge_and_grows_above(rule, delay, momen
 
 @pytest.mark.parametrize("factor", [0.97, 1.05])
 def test_the_optimizer_with_its_ring_has_that_edge(factor):
-    """``npp.NAG`` and a ``WeightStash``, on a quadratic in two dimensions whose steeper one decides."""
+    """Run ``npp.NAG`` with a ``WeightStash`` on a quadratic in two dimensions, the steeper of which decides."""
     tau, momentum, steep = 5, 0.9, 3.0
     module = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
     torch.nn.init.ones_(module.weight)
@@ -177,7 +177,7 @@ def test_the_optimizer_with_its_ring_has_that_edge(factor):
     horizon=st.floats(0.0, 30.0),
 )
 def test_companion_matrix_and_unit_circle_agree(rule, delay, momentum, horizon):
-    """Two ways that share nothing but the polynomial: eigenvalues with brackets, and ``a(phi)`` on the circle."""
+    """Compare two ways that share only the polynomial: eigenvalues with brackets, and ``a(phi)`` on the circle."""
     ahead = horizon if rule in ("nag", "extrapolation") else None
     scalars = linear_rule(rule, momentum=momentum, horizon=ahead)
     edge = max_stable_step(scalars, delay=delay)
@@ -185,7 +185,7 @@ def test_companion_matrix_and_unit_circle_agree(rule, delay, momentum, horizon):
     assert spectral_radius(scalars, delay, 0.999 * edge) < 1.0 < spectral_radius(scalars, delay, 1.001 * edge)
 
 
-@settings(max_examples=25, deadline=None)  # a busy machine is no fault
+@settings(max_examples=25, deadline=None)  # a slow, busy machine is not a failure
 @given(delay=st.integers(1, 12), momentum=st.floats(0.0, 0.97))
 def test_no_step_is_faster_than_the_fastest(delay, momentum):
     step, radius = fastest_step("nag", momentum=momentum, delay=delay)
@@ -200,17 +200,17 @@ def test_no_step_is_faster_than_the_fastest(delay, momentum):
     ("options", "message"),
     [
         ({"rule": "adam"}, "unknown rule 'adam'; choose one of sgd, ema"),
-        ({"momentum": 1.0}, "momentum must be from 0 to below 1, not 1.0"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1, not 1.0"),
         ({"momentum": math.nan}, "momentum must be"),
         ({"delay": -1}, "delay must be a whole number of updates, at least 0, not -1"),
         ({"delay": 1.5}, "delay must be a whole number"),
         ({"horizon": -1.0}, "horizon must be a number of updates, at least 0, not -1.0"),
         ({"rule": "ema", "horizon": 2}, "rule 'ema' does not look ahead"),
         ({"rule": "extrapolation", "momentum": 0.0}, "extrapolation needs a momentum above 0"),
-        ({"update": 5}, "for rule 'nadam'"),
-        ({"rule": "nadam", "update": 0}, "update counts from 1"),
+        ({"update": 5}, "is for rule 'nadam' only"),
+        ({"rule": "nadam", "update": 0}, "update must be at least 1"),
         ({"delay": delays.gamma(3.0)}, "suits the SDDE only"),
-        ({"momentum": 1 - 1e-12}, "a momentum from 0 to 1 - 1e-10 and a gain above 0 are needed"),
+        ({"momentum": 1 - 1e-12}, "a rule needs a momentum from 0 to 1 - 1e-10 and a gain above 0"),
         ({"rule": LinearRule(0.9, 1.0, -1.0)}, "a gain above 0"),
     ],
 )

@@ -29,7 +29,7 @@ def shell(name: str, script: str, limit: float = 10.0, **options: object) -> Par
 
 
 def ends(pid: int) -> bool:
-    """Whether a process that was killed is gone, or waits for nothing but its parent, soon."""
+    """Return whether a killed process is gone within 5 s, or only waits for its parent to reap it."""
     stat, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 5
     while time.monotonic() < end:
         try:
@@ -59,7 +59,7 @@ def test_the_line_shown_is_the_last_that_matches_and_has_to_be_there():
     script = "echo 1 passed; echo 2 passed; echo more"
     assert run_part(shell("a", script, headline=r"\d passed"), 10, ENVIRONMENT).line == "2 passed"
     outcome = run_part(shell("a", script, headline="SUMMARY"), 10, ENVIRONMENT)
-    assert (outcome.outcome, outcome.line) == (FAILED, "no line of its output has 'SUMMARY'")
+    assert (outcome.outcome, outcome.line) == (FAILED, "no line of its output matches 'SUMMARY'")
 
 
 @pytest.mark.parametrize("trap", ["", "trap '' INT;"])
@@ -145,7 +145,7 @@ def test_without_a_gpu_one_sentence_says_so_and_nothing_is_done(tmp_path, capsys
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("gpu-check needs a GPU, and ")
+    assert printed.err.startswith("gpu-check needs a GPU, but ")
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -272,7 +272,7 @@ def test_ratios_are_those_of_single_rounds():
         roofline.COPY: [(1.0, 0.0), (1.0, 0.0), (8.0, 0.0)],
     }
     found = roofline.measured(row, 2, samples, "first", copied=40)
-    assert found["of_copy"] == [0.375, 0.5, 0.75]  # between the rounds' 0.25, 0.5 and 1
+    assert found["of_copy"] == [0.375, 0.5, 0.75]  # between the ratios of the rounds: 0.25, 0.5 and 1
     assert found["times_ours"] == [1.5, 2.0, 3.0]
     assert found["host_us"] == [1e5, 1e5, 1e5]
 

@@ -1,4 +1,4 @@
-"""Test files side by side: what is run, counted and told."""
+"""Test files run side by side: which ones run, how outcomes are counted, what is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    # Without this project's own settings for pytest.
+    # Leave out this project's own pytest settings.
     plain = ("-q", "-p", "no:cacheprovider", "-c", os.devnull)
     return [sys.executable, "-m", "benchmarks.side_by_side", *map(str, arguments), "--", *plain]
 
@@ -62,7 +62,7 @@ def test_files_can_be_left_out_and_tests_chosen(folder):
 def test_a_path_that_is_not_there_is_named(folder):
     status, output = ran(folder / "nothing")
     assert status == 2
-    assert f"there is no {folder / 'nothing'}" in output
+    assert f"{folder / 'nothing'} does not exist" in output
 
 
 def test_an_interrupted_run_counts_what_was_done(folder):

@@ -1,4 +1,4 @@
-"""The plain loops do what they say, and the table's ratios are those of the rounds."""
+"""The plain loops compute what their names say, and the ratios in the table are those of the rounds."""
 
 from __future__ import annotations
 

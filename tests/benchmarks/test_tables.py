@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, and the examples in it run."""
+"""The figures in the README and docs are those of the committed results, and the README's examples run."""
 
 from __future__ import annotations
 

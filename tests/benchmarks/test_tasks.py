@@ -1,4 +1,4 @@
-"""The comparisons on other tasks: their networks, their data, their table."""
+"""The comparisons on other tasks: networks, data and table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks import images, tasks, texts
 
 
 def test_it_reads_trains_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two classes that differ in brightness, in folders of a zip."""
+    """Use two classes that differ in brightness, in folders inside a zip file."""
     draw = np.random.default_rng(0)
     for part in ("train", "test"):
         with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as file:
@@ -78,10 +78,13 @@ def test_the_first_seed_tries_every_rate_and_the_others_the_best(monkeypatch: py
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("images --data nowhere", "nowhere has no train.zip and test.zip"),
+        ("images --data nowhere", "nowhere must contain train.zip and test.zip"),
         ("language --data nowhere.txt", "nowhere.txt does not exist"),
         ("language --precision float64", "--precision takes float32 and bfloat16, not float64"),
-        ("language --methods nesterov-no-stash --precision bfloat16", "use a method with a stash, or no autocast"),
+        (
+            "language --methods nesterov-no-stash --precision bfloat16",
+            "or turn autocast off",
+        ),
         ("language --methods adam", "unknown method 'adam'"),
     ],
 )
@@ -99,7 +102,7 @@ def test_the_stages_fit_together() -> None:
 
 
 def test_the_stages_of_the_encoder_decoder_fit_together() -> None:
-    """And none of its outputs knows a byte that comes later."""
+    """The outputs have the expected shape, and none of them depends on a later byte."""
     stages = [stage.eval() for stage in texts.encoder_decoder()]
     assert len(stages) == 8
     source, target = torch.zeros(2, 64, dtype=torch.int64), torch.arange(64).view(2, 32)

@@ -1,4 +1,4 @@
-"""The device pass for the host, compiled once."""
+"""The device pass, compiled once for the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from on_host import library
 
 @pytest.fixture(scope="session")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Of the processes of a run the first to come compiles, and the others wait."""
+    """Compile the library in the first process of a test run that needs it; the others wait."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "host"
     folder.mkdir(exist_ok=True)
@@ -23,4 +23,4 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def tensors_of_the_backend() -> None:
-    """The tests of this folder name their devices themselves."""
+    """Override the fixture that moves tensors: the tests in this folder name their devices themselves."""

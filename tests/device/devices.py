@@ -1,4 +1,4 @@
-"""Where the backends for devices are tested: on a GPU, or by Triton's interpreter without."""
+"""The device on which the device backends are tested: a GPU, or the CPU with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = ["triton", "cuda"] if GPU else ["triton"]
 SIZES = [0, 1, 3, 64, 1000, 4096, 16384, 17_001]
-SMALL = [0, 1, 3, 64, 1000, 130, 5, 1025]  # where what is tested does not lie in the chunks
+SMALL = [0, 1, 3, 64, 1000, 130, 5, 1025]  # for tests that do not depend on chunks
 
 
 def skip_without_any() -> None:
-    """Skip a module's tests where nothing runs them."""
+    """Skip a module's tests if neither a GPU nor Triton's interpreter can run them."""
     if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("there is no GPU; `make test` runs these under TRITON_INTERPRET=1 too", allow_module_level=True)
     module, reason = extension.load()
@@ -34,6 +34,6 @@ def needs(backend: str) -> None:
 
 
 def values(dtype: torch.dtype, sizes: list[int] = SIZES, seed: int = 0) -> list[torch.Tensor]:
-    """Normal numbers on the CPU."""
+    """Draw normally distributed numbers on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, generator=generator).to(dtype) for n in sizes]

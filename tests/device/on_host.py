@@ -22,7 +22,7 @@ I64, F64 = ctypes.c_int64, ctypes.c_double
 
 @cache
 def library(folder: Path) -> ctypes.CDLL:
-    """Compiles ``host.cpp`` into ``folder`` if need be; raises ``FileNotFoundError`` where there is no compiler."""
+    """Load ``host.cpp``, compiled into ``folder`` if needed; raise ``FileNotFoundError`` if there is no compiler."""
     target = folder / "host.so"
     flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
@@ -48,7 +48,7 @@ def library(folder: Path) -> ctypes.CDLL:
 
 
 class Table:
-    """A table of tensors with ``slots`` ring slots, as the host keeps it."""
+    """The host's copy of a table of tensors with ``slots`` ring slots."""
 
     def __init__(self, lib: ctypes.CDLL, sizes: Sequence[int], slots: int) -> None:
         self.lib, self.sizes, self.slots = lib, list(sizes), slots
@@ -112,8 +112,13 @@ class Table:
         blocks: int = 3,
         threads: int = 5,
     ) -> None:
-        """One pass; ``rows`` is float64 of shape [rows, 10]: coefficients and the number of the step; for a ``kind`` of
-        correction [rows, 17]. ``slots``: of the gradients, of the weights read and written."""
+        """Run one pass.
+
+        Args:
+            rows: float64 of shape [rows, 10], the coefficients and the step number; [rows, 17] with a ``kind`` of
+                correction.
+            slots: the slots of the gradients, of the weights read and of the weights written.
+        """
         chunks = self.chunks()
         assert rows.dtype == torch.float64
         assert rows.shape[1] == self.lib.words_of_row(int(kind is not None))

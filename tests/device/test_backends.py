@@ -1,4 +1,4 @@
-"""The optimizers on the backends for devices, beside the cpu backend: on a GPU, or by Triton's interpreter without."""
+"""The optimizers on the device backends compared with the cpu backend: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.device.devices import BACKENDS, DEVICE, GPU, SIZES, needs, skip_witho
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 EXACT = {"rtol": 0.0, "atol": 0.0}
-ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # where a sum was taken in another order
+ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # for sums that are taken in another order
 
 skip_without_any()
 
@@ -26,7 +26,7 @@ def backend(request) -> str:
 
 
 def trained(kind, backend: str, dtype=F32, *, sizes=SIZES, steps: int = 3, missing=(), view=None, **options):
-    """Parameters and optimizer after some steps; ``view`` makes tensors of another layout out of plain ones."""
+    """Return parameters and optimizer after some steps; ``view`` gives plain tensors another layout."""
     device = "cpu" if backend == "cpu" else DEVICE
     view = view or (lambda t: t)
     ps = [nn.Parameter(view(w.to(device))) for w in values(dtype, sizes)]
@@ -103,7 +103,7 @@ def strided(t: torch.Tensor) -> torch.Tensor:
 
 
 def shifted(t: torch.Tensor) -> torch.Tensor:
-    """The same values at an address that is no multiple of 16."""
+    """Return the values of ``t`` at an address that is not a multiple of 16."""
     return torch.cat([t.new_zeros(1), t])[1:]
 
 
@@ -144,7 +144,7 @@ def test_a_ring(backend):
 
 
 class Scaler:
-    """What ``torch.amp.GradScaler`` leaves on an optimizer for its step."""
+    """The attributes that ``torch.amp.GradScaler`` sets on an optimizer for its step."""
 
     def __init__(self, scale: float, found: bool) -> None:
         self.grad_scale = torch.full((), scale, device=DEVICE)
@@ -152,7 +152,7 @@ class Scaler:
 
 
 def refuse_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would ask the device whether gradients have overflowed."""
+    """Fail if the host asks the device whether gradients have overflowed."""
 
     def asked(optimizer: npp.optim.FusedOptimizer) -> bool:
         assert not hasattr(optimizer, "found_inf"), "the host waits for the device"
@@ -287,7 +287,7 @@ def test_bad_input_is_refused_and_nothing_is_written(spoil, message, backend):
 
 
 def test_counts_that_were_loaded_onto_the_device(backend):
-    """As ``torch.load(..., map_location="cuda")`` leaves them."""
+    """``torch.load(..., map_location="cuda")`` moves the counts to the device."""
     results = []
     for name in (backend, "cpu"):
         device = "cpu" if name == "cpu" else DEVICE

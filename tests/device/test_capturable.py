@@ -1,4 +1,4 @@
-"""Steps that are counted on the device, and captured in graphs where there is a GPU."""
+"""Steps counted on the device, and captured in graphs if there is a GPU."""
 
 from __future__ import annotations
 
@@ -170,10 +170,10 @@ def test_what_cannot_be_captured_is_refused_and_nothing_is_written(backend):
     with pytest.raises(ValueError, match="parameter group 1 cannot be stepped with lr=nan"):
         optimizer.step()
     raising = npp.NAdam(ps, backend=backend, capturable=True, on_nonfinite="raise")
-    with pytest.raises(ValueError, match="on_nonfinite='raise' cannot go with capturable=True"):
+    with pytest.raises(ValueError, match="on_nonfinite='raise' cannot be used with capturable=True"):
         raising.step()
     scheduled = npp.NAG(ps, lr=0.1, momentum=npp.optim.nag.convex_schedule, backend=backend, capturable=True)
-    with pytest.raises(ValueError, match="with capturable=True give momentum as a number"):
+    with pytest.raises(ValueError, match="with capturable=True, pass momentum as a number"):
         scheduled.step()
     reference = npp.NAdam(ps, backend="reference", capturable=True)
     with pytest.raises((RuntimeError, AssertionError), match="capturable=True"):
@@ -205,7 +205,7 @@ def test_a_launch_that_fails_is_not_counted(backend, monkeypatch):
 
 
 def test_steps_that_are_captured_have_tables_of_their_own(monkeypatch):
-    """More of them than memory was pinned for; as an interpreter runs them at once, between other steps."""
+    """Capture more steps than memory was pinned for; the interpreter runs them at once, between other steps."""
     needs("triton")
     if GPU:
         pytest.skip("a GPU captures graphs, which the next tests replay")
@@ -215,7 +215,7 @@ def test_steps_that_are_captured_have_tables_of_their_own(monkeypatch):
     for step, captured in enumerate([False, True, True, False, True, False]):
         for ps in (ours, theirs):
             give_gradients(ps, step)
-            kept.extend(p.grad for p in ps)  # the next ones lie elsewhere
+            kept.extend(p.grad for p in ps)  # so that the next gradients are at other addresses
         before = None if stays is None else stays.clone()
         with monkeypatch.context() as capturing:
             capturing.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -246,7 +246,7 @@ def test_a_step_that_counts_on_the_host_is_not_captured(kind, backend, monkeypat
 
 
 def network(backend: str, rate: Any, versions: int = 1, **options: Any) -> tuple[nn.Module, Callable[[], None]]:
-    """A small one, and an update of it whose gradients are allocated anew; warm, with one update a ring slot done."""
+    """Return a small network and its update, which allocates new gradients; one update per ring slot has been done."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(70, 330), nn.LayerNorm(330), nn.Linear(330, 5)).to(DEVICE)
     stash = npp.WeightStash(module, versions=versions) if versions > 1 else None
@@ -284,7 +284,7 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 @pytest.mark.parametrize(("versions", "options"), [(1, {}), (3, {}), (3, {"correction": GapAware()})], ids=str)
 def test_replays_of_captured_steps_are_steps(versions, options, backend):
-    """One graph for every slot of the ring, replayed in turn, with a learning rate that changes."""
+    """Replay one graph for every slot of the ring, in turn, with a changing learning rate."""
     rate = torch.tensor(1e-2, device=DEVICE)
     ours, captured = network(backend, rate, versions, **options)
     theirs, update = network(backend, rate, versions, **options)
@@ -299,14 +299,14 @@ def test_replays_of_captured_steps_are_steps(versions, options, backend):
 
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
 def test_replays_and_other_steps_do_not_disturb_each_other(backend):
-    """Gradients of a step that is not captured lie elsewhere than those of a graph, and two graphs' differ too."""
+    """The gradients of uncaptured steps and of each graph are at different addresses."""
     ours, captured = network(backend, 1e-2)
     theirs, update = network(backend, 1e-2)
     graphs, kept = graphs_of(captured, 3), []
     for number in (0, None, 1, 0, None, None, 2, 2, None, 1):
         if number is None:
             captured()
-            kept.append([p.grad for p in ours.parameters()])  # the next ones lie elsewhere
+            kept.append([p.grad for p in ours.parameters()])  # so that the next ones are at other addresses
         else:
             graphs[number].replay()
         update()

@@ -1,4 +1,4 @@
-"""Corrections and predictions on the backends for devices: a GPU, or Triton's interpreter without."""
+"""Corrections and predictions on the device backends: on a GPU, or in Triton's interpreter without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code; no GPU takes part."""
+"""The machine code of the CUDA kernels; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import corrected_steps
 from benchmarks.machine_code import (
     ARCHITECTURES,
     Kernel,
     MissingToolError,
     check_host_code,
     compile_kernels,
+    corrected_uses,
     cuobjdump,
     kernels_of,
     nvcc,
@@ -28,6 +30,7 @@ def test_every_pass_is_there_and_moves_128_bits_at_a_time_without_spills(tmp_pat
         pytest.skip(str(reason))
     kernels = kernels_of(compile_kernels(tmp_path, architectures), architectures)
     assert problems(kernels) == []
+    assert corrected_steps.problems(corrected_uses(tmp_path)) == []
     names = {kernel.name for kernel in kernels}
     assert {k.architecture for k in kernels} == set(architectures)
     assert len(kernels) == len(names) * len(architectures)

@@ -1,4 +1,4 @@
-"""The backends against each other, instruction sets against each other, and the operators' contracts."""
+"""Backends and instruction sets compared with each other, and the contracts of the operators."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_every_instruction_set_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_threads_streaming_and_alignment_change_nothing(threads, offset):
-    """A new version large enough to be streamed past the caches, also at addresses that are not 16-byte aligned,
-    has the bits of a step in place on one thread."""
+    """A new version that is large enough to be streamed past the caches has the same bits as an in-place step on one
+    thread, also at addresses that are not 16-byte aligned."""
     sizes = [1 << 20, 1_500_001, 7, 64]
     rows, row_of = torch.tensor([ROW], dtype=torch.float64), [0] * len(sizes)
     t, alone = lists(torch.float32, sizes), lists(torch.float32, sizes)
@@ -200,7 +200,7 @@ def test_a_step_on_the_cpu_imports_no_kernels_for_devices():
 
 
 def test_the_import_leaves_slow_modules_to_those_who_use_them():
-    """It takes hardly longer than torch's own; the first optimizer of torch imports its compiler in any case."""
+    """The import takes hardly longer than that of torch, whose first optimizer imports the compiler in any case."""
     slow = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.pipelining", "sympy", "scipy", "triton"}
     code = f"import sys, nesterov_pp.training.distributed, nesterov_pp.cli; sys.exit(str({slow} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

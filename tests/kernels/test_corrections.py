@@ -28,7 +28,7 @@ def test_backends_equal_the_reference(dtype, backend, rule, case):
     torch.testing.assert_close(ours, expected, **MANY_STEPS[dtype])
     plain, _ = run(rule, {}, backend, dtype)
     shadow, newest, last = VERSIONS * len(SIZES), (VERSIONS - 1) * len(SIZES), len(SIZES) - 1
-    if case == "discrepancy":  # leaves the ring alone, and writes something else into the shadow
+    if case == "discrepancy":  # leaves the ring unchanged and writes other weights to the shadow
         assert not torch.equal(ours[shadow + last], ours[newest + last])
     else:
         assert not torch.equal(ours[newest + last], plain[newest + last])
@@ -97,13 +97,13 @@ def test_a_correction_of_no_strength_and_a_horizon_of_none_leave_the_bits(dtype,
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"correction": GapAware()}, "compares with the weights of a WeightStash; give stash="),
+        ({"correction": GapAware()}, "needs the older weights of a WeightStash; pass stash="),
         ({"prediction": Prediction()}, r"needs stash=WeightStash\(..., shadow='stepped'\)"),
         ({"stash": (2, "linearised"), "prediction": Prediction()}, "shadow='stepped'"),
         ({"stash": (2, "stepped")}, "needs an optimizer with a prediction"),
         (
             {"stash": (2, "linearised"), "prediction": Discrepancy(), "correction": GapAware()},
-            "does not go with GapAware",
+            "cannot be combined with GapAware",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_options_that_do_not_go_together(options, sentence):
     [
         (lambda: DelayCompensation(-1.0), "strength must be from 0"),
         (lambda: GapAware(decay=1.0), "decay must be from 0 to below 1"),
-        (lambda: Prediction("magic"), "by 'displacement' or 'momentum'"),
+        (lambda: Prediction("magic"), "by must be 'displacement' or 'momentum'"),
         (lambda: Prediction(damping=0.0), "damping must be above 0"),
         (lambda: Discrepancy(decay=0.0), "decay must be above 0"),
     ],
@@ -149,7 +149,7 @@ LOW = {
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
 def test_low_precision_is_that_of_the_reference(backend, low, rule, case):
     dtype, options = LOW[low]
-    steps = 3 if "master_weights" in options else 1  # else one rounding that differs is multiplied by the next step
+    steps = 3 if "master_weights" in options else 1  # else the next step amplifies one different rounding
     ours, optimizer = run(rule, {**CASES[case], **options}, backend, dtype, steps=steps)
     assert optimizer.backend == backend
     expected, reference = run(rule, {**CASES[case], **options}, "reference", dtype, steps=steps)
@@ -161,13 +161,13 @@ def test_low_precision_is_that_of_the_reference(backend, low, rule, case):
             torch.testing.assert_close(a, b, **MANY_STEPS[torch.float32])
         else:
             assert ulps_apart(a, b) <= ULPS[a.dtype]
-            assert (a != b).sum() <= 1 + 0.001 * a.numel()  # other random bits would change half of them
+            assert (a != b).sum() <= 1 + 0.001 * a.numel()  # different random bits would change half of the elements
 
 
 @pytest.mark.parametrize("case", ["delay compensation", "adaptive delay compensation", "gap"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_masters_without_a_delay_are_no_distance_from_their_rounded_copies(backend, case):
-    """A gradient that is not late is not corrected, though its weights are the masters' rounded ones."""
+    """A gradient that is not late is not corrected, although its weights are the rounded masters."""
 
     def steps(options: dict[str, object]) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_masters_without_a_delay_are_no_distance_from_their_rounded_copies(backe
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_masters_beside_predictions(backend):
-    """What is stepped is kept twice, in float32 and rounded in the shadow of the ring, which has the predictions."""
+    """The stepped weights are kept twice, in float32 and rounded in the shadow; the ring holds the predictions."""
     torch.manual_seed(0)
     module = nn.Linear(40, 30).bfloat16()
     stash = npp.WeightStash(module, 2, shadow="stepped")

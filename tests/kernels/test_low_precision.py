@@ -1,4 +1,4 @@
-"""bfloat16 and float16 weights and moments: conversions to the bit, and steps against the reference."""
+"""bfloat16 and float16 weights and moments: bit-exact conversions, and steps compared with the reference."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", LOW)
 def test_every_value_is_read_exactly(dtype):
-    """All 65,536 of them, into a float32 moment; infinities and NaN are compared as such."""
+    """Read all 65,536 values, the finite ones into a float32 moment; NaN must stay NaN."""
     values = every_value(dtype)
     finite = values[values.isfinite()]
     m = torch.zeros(len(finite), dtype=torch.float32)
@@ -67,8 +67,8 @@ def test_every_value_is_read_exactly(dtype):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", LOW)
 def test_results_are_rounded_to_nearest_even(dtype):
-    """Float32 results between, at and next to the midpoints of neighbours, denormals and overflow included, against
-    torch's own conversion."""
+    """Round float32 results between, at and next to the midpoints of neighbours, including denormals and overflow; the
+    results must equal torch's own conversion."""
     values = every_value(dtype)
     values = values[values.isfinite()].float()
     largest = torch.finfo(dtype).max
@@ -76,13 +76,13 @@ def test_results_are_rounded_to_nearest_even(dtype):
     beyond = torch.tensor([largest, -largest]) * torch.tensor([[1.0], [1.0001], [1.0005], [1.002], [1.01], [2.0]])
     wanted = torch.cat([near, beyond.flatten()])
     wanted = wanted[wanted.abs() < 3e38]
-    # moment = 0 + 1 (g - 0): the gradient comes in float32, so the weights are float32 and the moment is not
+    # moment = 0 + 1 (g - 0): the gradient is float32, so the weights are float32 and only the moment is low precision
     if dtype == torch.bfloat16:
         m = torch.zeros(len(wanted), dtype=dtype)
         step(torch.zeros_like(wanted), wanted, m, None, TAKE_GRADIENT)
         got = m
     else:
-        # float16: the weight is rounded on its way out; w' = 0 - (0 + 1 m), m in float32
+        # float16: the weight is rounded when it is written; w' = 0 - (0 + 1 m), m in float32
         got = torch.zeros(len(wanted), dtype=dtype)
         m = -wanted.clone()
         row = Coefficients(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
@@ -94,8 +94,8 @@ def test_results_are_rounded_to_nearest_even(dtype):
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize(("dtype", "moment"), MOMENTS)
 def test_a_step_equals_the_reference(dtype, moment, adaptive, into, isa):
-    """Computed in float32 and rounded once: at most one unit in the last place apart, and that rarely, where float32
-    results lie on either side of a midpoint."""
+    """Both compute in float32 and round once, so results differ by at most one unit in the last place, and rarely: only
+    if the float32 results lie on either side of a midpoint."""
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype, moment):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG"])
 def test_optimizers_in_low_precision(name, dtype, state_dtype):
-    """Twenty steps: the error against float64 is at most twice that of torch's own optimizer in the same precision."""
+    """After 20 steps, the error against float64 is at most twice that of torch's optimizer in the same precision."""
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(4096, generator=generator).to(dtype)
     grads = [torch.randn(4096, generator=generator).to(dtype) for _ in range(20)]

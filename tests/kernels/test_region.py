@@ -1,4 +1,4 @@
-"""Memory for lists of tensors that one pass goes over."""
+"""Memory regions for the lists of tensors that one pass reads and writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def within_page(t: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_tensors_lie_in_their_pages_as_those_they_are_like(dtype):
-    """Else loads of a pass wait for stores to addresses with the same low bits."""
+    """Otherwise loads of a pass wait for stores to addresses with the same low bits."""
     base = torch.empty(3_000_000)
     like = [base[k * 700_000 + 16 * k :][:600_000] for k in range(4)]
     assert len({within_page(t) for t in like}) == 4

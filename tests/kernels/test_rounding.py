@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16: its random bits, and what it does to weights and moments."""
+"""Stochastic rounding to bfloat16: its random bits, and its effect on weights and moments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOW = torch.bfloat16
     ],
 )
 def test_philox_gives_the_known_answers(counter, seed, expected):
-    """Those that its authors publish with Random123."""
+    """Compare with the answers that the authors publish with Random123."""
     words = philox(tuple(torch.tensor([c]) for c in counter), seed)
     assert [int(w) for w in words] == expected
 
@@ -81,7 +81,7 @@ def test_a_rerun_gives_the_same_bits_and_another_seed_others(backend, state_dtyp
 @pytest.mark.skipif(C is None, reason=str(REASON))
 @pytest.mark.parametrize("state_dtype", [None, torch.float32])
 def test_backends_instruction_sets_and_threads_take_the_same_bits(state_dtype):
-    """A weight differs from the reference's only where its value before rounding does, in the last bit of float32."""
+    """A weight differs from the reference only if its value before rounding does, in the last bit of float32."""
     expected = step(5, backend="reference", state_dtype=state_dtype)
     selected, threads = C.isa(), torch.get_num_threads()
     results = []
@@ -103,7 +103,7 @@ def test_backends_instruction_sets_and_threads_take_the_same_bits(state_dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_and_steps_take_different_bits(backend):
-    """Equal parameters with equal gradients part ways, and the same parameter is rounded anew in every step."""
+    """Equal parameters with equal gradients diverge, and a parameter is rounded with new bits in every step."""
     ps = [torch.nn.Parameter(torch.ones(4096, dtype=LOW)) for _ in range(2)]
     optimizer = npp.NAG(ps, lr=2**-10, momentum=0.0, backend=backend, stochastic_rounding=True)
     seen = []
@@ -117,12 +117,12 @@ def test_parameters_and_steps_take_different_bits(backend):
         assert set(a.unique().tolist()) == {1.0, 1.0 - 2**-8}  # the step is a quarter of the spacing below one
         assert abs(float((a != 1.0).float().mean()) - 0.25) < 0.04
         for b in seen[:i]:
-            assert 0.3 < float((a != b).float().mean()) < 0.45  # 2 (1/4)(3/4) of independent draws
+            assert 0.3 < float((a != b).float().mean()) < 0.45  # independent draws give 2 (1/4)(3/4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_steps_add_up(backend):
-    """A hundred steps of 1/40 of the spacing: rounded to nearest they are lost, stochastically they arrive."""
+    """A hundred steps of 1/40 of the spacing are lost if rounded to nearest, and add up if rounded stochastically."""
     ends = []
     for stochastic in (False, True):
         p = torch.nn.Parameter(torch.ones(10_000, dtype=LOW))
@@ -136,5 +136,5 @@ def test_small_steps_add_up(backend):
 
 
 def test_float16_is_refused():
-    with pytest.raises(ValueError, match="stochastic_rounding is for bfloat16, and a parameter is float16"):
+    with pytest.raises(ValueError, match="stochastic_rounding is for bfloat16, but a parameter is float16"):
         npp.NAdam([torch.nn.Parameter(torch.ones(3, dtype=torch.float16))], stochastic_rounding=True)

@@ -1,7 +1,7 @@
-"""Every method again in float64 numpy, from its equations, on stages small enough to differentiate by hand.
+"""Every method written again in float64 numpy from its equations, for stages small enough to differentiate by hand.
 
-A stage is ``h = tanh(W h + b)``, the last one without the tanh, and the loss the mean of squared errors. Nothing here
-calls the package.
+A stage is ``h = tanh(W h + b)``, the last one without the tanh, and the loss is the mean of squared errors. Nothing
+here calls the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def microbatch(m: int) -> tuple[Array, Array]:
 
 
 def first_weights(stage: int) -> Array:
-    """W and b of a stage as one vector."""
+    """Return W and b of a stage as one vector."""
     rng = np.random.default_rng(stage)
     w = rng.standard_normal((WIDTH, WIDTH)) / np.sqrt(WIDTH)
     return np.concatenate([w.ravel(), 0.1 * rng.standard_normal(WIDTH)])
@@ -41,7 +41,7 @@ class Stage:
         return self.forward[version]
 
     def update(self, g: Array, late: Array, delay: int) -> None:
-        """``g`` was computed with the weights ``late``, ``delay`` updates ago."""
+        """Update with ``g``, which was computed with the weights ``late``, ``delay`` updates ago."""
         self.t += 1
         self.w = self.w - self.step(g, late, delay)
         self.forward.append(self.ahead())
@@ -57,7 +57,7 @@ Draw = Callable[[int], "list[int] | None"]
 
 
 def train(stages: list[Stage], draw: Draw, microbatches: int, k: int = 1, threshold: int | None = None) -> list[float]:
-    """Losses; ``draw(m)`` are the delays of microbatch m, None if it is lost."""
+    """Train and return the losses; ``draw(m)`` gives the delays of microbatch m, or None if it is lost."""
     losses, versions = [], 0
     sums: list[list[tuple[Array, Array, int]]] = [[] for _ in stages]
     for m in range(microbatches):
@@ -140,7 +140,7 @@ class GrowingHorizon(NAdam):
 
 
 class Nesterov(Stage):
-    """Eq. 10 as it stands: w and w before, the gradient taken at w + d."""
+    """Eq. 10 in its literal form: it keeps w and the previous w, and takes the gradient at w + d."""
 
     gamma = 0.99
 
@@ -155,7 +155,7 @@ class Nesterov(Stage):
 
 
 class NoStash(NAdam):
-    """Eq. 13: momentum by the stage's place, rate by its delay, backward at the weights of the day."""
+    """Eq. 13: the momentum depends on the stage's place, the rate on its delay; backward uses the newest weights."""
 
     updates = 20
     place, stages = 1, 1
@@ -216,7 +216,7 @@ class DanaZero(Momentum):
 
 
 class DanaSlim(Momentum):
-    """The momentum's next step is taken with the gradient's."""
+    """DANA-Slim: a step along the gradient includes the next step of the momentum."""
 
     decay = 1e-4
 
@@ -231,7 +231,7 @@ class DanaDc(DanaZero):
 
 
 class ErrorFeedback(Adam):
-    """The buffer form: the forward copy alone is kept, and the last update is taken twice and given back once."""
+    """The buffer form: only the forward copy is kept; each update is applied twice and taken back once a step later."""
 
     decay = 0.0
 
@@ -342,7 +342,7 @@ class NewestBackward(Adam):
 
 
 class Rotated(Adam):
-    """Basis rotation of W with both covariances; b as plain Adam."""
+    """Basis rotation of W with both covariances; plain Adam for b."""
 
     matrix = slice(0, WIDTH * WIDTH)
 
@@ -377,7 +377,7 @@ class Rotated(Adam):
 
 
 class RotatedLight(Adam):
-    """Basis rotation of the columns of W alone, by the singular vectors of the momentum."""
+    """Basis rotation of only the columns of W, by the singular vectors of the momentum."""
 
     matrix = slice(0, WIDTH * WIDTH)
 

@@ -1,4 +1,4 @@
-"""Every recipe, step by step, against its equations in float64 numpy (``oracles.py``)."""
+"""Every recipe compared, step by step, with its equations in float64 numpy (``oracles.py``)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[type[oracles.Stage], dict[str, Any]]] = {
     "nesterov-no-stash": (oracles.NoStash, {"correction_updates": 20}),
     "swarm": (oracles.NoStash, {"correction_updates": 20}),
 }
-"""All but the undelayed methods, and ``one-step-ef-muon``, whose oracle is a loop in torch."""
+"""All methods except the undelayed ones and ``one-step-ef-muon``, whose oracle is a loop in torch."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_the_recipe_is_its_equations(name):
     "name", ["nesterov-horizon", "pipemare", "xpipe", "lwp", "dc-asgd", "gap-aware", "poly-forecast", "basis-rotation"]
 )
 def test_an_oracle_notices_that_the_correction_is_missing(name):
-    """The method without what makes it one is far away from its oracle: the tests above can fail."""
+    """A method without its correction is far away from its oracle, so the tests above can fail."""
     base = "nesterov" if name.startswith("nesterov") else "pipedream"
     oracle, options = CASES[name]
     plain = {k: v for k, v in options.items() if k != "correction_updates"}
@@ -116,7 +116,7 @@ def test_an_oracle_notices_that_the_correction_is_missing(name):
 
 
 def test_muon_with_error_feedback_is_a_loop_in_torch():
-    """Forward at x = w + (w - w before), one update late; Muon for the matrices, AdamW for the biases."""
+    """Run forward at x = w + (w - previous w), one update late, with Muon for the matrices and AdamW for the biases."""
     weights = modules(STAGES)
     matrices = [p for p in nn.ModuleList(weights).parameters() if p.dim() == 2]
     rest = [p for p in nn.ModuleList(weights).parameters() if p.dim() < 2]
@@ -160,7 +160,7 @@ def test_the_adaptive_compensation():
 
 @pytest.mark.parametrize("horizon", [1.0, 3.0])
 def test_a_horizon_in_the_step_is_a_prediction_beside_it(horizon):
-    """``NAG`` with a horizon keeps one copy of the weights; literally, it is w and x = w - lr (gamma + ... ) m."""
+    """``NAG`` with a horizon keeps one copy of the weights; the literal form keeps w and x = w - lr (gamma + ...) m."""
 
     class Literal(oracles.Momentum):
         gamma = 0.9
@@ -237,7 +237,7 @@ UNDELAYED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("base", "name"), [(base, name) for base, names in UNDELAYED.items() for name in names])
 def test_with_one_stage_nothing_is_corrected_bit_for_bit(base, name, dtype, backend):
-    """A method with one stage is its rule, as the undelayed run of another method with that rule has it."""
+    """With one stage, a method is only its rule and equals the undelayed run of another method with the same rule."""
     losses = []
     rule = {"momentum": 0.9, "weight_decay": 1e-4} if base in ("nesterov-sgd", "spectrain") else {}
     for method in (base, name):

@@ -1,4 +1,4 @@
-"""Counted bytes against measured ones: which tensors a step's result depends on, and which it changes."""
+"""Documented bytes compared with measured ones: the tensors a step depends on and those it changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nesterov_pp.pipeline import Placement, recipes
 from nesterov_pp.pipeline.stage import build_optimizer, build_stash, set_horizon
 
 ONE_PASS = [name for name, recipe in recipes().items() if of_step(recipe) is not None]
-THEORY = {  # bytes per parameter of state and step, from the papers' tables of costs
+THEORY = {  # bytes per parameter of state and step, from the cost tables of the papers
     "nesterov": (8, 28),
     "pipedream": (8, 28),
     "nesterov-sgd": (4, 20),
@@ -29,7 +29,7 @@ THEORY = {  # bytes per parameter of state and step, from the papers' tables of 
 
 
 class Step:
-    """One step of a stage whose gradient is two versions late, from the same state every time."""
+    """A step of a stage whose gradient is two versions late, always from the same state."""
 
     def __init__(self, name: str, backend: str) -> None:
         recipe = recipes()[name]
@@ -51,7 +51,7 @@ class Step:
             p.grad = torch.randn(64)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All float32 tensors of the parameter's size that the step may touch."""
+        """Return all float32 tensors of the parameter's size that the step may read or write."""
         stash, (state,) = self.stash, self.optimizer.state.values()
         (late,) = stash.parameters(stash.oldest).values()
         found = {f"version {v}": p for v in (3, 4, 5) for p in stash.parameters(v).values()}
@@ -62,7 +62,7 @@ class Step:
 
 
 def result(name: str, backend: str, change: str | None = None) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The tensors after the step, one of them changed before it, and the names of those that the step has changed."""
+    """Change one tensor, step, and return all tensors and the names of those that the step changed."""
     step = Step(name, backend)
     tensors = step.tensors()
     if change is not None:
@@ -79,12 +79,12 @@ def test_a_step_reads_and_writes_what_is_counted(name, backend):
     read = set()
     for n in after:
         other, _ = result(name, backend, n)
-        # What is left alone keeps the change that was made to it: that is no read.
+        # An untouched tensor keeps the change made to it above; this does not count as a read.
         if any(not torch.equal(other[k], after[k]) for k in after if k != n or k in written):
             read.add(n)
     cost = of_step(recipes()[name])
     assert cost is not None
-    # The weights that are read are one tensor and those written another: a slot, or its shadow.
+    # The weights are read from one tensor and written to another: a slot, or its shadow.
     assert 4 * (len(read) + len(written)) == cost.traffic, (sorted(read), sorted(written))
     assert (cost.state, cost.traffic) == THEORY.get(name, tuple(cost))
 

@@ -1,4 +1,4 @@
-"""The recipes' hyper-parameters against the paper's tables; and what holds for all of them."""
+"""The hyper-parameters of the recipes compared with the paper's tables, and properties of all recipes."""
 
 from __future__ import annotations
 

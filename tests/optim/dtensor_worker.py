@@ -1,4 +1,4 @@
-"""One of two processes that step sharded parameters: ``dtensor_worker.py SCENARIO RANK STORE``."""
+"""Run one of two processes that step sharded parameters: ``dtensor_worker.py SCENARIO RANK STORE``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STEPS = 5
 
 
 def model(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
-    """Nothing divides by two: 7 and 5 rows are split unevenly, and of the last layer's one row the second has none."""
+    """Build a model whose 7 and 5 rows split unevenly; the second process has nothing of the last layer's one row."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)]
     return torch.nn.Sequential(*layers).to(dtype)
 
 
 def batch(t: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The same on both processes: their mean is then exact."""
+    """Return a batch that is the same on both processes, so that their mean is exact."""
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(t)).to(dtype)
 
 
@@ -58,7 +58,7 @@ def assert_equal(sharded: torch.nn.Module, plain: torch.nn.Module) -> None:
 
 
 def fsdp(mesh: DeviceMesh, make: Callable, dtype: torch.dtype = torch.float32) -> None:
-    """A sharded run equals the whole one bit for bit, before and after going through a checkpoint."""
+    """Check that a sharded run equals the unsharded run bit for bit, before and after a checkpoint."""
     plain, sharded = model(dtype), shard(model(dtype), mesh)
     ours, theirs = make(sharded.parameters()), make(plain.parameters())
     assert ours.backend == "cpu"
@@ -89,7 +89,7 @@ def fsdp_masters(mesh: DeviceMesh) -> None:
 
 
 def fsdp_stochastic(mesh: DeviceMesh) -> None:
-    """Its random bits count the elements of the shard, so it has no whole run to equal; but a rerun is the same."""
+    """Check that a rerun is the same; random bits depend on shards, so there is no unsharded run to compare with."""
     ends = []
     for _ in range(2):
         net = shard(model(torch.bfloat16), mesh)
@@ -99,7 +99,7 @@ def fsdp_stochastic(mesh: DeviceMesh) -> None:
 
 
 def clipping(mesh: DeviceMesh) -> None:
-    """The norm is that of all shards together, and replicated or plain parameters count once."""
+    """Check that the norm is that of all shards together, and that replicated or plain parameters count once."""
     plain, sharded = model(), model()
     for layer in sharded[:3]:
         if isinstance(layer, torch.nn.Linear):
@@ -133,7 +133,7 @@ def tensor_parallel(mesh: DeviceMesh) -> None:
 
 
 def ring_of_shards(mesh: DeviceMesh) -> None:
-    """A late stage whose weights are sharded: steps work on the shards, and equal the whole stage's."""
+    """Check a late stage with sharded weights: the steps work on the shards and equal those of the whole stage."""
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     split = copy.deepcopy(plain)
@@ -157,7 +157,7 @@ def ring_of_shards(mesh: DeviceMesh) -> None:
 
 
 def refused_in_pipelines(mesh: DeviceMesh) -> None:
-    """What fully_shard binds itself has one version; what tensor parallelism splits has one microbatch."""
+    """Check that fully_shard modules have one version only, and that tensor parallelism is refused in pipelines."""
     with pytest.raises(ValueError, match="fully_shard keeps one version of a module's weights, so a ring of 3"):
         npp.WeightStash(shard(model(), mesh), versions=3)
     npp.WeightStash(shard(model(), mesh), versions=1)
@@ -174,7 +174,7 @@ def refused_in_pipelines(mesh: DeviceMesh) -> None:
 
 
 def nonfinite(mesh: DeviceMesh) -> None:
-    """Found in one process's shard, raised in both, and nothing is written in either."""
+    """Check that a NaN in one process's shard raises in both processes, before either writes anything."""
     p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     optimizer = npp.NAdam([p], on_nonfinite="raise")
     grad = torch.ones(4, 2)
@@ -188,7 +188,7 @@ def nonfinite(mesh: DeviceMesh) -> None:
 
 
 def scaled(p: torch.nn.Parameter, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    """Three steps, of which the second overflows in the last row: the second process's shard alone."""
+    """Take three steps, the second of which overflows in the last row, which only the second process has."""
     scaler.scale(torch.ones(()))
     for t in range(3):
         grad = torch.arange(8.0).view(4, 2) * scaler.get_scale()
@@ -205,7 +205,7 @@ def scaled(p: torch.nn.Parameter, scaler: torch.amp.GradScaler, optimizer: torch
 
 
 def grad_scaler(mesh: DeviceMesh) -> None:
-    """An overflow in one process's shard has both skip the step, and the weights are torch's."""
+    """Check that an overflow in one process's shard makes both skip the step, and that the weights are torch's."""
     ends = []
     for make in (torch.optim.NAdam, npp.NAdam, lambda ps, **o: npp.NAdam(ps, fused=True, **o)):
         p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
@@ -215,7 +215,7 @@ def grad_scaler(mesh: DeviceMesh) -> None:
 
 
 def sharded_grad_scaler(mesh: DeviceMesh) -> None:
-    """The first FSDP's: its parameters are plain tensors, and the scaler tells the other process of the overflow."""
+    """Check FSDP1's scaler: parameters are plain tensors, and the scaler tells the other process of the overflow."""
     ends = []
     for cls in (torch.optim.NAdam, npp.NAdam):
         p = torch.nn.Parameter(torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence, and not one bit changed anywhere, gradients and other versions included."""
+"""Bad input raises one clear sentence and changes no bit anywhere, including gradients and other versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 import nesterov_pp as npp
 
 NAN, INF = float("nan"), float("inf")
-# Words of an error that came from inside, not from a check.
+# Words of internal errors, which did not come from a check.
 INSIDE = re.compile(
     r"0x[0-9a-f]{4}|object at|has no attribute|not subscriptable|unsupported operand|not supported between|"
     r"INTERNAL ASSERT|incompatible function arguments|too many values|not enough values|cannot convert float|"
@@ -30,7 +30,7 @@ def gradient(p: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 class World:
-    """Every kind of optimizer in the middle of training, a ring with a microbatch in flight, and a ring in waiting."""
+    """Every kind of optimizer in mid-training, a ring with a microbatch in flight, and a ring without an optimizer."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -91,7 +91,7 @@ class World:
         return self.nadam.state[self.p]
 
     def everything(self) -> list[Any]:
-        """Plain copies of all that there is, and which objects stand where."""
+        """Return plain copies of everything, with the ids of the objects."""
         seen: list[Any] = []
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ Case = Callable[[World], Any]
 
 @contextmanager
 def put(container: Any, key: Any, value: Any) -> Iterator[None]:
-    """``container[key] = value`` inside the block."""
+    """Set ``container[key] = value`` inside the block."""
     before = container[key]
     container[key] = value
     try:
@@ -134,12 +134,12 @@ def put(container: Any, key: Any, value: Any) -> Iterator[None]:
 
 
 def new(cls: type, **options: Any) -> Case:
-    """An optimizer on a parameter of its own."""
+    """Make an optimizer on a new parameter."""
     return lambda w: cls([nn.Parameter(torch.ones(2, 2))], **{"backend": w.backend, **options})
 
 
 def of(make: Callable[[], Any], cls: type = npp.NAdam, **options: Any) -> Case:
-    """An optimizer on what ``make`` returns."""
+    """Make an optimizer on the parameters that ``make`` returns."""
     return lambda w: cls(make(), **{"backend": w.backend, **options})
 
 
@@ -148,7 +148,7 @@ def added(group: Callable[[World], Any], to: str = "nadam") -> Case:
 
 
 def stepped_with(which: str = "nadam", **changes: Any) -> Case:
-    """A step with hyper-parameters that somebody has set in the group."""
+    """Step after hyper-parameters were changed in the group."""
 
     def call(w: World) -> None:
         group = w.optimizers[which].param_groups[0]
@@ -196,7 +196,7 @@ def stepped_without_option(w: World) -> None:
 
 
 def with_gradient(change: Callable[[torch.Tensor], torch.Tensor], which: str = "nadam", index: int = 1) -> Case:
-    """A step whose gradient somebody has changed behind autograd's back."""
+    """Step after a gradient was changed behind autograd's back."""
 
     def call(w: World) -> None:
         p = w.leaves(which)[index]
@@ -231,7 +231,7 @@ def with_data(change: Callable[[torch.Tensor], torch.Tensor], index: int = 1) ->
 
 
 def loaded(change: Callable[[dict[str, Any]], Any], into: str = "nadam") -> Case:
-    """Load the optimizer's own state, after a change in place or for another thing altogether."""
+    """Load the optimizer's own state, either changed in place or replaced by the result of ``change``."""
 
     def call(w: World) -> None:
         saved = copy.deepcopy(w.optimizers[into].state_dict())
@@ -275,7 +275,7 @@ def used(version: Any, **options: Any) -> Case:
 
 
 def overwriting(w: World) -> None:
-    """One version, on which two microbatches are in flight, and a step that takes one of them."""
+    """Step with one of two microbatches in flight on the only version of a ring."""
     module = nn.Linear(2, 2)
     stash = npp.WeightStash(module, 1)
     optimizer = npp.NAdam(module.parameters(), stash=stash, backend=w.backend)
@@ -313,7 +313,7 @@ def overlapping_module() -> nn.Module:
 
 
 def schedule(value: Any) -> Case:
-    """A schedule that is fine at first."""
+    """Step with a schedule whose first value is valid."""
 
     def call(w: World) -> None:
         p = nn.Parameter(torch.ones(2))
@@ -585,7 +585,7 @@ def test_there_are_many_cases():
 
 
 def go_on(world: World) -> list[Any]:
-    """Two more good steps of everybody, the first optimizer of the ring that nobody owns included."""
+    """Take two more good steps with every optimizer, including the first one on the unowned ring."""
     world.stash.release(1)
     optimizer = npp.NAdam(world.unowned.parameters(), stash=world.free, backend=world.backend)
     for seed in (4, 5):
@@ -600,7 +600,7 @@ def go_on(world: World) -> list[Any]:
 
 @cache
 def untroubled(backend: str) -> list[Any]:
-    """Where a world ends that never saw anything bad."""
+    """Return the end of a world without any bad input."""
     return go_on(World(backend))
 
 
@@ -642,7 +642,7 @@ def test_an_expanded_moment_is_laid_out_anew_or_refused_before_anything_is_writt
 
 
 def test_a_refused_optimizer_does_not_keep_the_ring():
-    """Also while somebody still holds the error, and with it the half-made optimizer, as notebooks do."""
+    """The ring is free even while someone, such as a notebook, holds the error and thus the half-made optimizer."""
     module = nn.Linear(2, 2)
     stash = npp.WeightStash(module, 2)
     errors = []

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import nesterov_pp as npp
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised by the tracer
 @pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG", "Lion"])
 def test_a_compiled_training_step_is_the_eager_one_and_a_changed_lr_does_not_recompile(name):
     torch._dynamo.reset()

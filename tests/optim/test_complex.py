@@ -1,4 +1,4 @@
-"""Complex parameters, beside torch's."""
+"""Complex parameters, compared with torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import nesterov_pp as npp
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_complex_parameters_with_every_option(name, options, dtype, backend):
-    """Shadow real ones, of no dimension and of none elements, and with transposed gradients."""
+    """Complex parameters next to real ones, without dimensions or elements, and with transposed gradients."""
 
     def scenario(make):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What users of torch.optim rely on: state, groups, layouts, and clear errors before anything is written."""
+"""Behaviour that users of torch.optim rely on: state, groups, layouts, clear errors before anything is written."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_closure_and_copies(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_whose_memory_format_changes_goes_on(backend):
-    """``model.to(memory_format=...)`` moves the parameters from under an optimizer that has state already."""
+    """``model.to(memory_format=...)`` moves parameters whose optimizer already has state."""
     torch.manual_seed(0)
     ours = torch.nn.Conv2d(3, 8, 3)
     theirs = copy.deepcopy(ours)
@@ -150,7 +150,7 @@ def test_a_model_whose_memory_format_changes_goes_on(backend):
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "mixed"])
 def test_layouts(layout):
-    """Memory layouts of parameters and gradients change nothing in the result."""
+    """The memory layouts of parameters and gradients do not change the result."""
     base = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     if layout == "channels_last":
         value = base.clone(memory_format=torch.channels_last)
@@ -188,7 +188,7 @@ def test_swapped_and_late_parameters():
 
 
 def test_distributed_checkpoints_state_before_the_first_step_changes_nothing():
-    """``torch.distributed.checkpoint`` has optimizers without state take a step to get some; ours has it at once."""
+    """``torch.distributed.checkpoint`` steps optimizers that have no state; ours have state from the start."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     results = []
@@ -210,7 +210,7 @@ def test_distributed_checkpoints_state_before_the_first_step_changes_nothing():
 
 
 def test_the_step_is_seen_by_autograd():
-    """A graph that still needs the old weights raises instead of using the new ones."""
+    """A graph that still needs the old weights raises an error instead of using the new ones."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = npp.NAdam([p], backend=BACKENDS[0])
     loss = (p * p).sum()
@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_named_and_nothing_changes(backend, break_it, sente
 
 
 class Pair(Sequence):
-    """A sequence of its own kind, as configurations have them."""
+    """A custom sequence type, as configuration libraries have."""
 
     def __init__(self, *values):
         self.values = values

@@ -1,4 +1,4 @@
-"""Optimizers that are copied, pickled and saved, beside torch's."""
+"""Optimizers that are copied, pickled and saved, compared with torch's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import nesterov_pp as npp
 
 
 class Counting(npp.NAdam):
-    """A subclass with attributes of its own, as users write them."""
+    """A subclass with its own attributes, as users write them."""
 
     def __init__(self, params, factor: float, **options: Any) -> None:
         super().__init__(params, **options)

@@ -1,4 +1,4 @@
-"""``torch.set_default_device`` is for the tensors of a user: what the package makes is made where it is needed."""
+"""``torch.set_default_device`` affects only the user's tensors; the package creates its own where they are needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = [
 
 
 def trained(kind, elsewhere: bool, **options) -> list[torch.Tensor]:
-    """Weights and norm; with ``elsewhere`` the default device is one whose tensors have no values."""
+    """Return weights and norm; with ``elsewhere``, the default device is one whose tensors have no values."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     module = nn.Linear(7, 33)

@@ -1,4 +1,4 @@
-"""What the reference backend alone has: differentiable=True and amsgrad=True."""
+"""Options that only the reference backend supports: differentiable=True and amsgrad=True."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ import nesterov_pp as npp
 
 
 def through(make, name: str, inputs: list[torch.Tensor], steps: int, **options: Any) -> list[torch.Tensor]:
-    """Parameters and state after some steps, as functions of parameters, gradients and state before, for NAG too."""
+    """Return the parameter after some steps, as a function of the parameter, gradient and moments before."""
     p, g, *moments = inputs
     p = p.clone()
     optimizer = make([p], differentiable=True, **options)
     if name == "NAG":
-        # SGD's buffer is m / (1 - gamma), as its rate is (1 - gamma) times ours.
+        # SGD's buffer is m / (1 - gamma), since its rate is (1 - gamma) times ours.
         if isinstance(optimizer, torch.optim.SGD):
             optimizer.state[p]["momentum_buffer"] = moments[0] / (1 - GAMMA)
         else:
@@ -53,10 +53,10 @@ def differentiable_inputs(name: str) -> list[torch.Tensor]:
     return [t.requires_grad_() for t in inputs]
 
 
-@pytest.mark.filterwarnings("ignore:differentiable=True takes the slower reference backend:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:differentiable=True uses the slower reference backend:RuntimeWarning")
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_gradients_flow_through_steps_to_parameters_gradients_and_state(name, options):
-    """torch.float64 throughout, so that torch's product of mu is no less exact than ours."""
+    """Use torch.float64 throughout, so that torch's product of mu is as exact as ours."""
     torch.set_default_dtype(torch.float64)
     try:
         jacobians = []
@@ -75,9 +75,9 @@ def test_gradients_flow_through_steps_to_parameters_gradients_and_state(name, op
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_differentiable_optimizer_on_leaves_steps_as_a_plain_one(name):
-    """The warning is said once, at construction; a leaf that needs gradients is refused by autograd as in torch."""
+    """The constructor warns once; autograd refuses a leaf that requires gradients, as in torch."""
     p = torch.nn.Parameter(torch.ones(3))
-    with pytest.warns(RuntimeWarning, match="^differentiable=True takes the slower reference backend$") as said:
+    with pytest.warns(RuntimeWarning, match="^differentiable=True uses the slower reference backend$") as said:
         optimizer = getattr(npp, name)([p], differentiable=True)
     assert len(said) == 1
     assert said[0].filename == __file__
@@ -99,10 +99,10 @@ def test_a_differentiable_optimizer_on_leaves_steps_as_a_plain_one(name):
     torch.testing.assert_close(q, plain.detach(), **MANY_STEPS[torch.float32])
 
 
-@pytest.mark.filterwarnings("ignore:differentiable=True takes the slower reference backend:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:differentiable=True uses the slower reference backend:RuntimeWarning")
 @pytest.mark.parametrize("name", ["NAdam", "AdamW"])
 def test_a_rate_that_needs_a_gradient_gets_torchs_or_is_refused(name):
-    """Learning the rate: a gradient that is None without a word would be the worst answer."""
+    """When learning the rate, a gradient that is silently None would be the worst answer."""
 
     def slope(make):
         rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -128,7 +128,7 @@ def test_a_rate_that_needs_a_gradient_gets_torchs_or_is_refused(name):
 # ---------------------------------------------------------------------- amsgrad
 
 
-AMSGRAD = "^amsgrad=True takes the slower reference backend$"
+AMSGRAD = "^amsgrad=True uses the slower reference backend$"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
@@ -168,7 +168,7 @@ def test_amsgrad_checkpoints_both_ways():
         torch.testing.assert_close(result, results[0], **MANY_STEPS[torch.float32])
 
 
-@pytest.mark.filterwarnings("ignore:amsgrad=True takes the slower reference backend:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:amsgrad=True uses the slower reference backend:RuntimeWarning")
 @pytest.mark.parametrize("how", ["one group", "switched off"])
 def test_amsgrad_in_one_group_and_switched_off(how):
     def scenario(make):
@@ -204,9 +204,9 @@ def test_amsgrad_of_a_group_is_warned_of_too(way):
     assert said[0].filename == __file__
 
 
-@pytest.mark.filterwarnings("ignore:differentiable=True takes the slower")
+@pytest.mark.filterwarnings("ignore:differentiable=True uses the slower")
 def test_gradients_reach_all_of_the_state():
-    """The product of the momenta and the largest second moment too."""
+    """This includes the product of the momenta and the largest second moment."""
 
     def through(module, name: str, **options) -> tuple[torch.Tensor, ...]:
         start = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()

@@ -1,4 +1,4 @@
-"""One line changes, ``torch.optim.X`` -> ``nesterov_pp.X``: everything else that users do goes on working."""
+"""After changing one line, ``torch.optim.X`` -> ``nesterov_pp.X``, everything else that users do still works."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_hyperparameters_changed_between_steps(change, name, backend):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_named_parameters_and_hooks(named):
-    """Names are in the groups and the checkpoint; every kind of hook is called in torch's order."""
+    """Names are in the groups and the checkpoint, and all kinds of hooks are called in torch's order."""
     logs = []
     for cls in (npp.NAdam, torch.optim.NAdam):
         model = torch.nn.Linear(3, 2)
@@ -135,7 +135,7 @@ def test_zero_grad(name, set_to_none):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHARED)
 def test_sizes_and_views(name, backend):
-    """No, one and many elements, and gradients that are expanded, transposed or sliced."""
+    """Parameters with no, one and many elements, and gradients that are expanded, transposed or sliced."""
     values = [torch.randn(s) for s in [(), (0,), (1,), (0, 5), (1, 1), (4, 6), (4, 6), (4, 6), (8,)]]
     ours, theirs = pair(*values)
     base = torch.randn(12, 12)
@@ -190,7 +190,7 @@ def test_complex_parameters(name, dtype):
     for p, q in zip(ours, theirs, strict=True):
         for key, value in optimizers[1].state[q].items():
             torch.testing.assert_close(optimizers[0].state[p][key], value, check_dtype=False, **CLOSE)
-    conjugated = torch.nn.Parameter(values[0].clone())  # torch cannot
+    conjugated = torch.nn.Parameter(values[0].clone())  # torch cannot step conjugated parameters
     conjugated.grad = ours[0].grad.conj()
     plain = torch.nn.Parameter(values[0].clone())
     plain.grad = ours[0].grad.conj().resolve_conj()
@@ -248,8 +248,8 @@ def test_differentiable_steps(name):
 
     default = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(torch.float64)  # else torch computes its bias corrections in float32
-        with pytest.warns(RuntimeWarning, match="^differentiable=True takes the slower reference backend$"):
+        torch.set_default_dtype(torch.float64)  # otherwise torch computes its bias corrections in float32
+        with pytest.warns(RuntimeWarning, match="^differentiable=True uses the slower reference backend$"):
             ours = through(npp)
         theirs = through(torch.optim)
     finally:
@@ -261,7 +261,7 @@ def test_differentiable_steps(name):
 
 def test_amsgrad():
     ours, theirs = pair(*start())
-    with pytest.warns(RuntimeWarning, match="^amsgrad=True takes the slower reference backend$"):
+    with pytest.warns(RuntimeWarning, match="^amsgrad=True uses the slower reference backend$"):
         optimizer = npp.AdamW(ours, amsgrad=True)
     other = torch.optim.AdamW(theirs, amsgrad=True)
     for ps, o in ((ours, optimizer), (theirs, other)):
@@ -296,7 +296,7 @@ def test_state_replaced_or_cleared_by_hand_takes_effect(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_swapped_inside_the_groups(backend):
-    """As Accelerate does, before and in the middle of training."""
+    """Accelerate swaps parameters inside the groups, before training and in the middle of it."""
     ours, theirs = pair(*start())
     for ps, optimizer in ((ours, npp.NAdam(ours, backend=backend)), (theirs, torch.optim.NAdam(theirs))):
         for t in range(6):
@@ -328,7 +328,7 @@ def test_frozen_and_thawed(backend):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_old_checkpoints(name):
-    """Step counts that are plain numbers, and groups from before some options existed."""
+    """Old checkpoints have step counts that are plain numbers, and groups without newer options."""
     results = []
     source, _ = pair(*start())
     writer = getattr(torch.optim, name)(source)
@@ -357,7 +357,7 @@ def test_old_checkpoints(name):
 
 
 class Labelled(npp.NAdam):
-    """A subclass with an attribute of its own."""
+    """A subclass with its own attribute."""
 
     label = "mine"
 

@@ -30,7 +30,7 @@ SCENARIOS = [
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> list[tuple[int, str]]:
-    """Exit status and output of both processes, which run all scenarios in one group."""
+    """Return exit status and output of both processes, which run all scenarios in one process group."""
     store = tmp_path_factory.mktemp("store") / "file"
     commands = [[sys.executable, str(WORKER), ",".join(SCENARIOS), str(rank), str(store)] for rank in range(2)]
     processes = [

@@ -1,4 +1,4 @@
-"""Infinite weights, second moments that overflow, and betas with which old values cancel: what torch survives."""
+"""Extremes that torch survives: infinite weights, overflowing second moments, betas with which old values cancel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import nesterov_pp as npp
 INF = float("inf")
 TOLERANCES = {
     **MANY_STEPS,
-    # torch rounds every intermediate result of these to the dtype.
+    # For these dtypes, torch rounds every intermediate result.
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-12},
     torch.float16: {"rtol": 2**-9, "atol": 2**-12},
 }
@@ -32,7 +32,7 @@ def on(backend: str) -> torch.device:
 
 
 def trajectory(cls: Any, w: Tensor, grads: list[Tensor], state: dict | None = None, **options: Any) -> list[Tensor]:
-    """The weights after every step."""
+    """Return the weights after every step."""
     p = torch.nn.Parameter(w.clone())
     optimizer = cls([p], **options)
     if state is not None:
@@ -46,10 +46,10 @@ def trajectory(cls: Any, w: Tensor, grads: list[Tensor], state: dict | None = No
 
 
 def equal_torchs(name: str, backend: str, w: Tensor, grads: list[Tensor], **options: Any) -> list[Tensor]:
-    """Our weights after every step, which are torch's."""
+    """Check that our weights after every step are torch's, and return them."""
     device, dtype = on(backend), w.dtype
     if dtype == torch.float16:
-        options = {"eps": 1e-4} | options  # the usual one is 0 in float16
+        options = {"eps": 1e-4} | options  # the default eps is 0 in float16
     # torch keeps the product of mu in a scalar of the default dtype, whatever the parameters are.
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
     try:
@@ -77,7 +77,7 @@ def decays(name: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "decay"), [(n, d) for n in RULE_NAMES for d in decays(n)])
 def test_infinite_weights(name, decay, dtype, backend):
-    """As a mask has them, with a gradient of 0 or any other."""
+    """Infinite weights, as in a mask, with zero and nonzero gradients."""
     w = torch.tensor([INF, -INF, INF, -INF, 1.0, -2.0, 0.0], dtype=dtype).repeat(7)
     grads = [torch.tensor([0.0, 0.0, g, -g, g, 0.0, g], dtype=dtype).repeat(7) for g in ORDINARY]
     ours = equal_torchs(name, backend, w, grads, lr=1e-2, **decays(name)[decay])
@@ -102,7 +102,7 @@ HUGE = {
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("name", RULE_NAMES)
 def test_one_huge_gradient(name, after, dtype, huge, backend):
-    """torch's second moment overflows, or nearly; the weight then stays where it is, and its neighbours go on."""
+    """torch's second moment overflows, or nearly; then the weight stays where it is, and its neighbours go on."""
     w = torch.tensor([1.0, 1.0, -1.0], dtype=dtype).repeat(11)
     grads = [torch.tensor([g, g, -g], dtype=dtype).repeat(11) for g in ORDINARY]
     grads[after][::3] = huge
@@ -117,7 +117,7 @@ def test_one_huge_gradient(name, after, dtype, huge, backend):
 @pytest.mark.parametrize("decay", ["none", "decoupled"])
 @pytest.mark.parametrize("name", RULE_NAMES)
 def test_a_huge_gradient_and_float16_beside_float32_moments(name, decay, backend):
-    """No overflow in these: the result is that of float32."""
+    """float32 moments do not overflow: the result is that of float32."""
     options = {"lr": 1e-2, **decays(name)[decay]}
     w, grads = torch.ones(33), [torch.full((33,), g) for g in (1e4, *ORDINARY)]
     expected = trajectory(getattr(torch.optim, name), w, [g.half().float() for g in grads], **options)
@@ -135,7 +135,7 @@ def test_a_huge_gradient_and_float16_beside_float32_moments(name, decay, backend
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.3, 0.2), (0.9, 0.0), (0.0, 0.999), (0.5, 0.5), (0.9, 0.999)])
 @pytest.mark.parametrize("name", RULE_NAMES)
 def test_small_betas(name, betas, dtype, backend):
-    """A gradient of 10,000 is forgotten as fast as torch forgets it."""
+    """A gradient of 10,000 is forgotten as fast as in torch."""
     w = torch.tensor([1.0, -1.0], dtype=dtype).repeat(9)
     grads = [torch.full((18,), g, dtype=dtype) for g in (1e4, 0.1, 0.1, -0.2)]
     options = {**PLAIN, "betas": betas}
@@ -143,7 +143,7 @@ def test_small_betas(name, betas, dtype, backend):
         theirs = trajectory(getattr(torch.optim, name), w, grads, **options)
         device = on(backend)
         ours = trajectory(getattr(npp, name), w.to(device), [g.to(device) for g in grads], backend=backend, **options)
-        # A step of ours is rounded once: where torch's quotient overflows, ours need not.
+        # Our step rounds once, so its quotient need not overflow where torch's does.
         assert [t.isfinite().all() for t in ours] == [t.isfinite().all() for t in theirs]
         torch.testing.assert_close([t.cpu() for t in ours][:1], theirs[:1], equal_nan=True, **TOLERANCES[dtype])
     else:
@@ -178,7 +178,7 @@ def test_amsgrad(dtype):
 def late_run(
     rule: str, options: dict[str, Any], backend: str, dtype: torch.dtype, infinite: Tensor, huge: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Late steps in a ring of 3: all versions and their shadow after every step, and the state at the end."""
+    """Take late steps in a ring of 3; return all versions and the shadow after every step, and the final state."""
     generator, device = torch.Generator().manual_seed(0), on(backend)
     w = torch.randn(37, generator=generator, dtype=torch.float64)
     w[infinite[::2]], w[infinite[1::2]] = INF, -INF
@@ -206,7 +206,7 @@ def late_run(
 @pytest.mark.parametrize("case", ["ring", *CASES])
 @pytest.mark.parametrize("rule", RULES)
 def test_infinite_weights_in_a_ring(rule, case, dtype, backend):
-    """They stay as they are in every version, also in the predicted ones, and nothing else differs."""
+    """Infinite weights stay unchanged in every version, including predicted ones, and nothing else differs."""
     infinite = torch.tensor([0, 5, 6, 17, 33, 36])
     options = CASES.get(case, {})
     seen, state = late_run(rule, options, backend, dtype, infinite)

@@ -1,6 +1,6 @@
-"""The optimizer inside Accelerate, Lightning, Fabric and the Hugging Face Trainer, against torch's in the same place.
+"""The optimizer inside Accelerate, Lightning, Fabric and the Hugging Face Trainer, compared with torch's.
 
-They are not needed for anything else: ``pip install '.[frameworks]'``.
+The frameworks are needed for these tests only: ``pip install '.[frameworks]'``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import nesterov_pp as npp
 
 OPTIMIZERS = [(torch.optim.NAdam, {}), (npp.NAdam, {})]
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # theirs
+    pytest.mark.filterwarnings("ignore"),  # from the frameworks
 ]
 
 
@@ -45,7 +45,7 @@ def import_quietly(name: str):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision, tmp_path):
-    """Gradient accumulation, clipping, a scheduler, and a state that is saved, disturbed and loaded again."""
+    """Use gradient accumulation, clipping and a scheduler; save the state, disturb it and load it again."""
     accelerate = import_quietly("accelerate")
     results = []
     for optimizer_class, extra in OPTIMIZERS:
@@ -79,7 +79,7 @@ def test_accelerate(precision, tmp_path):
 
 
 def test_lightning(tmp_path):
-    """Automatic optimization with its own closure, clipping, a scheduler, and resuming from its checkpoint."""
+    """Use automatic optimization with Lightning's closure, clipping, a scheduler, and resuming from its checkpoint."""
     lightning = import_quietly("lightning")
 
     class Module(lightning.LightningModule):
@@ -173,10 +173,10 @@ def test_hugging_face_trainer(tmp_path):
 
 
 SCALE = 1000.0
-"""Of losses at the start: no power of two, so that a gradient left scaled or unscaled twice cannot pass unseen."""
+"""The initial loss scale: not a power of two, so that a gradient left scaled or unscaled twice is noticed."""
 
 OVERFLOW = 5
-"""The batch whose loss is infinite where losses are scaled; two batches make a step."""
+"""The batch whose loss is infinite if losses are scaled; two batches make a step."""
 
 
 def cpu_scaler() -> torch.amp.GradScaler:
@@ -184,7 +184,7 @@ def cpu_scaler() -> torch.amp.GradScaler:
 
 
 def called_steps(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The size of the gradients of every step that is called, seen after it: a closure may make them."""
+    """Record the norm of the gradients after every call of ``step``, since a closure may compute them."""
     sizes: list[float] = []
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -196,7 +196,7 @@ def called_steps(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 class Seen(NamedTuple):
-    """What is to be torch's: up to rounding, and exactly."""
+    """Results that must equal torch's: ``weights`` and ``sizes`` up to rounding, ``exact`` exactly."""
 
     weights: list[torch.Tensor]
     sizes: list[float]
@@ -204,7 +204,7 @@ class Seen(NamedTuple):
 
 
 def assert_same(ours: Seen, theirs: Seen, *, fused: bool = False) -> None:
-    """With ``fused`` torch's writes unscaled gradients while it steps, and ours leaves them."""
+    """Compare with torch; with ``fused``, torch's step writes unscaled gradients, and ours leaves them."""
     assert ours.exact == theirs.exact
     assert len(ours.sizes) == len(theirs.sizes)
     if not fused:
@@ -213,7 +213,7 @@ def assert_same(ours: Seen, theirs: Seen, *, fused: bool = False) -> None:
 
 
 def mixed_lightning(optimizer_class, extra, precision: str, folder, **clipping: Any) -> Seen:
-    """Two epochs of 6 steps with a rate of its own each, of which one overflows where there is a scaler."""
+    """Train two epochs of 6 steps, each with its own rate; with a scaler, one step overflows."""
     lightning = import_quietly("lightning")
     from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -273,7 +273,7 @@ def test_lightning_clips_in_mixed_precision(precision, algorithm, tmp_path):
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_lightning_says_of_fused_ones_what_it_says_of_torchs(precision, tmp_path):
-    """They run without clipping; with it they are refused, in the same words."""
+    """Both run without clipping and are refused with clipping, with the same message."""
     both = [(torch.optim.AdamW, {"fused": True}), (npp.AdamW, {"fused": True})]
     theirs, ours = (mixed_lightning(*made, precision, tmp_path) for made in both)
     assert_same(ours, theirs, fused=True)
@@ -335,7 +335,7 @@ def test_fabric_says_of_fused_ones_what_it_says_of_torchs():
 
 @pytest.mark.parametrize("clip", ["norm", "value", "none"])
 def test_accelerate_sees_skipped_steps(clip):
-    """On a CPU Accelerate makes no scaler for fp16: it is given what its constructor makes on a GPU."""
+    """Accelerate makes no scaler for fp16 on a CPU, so this test sets the one that its constructor makes on a GPU."""
     accelerate = import_quietly("accelerate")
     results = []
     for optimizer_class, extra in OPTIMIZERS:

@@ -1,6 +1,7 @@
-"""Random optimizers over strange tensors: torch's result, or an error and nothing changed; never a signal.
+"""Random optimizers over strange tensors: torch's result, or an error and nothing changed; never a crash.
 
-torch's own optimizer is the judge where it steps. Where it would read memory that is not there it is not asked.
+If torch's own optimizer steps, its result is the reference. It is not run where it would read memory that does not
+exist.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from nesterov_pp.kernels.raw import has_memory, is_subclass
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 SHAPES = [(), (0,), (1,), (17,), (3, 5), (2, 3, 4, 5)]
-STEP = 0.25  # a step's size, beside which the tolerance of the lowest precision is small
-EPS = 1e-4  # which float16 has, in which torch computes
+STEP = 0.25  # the size of a step; the tolerance of the lowest precision is small against it
+EPS = 1e-4  # representable in float16, in which torch computes
 CLOSE = {
     torch.float32: {"rtol": 1e-3, "atol": 1e-3},
     torch.complex64: {"rtol": 1e-3, "atol": 1e-3},
@@ -36,7 +37,7 @@ CLOSE = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One parameter: what it is, and in each step its gradient and what is done to its state before."""
+    """One parameter: its kind and, for each step, its gradient and the change made to its state beforehand."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,7 +67,7 @@ def build(cls: Any, extra: dict[str, Any], chosen: list[Spec]) -> tuple[list[nn.
 
 
 def prepare(t: int, chosen: list[Spec], ps: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Gradients and state of step t; what torch does not let in stays as it was."""
+    """Set gradients and state for step t; a gradient that torch refuses becomes None."""
     for i, (spec, p) in enumerate(zip(chosen, ps, strict=True)):
         make = GRADIENTS[spec.grads[t]]
         try:
@@ -78,7 +79,7 @@ def prepare(t: int, chosen: list[Spec], ps: list[nn.Parameter], optimizer: torch
 
 
 def seen(ps: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Any]:
-    """All that a step could change, as far as there is memory of it to be read."""
+    """Return everything that a step could change, as far as its memory can be read."""
 
     def value(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -97,7 +98,7 @@ def unchanged(before: Any, after: Any) -> bool:
     if isinstance(before, dict):
         step = before.get("step")
         if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.any():
-            return True  # never stepped: it may follow its parameter
+            return True  # never stepped, so it may follow its parameter
         return all(unchanged(before[k], after.get(k)) for k in before)
     if isinstance(before, list):
         return all(map(unchanged, before, after))
@@ -122,7 +123,7 @@ def _check(chosen: list[Spec], name: str, backend: str) -> None:
     try:
         ours, optimizer = build(getattr(npp, name), {"backend": backend}, chosen)
     except ValueError:
-        return  # refused from the start
+        return  # refused by the constructor
     theirs, judge = build(getattr(torch.optim, name), {}, chosen)
     for t in range(STEPS):
         prepare(t, chosen, ours, optimizer)
@@ -134,7 +135,7 @@ def _check(chosen: list[Spec], name: str, backend: str) -> None:
             assert unchanged(before, seen(ours, optimizer)), f"changed in spite of: {error}"
             return
         if any(spec.kind in DEADLY or DEADLY & {spec.grads[t], *spec.states[: t + 1]} for spec in chosen):
-            return  # nobody can say what is right
+            return  # there is no right result to compare with
         prepare(t, chosen, theirs, judge)
         if attempt(judge.step) is not None:
             return

@@ -1,4 +1,4 @@
-"""Gradients that are scaled or not finite."""
+"""Scaled and non-finite gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def regression() -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 class Scaled(NamedTuple):
-    """What can be seen of a run with a ``GradScaler``."""
+    """The observable results of a run with a ``GradScaler``."""
 
     weights: list[torch.Tensor]
     in_hooks: list[torch.Tensor]
@@ -34,7 +34,7 @@ class Scaled(NamedTuple):
 
 
 def scaled_run(make: Callable[..., torch.optim.Optimizer], *, unscale: bool) -> Scaled:
-    """The scale is no power of two, and step 5 of 12 overflows."""
+    """Run with a scale that is not a power of two; step 5 of 12 overflows."""
     model, x = regression()
     optimizer = make(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=4)
@@ -64,7 +64,7 @@ def scaled_run(make: Callable[..., torch.optim.Optimizer], *, unscale: bool) -> 
 @pytest.mark.parametrize("unscale", [False, True], ids=["by the step", "by hand"])
 @pytest.mark.parametrize("name", ALL)
 def test_grad_scaler(name, unscale, backend):
-    """A scaled run, and what hooks and the reader of ``.grad`` see of it, are torch's; overflowed steps are skipped."""
+    """A scaled run equals torch's, including the gradients that hooks and later readers see; overflows are skipped."""
     ours = scaled_run(lambda ps, **o: OURS[name](ps, backend=backend, **o), unscale=unscale)
     theirs = scaled_run(TORCH[name], unscale=unscale)
     assert (ours.called, ours.scaler) == (theirs.called, theirs.scaler)
@@ -76,7 +76,7 @@ def test_grad_scaler(name, unscale, backend):
 @pytest.mark.parametrize("unscale", [False, True], ids=["by the step", "by hand"])
 @pytest.mark.parametrize("name", ALL)
 def test_fused_unscales_in_the_pass(name, unscale, backend):
-    """The run is torch's; the gradients stay what they were, and hooks hear of a step that changes nothing."""
+    """The run equals torch's; the gradients stay scaled, and hooks are called even for a step that changes nothing."""
     ours = scaled_run(lambda ps, **o: OURS[name](ps, backend=backend, fused=True, **o), unscale=unscale)
     theirs = scaled_run(TORCH[name], unscale=unscale)
     assert ours.scaler == theirs.scaler
@@ -130,7 +130,7 @@ def test_mean_and_limit_are_of_unscaled_gradients(fused, backend):
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_one_scaler_of_two_optimizers(fused):
-    """One of them overflows and is skipped, the other is stepped, and the scale falls."""
+    """One optimizer overflows and is skipped, the other is stepped, and the scale falls."""
     results = []
     for make in (torch.optim.NAdam, lambda ps, **o: npp.NAdam(ps, fused=fused, **o)):
         model, x = regression()
@@ -201,7 +201,7 @@ def test_mistakes_are_refused_in_torchs_words(name, mistake):
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_closure_by_position_and_a_scaler_that_is_off(enabled, fused):
-    """What a scaler unscaled in front of the closure is gone after it; torch's optimizer takes what is there then."""
+    """The closure replaces the gradients that the scaler unscaled before it; torch's optimizer takes the new ones."""
 
     def run(make: Callable[..., torch.optim.Optimizer], in_the_pass: bool) -> list[torch.Tensor]:
         model, x = regression()
@@ -225,7 +225,7 @@ def test_a_closure_by_position_and_a_scaler_that_is_off(enabled, fused):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fused_without_any_gradient_takes_no_step(backend):
-    """As in ``torch.optim.Adam(fused=True)``; what a scaler has found then is no tensor, but the number 0."""
+    """Without gradients there is no step, as in torch; the scaler's ``found_inf`` is then 0 instead of a tensor."""
     for make in (lambda ps: torch.optim.AdamW(ps, fused=True), lambda ps: npp.AdamW(ps, fused=True, backend=backend)):
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = make([p])
@@ -237,7 +237,7 @@ def test_fused_without_any_gradient_takes_no_step(backend):
 
 
 class Stop(BaseException):
-    """As an interrupt is: no ``Exception``."""
+    """An exception that, like an interrupt, is not an ``Exception``."""
 
 
 def stop(*_: Any) -> None:
@@ -245,7 +245,7 @@ def stop(*_: Any) -> None:
 
 
 class FailsAfterwards(npp.NAdam):
-    """A subclass whose own part of the step may fail."""
+    """A subclass whose own part of ``step`` may fail."""
 
     fails = False
 
@@ -324,7 +324,7 @@ def test_hooks_run_as_often_as_in_torch_where_a_subclass_steps_through_its_base(
 @pytest.mark.parametrize("fused", [None, False, True])
 @pytest.mark.parametrize("name", ALL)
 def test_who_unscales_is_kept_beside_the_groups(name, fused):
-    """It is chosen by the constructor, as in torch, and not part of what is saved but where torch has it there."""
+    """The constructor chooses who unscales, as in torch; the choice is saved only where torch saves it."""
     theirs = TORCH[name](regression()[0].parameters(), **({"fused": fused} if name == "AdamW" else {}))
     optimizer = OURS[name](regression()[0].parameters(), fused=fused)
 
@@ -389,7 +389,7 @@ def test_clipping_by_a_norm_that_is_not_finite_is_torchs(value, backend):
 
 
 def test_large_finite_gradients_do_not_count_as_not_finite():
-    """Their squares overflow float32, and so does the norm; no gradient is to be blamed."""
+    """The squares overflow float32, and so does the norm, but no gradient must be reported."""
     p = torch.nn.Parameter(torch.ones(4))
     p.grad = torch.full((4,), 1e30)
     optimizer = npp.NAdam([p], on_nonfinite="raise")
@@ -406,7 +406,7 @@ def test_a_bad_choice_is_refused():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_norm_beyond_the_gradients_dtype_clips(dtype, backend):
-    """Every gradient is finite in float16, and their norm is not."""
+    """Every gradient is finite in float16, but their norm is not."""
     p = torch.nn.Parameter(torch.zeros(5000, dtype=dtype))
     p.grad = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 2000).to(dtype)
     optimizer = npp.NAdam([p], max_grad_norm=1.0, on_nonfinite="raise", backend=backend)

@@ -47,7 +47,7 @@ def test_every_layout_beside_every_other(layout, grad, name):
             g = torch.randn(SHAPE, generator=torch.Generator().manual_seed(t))
             p.grad = GRADIENTS[grad](g)
             optimizer.step()
-            torch.testing.assert_close(p.grad, GRADIENTS[grad](g), rtol=0, atol=0)  # read, not written
+            torch.testing.assert_close(p.grad, GRADIENTS[grad](g), rtol=0, atol=0)  # the gradient was read, not written
         assert p.stride() == strides
         return [p.detach()]
 
@@ -72,7 +72,7 @@ def test_expanded_parameters_are_refused_by_name(name, named, others):
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_that_overlap_themselves_without_being_expanded(name):
-    """Rows one element apart: torch's own result, or a refusal that changes nothing."""
+    """With rows one element apart, the result is torch's, or a refusal that changes nothing."""
 
     def build():
         base = torch.linspace(-1.0, 1.0, 5)

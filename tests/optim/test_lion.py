@@ -1,4 +1,4 @@
-"""Lion beside its paper's algorithm in plain torch."""
+"""Lion compared with its paper's algorithm in plain torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_steps_are_the_papers(dtype, backend):
         p.grad = g.clone()
         optimizer.step()
         paper_step(expected, m, g)
-    # A momentum that all but cancels may have another sign after another rounding.
+    # A momentum that nearly cancels may change its sign with different rounding.
     close = (p - expected).abs() <= 20 * torch.finfo(dtype).eps * (1.0 + expected.abs())
     assert close.float().mean() > 0.999
     torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-5, atol=1e-7)

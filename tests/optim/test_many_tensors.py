@@ -1,4 +1,4 @@
-"""Lists long enough that several threads check them, and the counts that lie side by side."""
+"""Lists that are long enough to be checked by several threads, and step counts stored side by side."""
 
 from __future__ import annotations
 

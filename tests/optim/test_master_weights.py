@@ -1,4 +1,4 @@
-"""Float32 masters of low-precision parameters."""
+"""Float32 master weights of low-precision parameters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_torch_on_float32_agrees(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("versions", [1, 3])
 def test_ring_slots_take_the_copies(versions, backend):
-    """Every version in the ring is the rounding of the master as it was then."""
+    """Every version in the ring is the rounded master of that version."""
     torch.manual_seed(0)
     module = torch.nn.Linear(40, 41).to(torch.bfloat16)
     plain = copy.deepcopy(module)

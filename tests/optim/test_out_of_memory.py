@@ -1,4 +1,4 @@
-"""Memory that runs out while state is allocated leaves everything as it was."""
+"""Running out of memory while state is allocated leaves everything unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nesterov_pp.optim import fresh, prepared
 
 
 class Exhausted:
-    """Raises on the call that it is told to."""
+    """A callable that works for ``good`` calls and then runs out of memory."""
 
     def __init__(self, call, good: int) -> None:
         self.call, self.good = call, good

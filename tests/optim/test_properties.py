@@ -1,4 +1,4 @@
-"""Random lists of parameters and random programs: what must hold whatever they are."""
+"""Properties that must hold for any list of parameters and any program, tested with random ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------------- strategies
 
 FULL = [torch.float32, torch.float64]
 LOW = [torch.bfloat16, torch.float16]
@@ -98,7 +98,7 @@ storages = st.sampled_from(STORAGES)
 
 
 def fitting(storage: dict[str, Any], kind: Kind) -> Kind:
-    """The kind with a dtype that the options for storage go with."""
+    """Return the kind with a dtype that fits the storage options."""
     if "state_dtype" in storage and kind.dtype == torch.float64:
         return replace(kind, dtype=torch.float32)
     if "stochastic_rounding" in storage and kind.dtype == torch.float16:
@@ -107,7 +107,7 @@ def fitting(storage: dict[str, Any], kind: Kind) -> Kind:
 
 
 def changed(change: Callable[[Kind], Kind], members: list[Kind], program: list[tuple]) -> tuple[list, list]:
-    """Both with every kind of parameter changed."""
+    """Return members and program with ``change`` applied to every kind."""
     return [change(k) for k in members], [("group", change(a[1])) if a[0] == "group" else a for a in program]
 
 
@@ -133,7 +133,7 @@ def parameter(kind: Kind, seed: int) -> torch.nn.Parameter:
 
 
 def contents(ps: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Parameters, then their state."""
+    """Return the parameters, then their state."""
     return [p.detach() for p in ps] + [value for p in ps for _, value in sorted(optimizer.state.get(p, {}).items())]
 
 
@@ -149,7 +149,7 @@ def play(
     *,
     resume: bool = True,
 ) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """Run a program; without ``resume`` its saving, loading and copying is left out."""
+    """Run a program; without ``resume``, skip its saving, loading and copying."""
     ps = [parameter(kind, i) for i, kind in enumerate(members)]
     split = [{"params": ps[k :: len(groups)], **group} for k, group in enumerate(groups)]
     optimizer = make([group for group in split if group["params"]])
@@ -188,16 +188,19 @@ def play(
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, *, clipped_with: list[torch.dtype] | None = None) -> None:
-    """After a program. ``clipped_with``: the gradients whose norm all were scaled by; it is as exact as the least exact
-    of them."""
+    """Compare results of a program.
+
+    ``clipped_with``: the dtypes of the gradients whose norm scaled all of them; the norm is as exact as the least exact
+    of them.
+    """
     dtype = max([found.dtype, *(clipped_with or [])], key=lambda dtype: torch.finfo(dtype).eps)
-    # Low precision: some of the eight steps may be rounded the other way, and what that changes is rounded again.
+    # Low precision: some of the eight steps may be rounded the other way, and later steps round the difference again.
     eps = torch.finfo(dtype).eps
     tolerance = MANY_STEPS.get(dtype) or {"rtol": 4 * eps, "atol": 4e-2 * eps}
     torch.testing.assert_close(found.detach(), wanted.detach(), **tolerance)
 
 
-# ---------------------------------------------------------------------- what must hold
+# ---------------------------------------------------------------------- properties
 
 
 @quickly
@@ -224,7 +227,7 @@ def test_the_cpu_backend_does_what_the_reference_does(members, groups, program, 
 @quickly
 @given(st.lists(kinds_of(LAYOUTS), min_size=1, max_size=6), groupings, programs_of(kinds_of(LAYOUTS)))
 def test_float32_and_float64_do_what_torch_does(members, groups, program):
-    """Whatever backend is chosen: tensors that are not dense take the reference."""
+    """This holds for whichever backend is chosen: tensors that are not dense use the reference."""
     full = {torch.bfloat16: torch.float32, torch.float16: torch.float64}
     members, program = changed(lambda kind: replace(kind, dtype=full.get(kind.dtype, kind.dtype)), members, program)
     # torch keeps the product of mu in the default dtype, whatever the parameters are.
@@ -263,7 +266,7 @@ def test_saving_loading_and_copying_leave_no_trace(members, groups, program, int
     norms,
 )
 def test_instruction_sets_and_threads_leave_no_trace(storage, members, large, groups, gradients, norm):
-    """One of the parameters is so large that a step is split over threads in the middle of it."""
+    """One parameter is so large that a step splits it between threads."""
     size, place, dtype = large
     members = [*members[:place], Kind((size,), "contiguous", dtype), *members[place:]]
     members, _ = changed(lambda kind: fitting(storage, kind), members, [])
@@ -308,14 +311,14 @@ def network() -> torch.nn.Module:
 
 
 class Copies:
-    """What a ring is to do, with a full copy of every version there ever was and the gradients of each."""
+    """A model of a ring that keeps a full copy of every version ever made, and the gradients of each."""
 
     def __init__(self, name: str, versions: int) -> None:
         self.module, self.versions = network(), versions
         self.optimizer = getattr(npp, name)(self.module.parameters(), lr=1e-2, backend="cpu")
         self.history = [self.copy()]
         self.gradients: list[dict[str, torch.Tensor]] = [{}]
-        self.in_flight, self.ready = [0], [0]  # microbatches of each version: not stepped; of these, backward is done
+        self.in_flight, self.ready = [0], [0]  # microbatches of each version: not yet stepped; those with backward done
 
     def copy(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.module.named_parameters()}
@@ -337,7 +340,7 @@ class Copies:
         self.ready[version] += 1
 
     def blocked(self, version: int) -> bool:
-        """Whether the step would overwrite a version that others still need."""
+        """Return whether the step would overwrite a version that other microbatches still need."""
         leaving = len(self.history) - self.versions
         if leaving < 0:
             return False
@@ -365,7 +368,7 @@ ring_actions = st.tuples(
 @quickly
 @given(st.integers(1, 5), st.lists(ring_actions, min_size=8, max_size=30), st.sampled_from(["NAdam", "AdamW", "NAG"]))
 def test_the_ring_equals_full_copies_of_every_version(versions, program, name):
-    """Microbatches of several versions are under way at once, and their backwards come in any order."""
+    """Microbatches of several versions are in flight at once, and their backwards come in any order."""
     model = Copies(name, versions)
     module = network()
     stash = npp.WeightStash(module, versions)

@@ -1,5 +1,5 @@
-"""Parameters that are replaced, converted, added to or dropped from a group behind the optimizer's back, and the memory
-of what is gone."""
+"""Parameters that are replaced, converted, added or dropped behind the optimizer's back, and the memory of dropped
+ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = [*SHARED, "NAG"]
 
 
 def optimizer_of(name: str, backend: str | None, params: object) -> torch.optim.Optimizer:
-    """Ours on a backend, or torch's for None."""
+    """Return our optimizer on a backend, or torch's if ``backend`` is None."""
     if backend is None:
         return getattr(torch.optim, name)(params, lr=1e-2)
     return getattr(npp, name)(params, lr=1e-2, backend=backend)
@@ -51,7 +51,7 @@ def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> l
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("named", [True, False])
 def test_parameters_added_to_a_group_are_trained(named, name, backend):
-    """Also where the group has the names of the others only."""
+    """This also holds if the group has only the names of the other parameters."""
     ends = []
     for which in (backend, None):
         net = model()
@@ -123,7 +123,7 @@ def test_the_same_parameter_twice_is_clipped_once():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_user_keeps_in_the_state_stays(backend):
-    """torch.optim lets anything be there beside the parameters."""
+    """torch.optim allows entries other than parameters in the state."""
     net = model()
     optimizer = npp.NAdam(net.parameters(), backend=backend)
     optimizer.register_step_post_hook(lambda o, *_: o.state.__setitem__("steps", o.state.get("steps", 0) + 1))
@@ -149,7 +149,7 @@ def test_what_a_user_keeps_in_the_state_stays(backend):
 @pytest.mark.parametrize("when", ["before the first step", "later"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_of_replaced_parameters_is_dropped(backend, when):
-    """As Accelerate with FSDP2 replaces them; a checkpoint may be the next thing that is asked for."""
+    """Accelerate with FSDP2 replaces parameters this way; a checkpoint may be the next call."""
     net = model()
     optimizer = npp.NAdam(net.parameters(), backend=backend)
     if when == "later":
@@ -195,7 +195,7 @@ def test_dcp_after_parameters_were_replaced():
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @pytest.mark.parametrize("swap", [False, True], ids=["data", "swapped"])
 def test_a_model_converted_after_the_optimizer_was_made(swap, backend, convert, name):
-    """State that was never stepped follows, whichever way ``module.to`` takes."""
+    """State that was never stepped follows, whichever way ``module.to`` converts the parameters."""
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
         results = []
@@ -215,7 +215,7 @@ def test_a_model_converted_after_the_optimizer_was_made(swap, backend, convert, 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_can_be_swapped_after_a_step(backend, name):
-    """``torch.utils.swap_tensors`` takes no tensor to which someone else holds a reference."""
+    """``torch.utils.swap_tensors`` refuses a tensor to which someone else holds a reference."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         net, plain = model(), model()
@@ -277,7 +277,7 @@ def test_meta_parameters_and_to_empty(name):
         optimizer = getattr(module, name)(net.parameters(), lr=1e-2)
         if module is npp:
             assert optimizer.state_dict()["state"][0]["exp_avg"].is_meta
-        torch.__future__.set_swap_module_params_on_conversion(True)  # else the module has other parameters then
+        torch.__future__.set_swap_module_params_on_conversion(True)  # otherwise the module gets new parameters
         try:
             net.to_empty(device="cpu")
         finally:
@@ -302,7 +302,7 @@ def test_fused_refuses_meta_parameters_in_torchs_words(name):
     assert all(float(entry["step"]) == 0 for entry in optimizer.state.values())
 
 
-# ---------------------------------------------------------------------- what is not stepped is not checked
+# ---------------------------------------------------------------------- parameters that are not stepped
 
 
 @pytest.mark.parametrize("options", [{}, {"backend": "cpu"}, {"state_dtype": torch.float32}, {"master_weights": True}])
@@ -332,7 +332,7 @@ def test_frozen_parameters_may_be_anything(options):
 
 @pytest.fixture
 def resident() -> Iterator[object]:
-    """Reads the memory in use, in MiB."""
+    """Return a function that reads the memory in use, in MiB."""
     resource = pytest.importorskip("resource")
 
     def read() -> float:

@@ -1,4 +1,4 @@
-"""Schedulers again, where test_schedulers.py does not look: NAG's numbers, tensor rates, groups, and resumed runs."""
+"""Schedulers beyond test_schedulers.py: NAG's numbers, tensor rates, groups, and resumed runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parameters() -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scheduler", MAKERS)
 def test_nag_takes_the_rates_and_momenta_that_sgd_would_get(scheduler, backend):
-    """The sequence is that of torch's SGD, and the weights follow from it by the equation written out here."""
+    """The schedule is that of torch's SGD, and the weights follow from it by the equation written out here."""
     ps, qs = parameters(), parameters()
     optimizer = npp.NAG(ps, lr=1e-2, momentum=0.9, weight_decay=0.1, backend=backend)
     seen = drive(optimizer, ps, MAKERS[scheduler](optimizer))

@@ -1,4 +1,4 @@
-"""State that users look at and change, and what torch refuses."""
+"""State that users read and change, and input that torch refuses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_state_taken_away_starts_afresh(name, way):
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("name", ALL)
 def test_masters_put_in_the_place_of_parameters_before_their_first_step(name, stepped):
-    """As wrappers for half precision do: one flat float32 tensor for all parameters of a group."""
+    """Half-precision wrappers do this: one flat float32 tensor replaces all parameters of a group."""
     results = []
     for make in (TORCH[name], OURS[name]):
         optimizer = make(parameters(torch.bfloat16))
@@ -92,7 +92,7 @@ def test_masters_put_in_the_place_of_parameters_before_their_first_step(name, st
             optimizer.step()
             assert list(optimizer.state) == [flat]
         saved = optimizer.state_dict()
-        # Ours have state before the first step.
+        # Our optimizers have state before the first step.
         assert saved["state"].keys() == ({0} if stepped or make is OURS[name] else set())
         make([flat.detach().clone().requires_grad_()]).load_state_dict(saved)
         results.append(flat.detach())
@@ -133,7 +133,7 @@ def test_state_has_torchs_dtypes_and_layouts(name, default, dtype):
         torch.set_default_dtype(torch.float32)
     ours, theirs = entries
     if dtype in (torch.float64, torch.complex128) and name == "NAdam":
-        # Ours is kept in double there, torch's in the default dtype.
+        # Our product of mu is kept in double here, torch's in the default dtype.
         assert ours.pop("mu_product")[0] == torch.float64
         theirs.pop("mu_product")
     assert ours == theirs
@@ -141,7 +141,7 @@ def test_state_has_torchs_dtypes_and_layouts(name, default, dtype):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_parameter_that_never_had_a_gradient_goes_through_checkpoints_both_ways(name):
-    """torch has no state for it, ours an untouched one: both mean the same to the other."""
+    """torch has no state for such a parameter, ours an untouched one; each understands the other's."""
 
     def one(make, saved=None):
         ps = parameters()
@@ -196,7 +196,7 @@ def test_old_step_counts_and_groups_have_the_dtypes_that_torch_gives_them(name, 
     assert results[0][1:] == results[1][1:]
 
 
-# ---------------------------------------------------------------------- what torch refuses
+# ---------------------------------------------------------------------- input that torch refuses
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -1,5 +1,5 @@
-"""Tensors without memory of their own, with bits that change their values, or of other modes: torch's result where
-torch steps, else one sentence and nothing changed."""
+"""Tensors without their own memory, with bits that change their values, or of other modes: torch's result if torch
+steps, otherwise one sentence and nothing changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def trained(name: str, backend: str | None, values: list[torch.Tensor], grads: Callable[[int, int], Any]) -> Any:
-    """Three steps, with the gradient ``grads(t, i)`` of parameter i in step t; None for torch's optimizer."""
+    """Take three steps with gradient ``grads(t, i)`` for parameter i in step t; backend None is torch's optimizer."""
     ps = [nn.Parameter(v) for v in values]
     cls, extra = (getattr(torch.optim, name), {}) if backend is None else (getattr(npp, name), {"backend": backend})
     optimizer = cls(ps, lr=1e-2, weight_decay=0.1, **extra)
@@ -58,7 +58,7 @@ def trained(name: str, backend: str | None, values: list[torch.Tensor], grads: C
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHARED)
 def test_a_gradient_of_zeros_without_memory(name, backend):
-    """As the backward of ``sgn`` makes it."""
+    """The backward of ``sgn`` makes such gradients."""
 
     def ends(which: str | None) -> Any:
         p = nn.Parameter(numbers(0))
@@ -100,7 +100,7 @@ def test_strange_gradients_count_by_their_values(grads, name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHARED)
 def test_lazily_negated_gradients_of_autograd(name, backend):
-    """Real parameters under a conjugate: the gradient of the imaginary part carries the bit."""
+    """With real parameters under a conjugate, the gradient of the imaginary part carries the negative bit."""
 
     def ends(which: str | None) -> Any:
         re, im = nn.Parameter(numbers(0)), nn.Parameter(numbers(1))
@@ -120,7 +120,7 @@ def test_lazily_negated_gradients_of_autograd(name, backend):
 @pytest.mark.parametrize("shape", [(), (5, 3)], ids=["scalar", "matrix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_parameters_under_a_bit(dtype, shape, name, backend):
-    """Negated and conjugated parameters are stepped as the same values without the bit, and so is their memory."""
+    """Negated and conjugated parameters are stepped like the same values without the bit, in their own memory."""
     plain = [torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=dtype) for i in range(2)]
     lazy = [negated(v) for v in plain] if dtype == torch.float32 else [conjugated(plain[0]), negated(plain[1])]
 
@@ -133,7 +133,7 @@ def test_parameters_under_a_bit(dtype, shape, name, backend):
     for mine, torchs in zip(ours[1], theirs[1], strict=True):
         for key, value in torchs.items():
             torch.testing.assert_close(mine[key], value, check_dtype=False, **CLOSE)
-    assert not torch.equal(lazy[0].resolve_neg().resolve_conj(), plain[0])  # written in its own memory
+    assert not torch.equal(lazy[0].resolve_neg().resolve_conj(), plain[0])  # it was written in its own memory
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,7 +163,7 @@ REFUSED = {
 
 
 def set_gradient(p: torch.Tensor, grad: torch.Tensor) -> None:
-    """Also one that ``p.grad = grad`` refuses, which ``.data`` and other frameworks bring in."""
+    """Set a gradient, even one that ``p.grad = grad`` refuses but ``.data`` and other frameworks allow."""
     try:
         p.grad = grad
     except (RuntimeError, TypeError):
@@ -238,7 +238,7 @@ def test_a_freed_parameter_is_refused(backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_state_of_a_subclass_is_stepped_by_its_own_operators(backend):
-    """As someone does who keeps moments in a form of his own."""
+    """Users do this to keep moments in their own format."""
     ends = []
     for cls, extra in ((npp.NAdam, {"backend": backend}), (torch.optim.NAdam, {})):
         p = nn.Parameter(numbers(0))
@@ -255,7 +255,7 @@ def test_state_of_a_subclass_is_stepped_by_its_own_operators(backend):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", SHARED)
 def test_parameters_of_a_subclass_are_stepped_by_its_own_operators(name, backend):
-    """As quantised weights are: here two tensors that look like one, beside an ordinary parameter."""
+    """Quantised weights are such subclasses: here, two tensors that look like one, next to an ordinary parameter."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     ends = []
@@ -310,7 +310,7 @@ def test_a_parameter_of_inference_mode_is_refused_outside_before_anything_is_wri
 
 @pytest.mark.parametrize("name", SHARED)
 def test_fake_parameters_are_stepped_as_torch_does(name):
-    """What a step would take is computed without taking it."""
+    """Fake tensors show what a step would need without taking it."""
     with FakeTensorMode():
         for module in (torch.optim, npp):
             p = nn.Parameter(torch.randn(5, 3))
@@ -333,7 +333,7 @@ def test_real_parameters_are_not_stepped_under_a_fake_mode(backend):
 
 
 def test_a_transform_may_not_write_captured_parameters():
-    """torch refuses it too, but with the moments already changed."""
+    """torch refuses this too, but only after changing the moments."""
     p = nn.Parameter(numbers(0))
     p.grad = torch.ones(37)
     optimizer = npp.NAdam([p])

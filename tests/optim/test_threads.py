@@ -1,4 +1,4 @@
-"""Several threads, the GIL, and what a step leaves behind in the process."""
+"""Several threads, the GIL, and the threads that a step leaves behind in the process."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def test_threads_with_optimizers_of_their_own_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG"])
 def test_one_thread_and_two_give_the_same_bits(name):
-    """The norm, weights and state of tensors that are large enough to be split, in the middle of one of them. The
-    gradients' magnitudes are far apart, so that sums in another order would differ."""
+    """Compare the norm, weights and state of tensors that are large enough to be split in the middle of one of them.
+
+    The magnitudes of the gradients are far apart, so that sums in another order would differ.
+    """
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -61,8 +63,10 @@ def test_one_thread_and_two_give_the_same_bits(name):
 
 @pytest.mark.parametrize("half", ["the norm", "the pass"])
 def test_the_gil_is_released(half):
-    """Another Python thread goes on while a call of many milliseconds runs. Were the GIL held, it would stand still
-    from the call into C++ to its return."""
+    """Another Python thread continues while a call of many milliseconds runs.
+
+    If the GIL were held, the thread would stop from the call into C++ until its return.
+    """
     p = torch.nn.Parameter(torch.zeros(30_000_000))
     p.grad = torch.ones_like(p)
     optimizer = npp.NAdam([p])
@@ -85,7 +89,7 @@ def test_the_gil_is_released(half):
     ticker = threading.Thread(target=tick)
     ticker.start()
     try:
-        for _ in range(20):  # busy machines: once is enough
+        for _ in range(20):  # on a busy machine, one success is enough
             begin = time.perf_counter()
             call()
             end = time.perf_counter()
@@ -117,7 +121,7 @@ def step(optimizer, p):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_no_thread_of_ours_outlives_a_step():
-    """With one thread a step starts none at all; with two no more than torch has for its own operators."""
+    """With one thread, a step starts none; with two, no more than torch has for its own operators."""
     program = """
 torch.set_num_threads({threads})
 a = torch.ones(3_000_000)
@@ -136,7 +140,7 @@ print(count() - before)
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
 def test_a_forked_child_steps_on():
-    """On one thread, as torch's own operators have to in a child."""
+    """The child uses one thread, as torch's own operators must in a forked child."""
     program = """
 torch.set_num_threads(1)
 p = torch.nn.Parameter(torch.zeros(1_000_000))

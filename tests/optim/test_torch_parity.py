@@ -1,4 +1,4 @@
-"""More of what users of torch.optim do: the constructor, groups and names, hooks."""
+"""More uses of torch.optim: the constructor, groups and names, hooks."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_adamw_takes_the_betas_that_torch_takes(kind):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_tensor_rate_is_kept_as_it_is(name):
-    """One tensor for all groups, as in torch; it goes through a checkpoint and is no longer shared then."""
+    """One tensor serves all groups, as in torch; after a checkpoint it is no longer shared."""
 
     def scenario(make):
         ps, rate = parameters(), torch.tensor(3e-2)
@@ -130,7 +130,7 @@ def test_names_in_groups_and_checkpoints(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ALL)
 def test_groups_that_come_and_go(name, backend):
-    """Added, with a bare tensor too; appended to; taken out; reordered."""
+    """Groups are added (also with a bare tensor), appended to, removed and reordered."""
 
     def scenario(make):
         torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_nag_and_others_follow_changed_options(name, change):
 
 @pytest.mark.parametrize("name", ALL)
 def test_hooks_may_change_what_goes_through_them(name):
-    """A step hook may replace the arguments, a save hook the result, a load hook the state that is read."""
+    """A step hook may replace the arguments, a save hook the result, and a load hook the state that is read."""
 
     def scenario(make):
         ps = parameters()
@@ -263,7 +263,7 @@ def test_hooks_may_change_what_goes_through_them(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_load_hook_may_prepare_a_state_that_would_be_refused(name):
-    """As users are told to do for checkpoints of a model that has changed since."""
+    """Users are told to do this for checkpoints of a model that has changed since."""
     ps = parameters()
     optimizer = OURS[name](ps)
     saved = optimizer.state_dict()

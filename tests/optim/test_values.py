@@ -1,4 +1,4 @@
-"""The numbers: against an independent float64 optimizer, against torch, and against the paper's equation."""
+"""Results compared with an independent float64 optimizer, with torch, and with the paper's equation."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_thousand_steps_drift_less_than_torch(name, backend):
 
 
 def test_the_gradient_of_the_golden_optimizer_is_told_from_wrong_ones():
-    """The suite would notice ignored options: each changes the golden result by far more than any tolerance."""
+    """The tests would notice ignored options: each changes the golden result by far more than any tolerance."""
     weights, grads = problem(torch.float64, 20)
     w, g = weights[0], [step[0] for step in grads]
     plain = golden.nadam(w, g)
@@ -127,7 +127,7 @@ def test_nadam_coefficients_at_beta1_099(t, c_grad, c_momentum):
 @pytest.mark.parametrize("tau", [0, 1, 3, 7])
 @pytest.mark.parametrize("gamma", [0.9, 0.99, convex_schedule])
 def test_nag_is_equation_10(gamma, tau, backend):
-    """Eq. 10 in its literal form (w, and d_t = gamma_t (w_t - w_{t-1})) against the look-ahead form, in float64."""
+    """Compare Eq. 10 in its literal form, with d_t = gamma_t (w_t - w_{t-1}), with the look-ahead form, in float64."""
     generator = torch.Generator().manual_seed(1)
     curvature = torch.rand(16, generator=generator, dtype=torch.float64) + 0.1
     lr, steps = 0.05, 200
@@ -153,8 +153,10 @@ def test_nag_is_equation_10(gamma, tau, backend):
 
 @pytest.mark.parametrize("factor", [pytest.param(0.25, marks=pytest.mark.slow), 0.75])
 def test_nag_converges_at_the_rate_of_theorem_1(factor):
-    """On a 1-D quadratic with gamma_t = (t-2)/t the envelope of f is t^(-3/2 + 2 lr beta (tau - 1)): 1/t at lr beta
-    (tau - 1) = 1/4, and no decay at 3/4."""
+    """On a 1-D quadratic with gamma_t = (t-2)/t the envelope of f is t^(-3/2 + 2 lr beta (tau - 1)).
+
+    That is 1/t at lr beta (tau - 1) = 1/4, and no decay at 3/4.
+    """
     tau, steps = 3, 40_000
     parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = npp.NAG([parameter], lr=factor / (tau - 1), momentum=convex_schedule, backend="reference")

@@ -1,4 +1,4 @@
-"""With CUDA or without: what the build says."""
+"""The build's choice of CUDA, and the line that it prints."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_torch_without_cuda_is_one_line_or_an_error_where_cuda_is_asked_for():
     ]
 
 
-# A torch that says it has CUDA chooses; nothing is built.
+# Make the choice with a torch that claims to have CUDA, without building anything.
 CHOOSING = """
 import runpy, sys, torch
 torch.version.cuda = "1.0"
@@ -76,6 +76,6 @@ def test_a_toolkit_of_another_generation_than_torchs_is_one_line(tmp_path):
             text=True,
             check=False,
         )
-        why = f"torch {torch.__version__} is of CUDA 1.0, and the toolkit in {tmp_path} of 13.0"
+        why = f"torch {torch.__version__} has CUDA 1.0, but the toolkit in {tmp_path} is 13.0"
         assert said(done) == [f"nesterov_pp {begin}{why}"]
         assert done.returncode == (wanted == "1")

@@ -1,4 +1,4 @@
-"""The example runs as it is, and goes on after a stop."""
+"""The example runs as it is, and resumes after it was stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader of the compiled extension: what it loads, and what it says where it cannot."""
+"""The loader of the compiled extension: what it loads, and its messages when it cannot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 import nesterov_pp
 from nesterov_pp.kernels import extension
 
-load = extension.load.__wrapped__  # past the cache
+load = extension.load.__wrapped__  # without the cache
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that nesterov_pp's submodules are looked up in, with no other copy of the package in sight."""
+    """Make an empty folder the only place where submodules of nesterov_pp are looked up."""
     monkeypatch.setattr(nesterov_pp, "__path__", [str(tmp_path)])
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "nesterov_pp._C", raising=False)
@@ -25,7 +25,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def built(folder: Path, *, torch_version: str, source: str) -> None:
-    """Puts a stand-in for the compiled extension into ``folder``."""
+    """Put a stand-in for the compiled extension into ``folder``."""
     (folder / "_C.py").write_text(source)
     (folder / "_built_with_torch.txt").write_text(torch_version + "\n")
 

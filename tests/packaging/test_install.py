@@ -1,4 +1,4 @@
-"""Installs that really happen: regular and editable, into a fresh environment that borrows this one's packages."""
+"""Real installs, regular and editable, into a fresh environment that borrows this one's packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 class Environment:
-    """A checkout and a virtual environment that it is installed into."""
+    """A checkout, and a virtual environment that it is installed into."""
 
     def __init__(self, folder: Path, *how: str) -> None:
         self.checkout = folder / "checkout"
@@ -38,7 +38,7 @@ class Environment:
         venv.create(folder / "venv", with_pip=False)
         self.python = folder / "venv" / "bin" / "python"
         (site,) = folder.glob("venv/lib/python*/site-packages")
-        # Lines of a .pth file only add folders: an editable install in one of them stays out of sight.
+        # A .pth file only adds folders, so an editable install in one of them stays invisible.
         borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (site / "borrowed.pth").write_text("\n".join(borrowed))
         self.run(self.elsewhere, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", *how)

@@ -1,4 +1,4 @@
-"""What the package says of itself, and what building it asks for."""
+"""The metadata of the package, and the requirements of its build."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_build_environment_without_torch_is_told_in_one_sentence_what_to_do() 
 def test_the_triton_kernels_are_a_part_of_the_package(tmp_path: Path) -> None:
     ours = importlib.import_module("nesterov_pp.triton_kernels")
     assert ours.__file__ is not None
-    # From another folder, so that the checkout's folder of that name is not what is found.
+    # Run in another folder, so that the checkout's folder of that name is not found.
     result = python(
         "-c", "import importlib.util as u; print(getattr(u.find_spec('triton_kernels'), 'origin', None))", cwd=tmp_path
     )

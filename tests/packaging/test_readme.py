@@ -1,4 +1,4 @@
-"""The README names tests that exist."""
+"""The tests that the README names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline across processes against the virtual one: losses and weights bit for bit."""
+"""The pipeline across processes compared with the virtual one: losses and weights bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAYED = {
         "checkpointed",
     ],
 }
-"""Scenarios by the number of processes."""
+"""The scenarios for each number of processes."""
 
 CARRIES_INTEGERS = torch.__version__ >= (2, 12)
 
@@ -43,14 +43,14 @@ WORKER = Path(__file__).parents[1] / "pipeline_worker.py"
 
 
 def run(processes: int, folder: Path, names: Iterable[str]) -> None:
-    """The scenarios, one after the other, in the same processes."""
+    """Run the scenarios, one after the other, in the same processes."""
     results = finish(start([str(WORKER), str(folder), ",".join(names)], processes), timeout=300)
     assert [status for status, _ in results] == [0] * processes, "\n".join(output for _, output in results)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder where so many processes left what came of their scenarios."""
+    """Return a function that runs the scenarios for a number of processes and returns the folder of their results."""
 
     @cache
     def of(processes: int) -> Path:
@@ -77,7 +77,7 @@ def of_replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums of the clipping norm depend on the number of threads, and the processes have one."""
+    """Use one thread, like the processes: the sums of the clipping norm depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -86,7 +86,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize(("stages", "name"), [(n, name) for n, names in PLAYED.items() for name in names])
 def test_equals_the_virtual_pipeline(outcomes: Callable[[int], Path], stages: int, name: str) -> None:
-    """A hundred updates with dropout, clipping, a changing learning rate and validations in between."""
+    """Compare 100 updates with dropout, clipping, a changing learning rate and validations in between."""
     folder = outcomes(stages)
     found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
     wanted = expected(stages, name)
@@ -100,18 +100,18 @@ def test_equals_the_virtual_pipeline(outcomes: Callable[[int], Path], stages: in
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
-    """Several tensors between stages, a stage without trainable parameters, bfloat16, an ``nn.Sequential`` cut here."""
+    """Several tensors between stages, a stage without trainable parameters, bfloat16, a cut ``nn.Sequential``."""
     stages, folder = 3, of_shapes
     if name == "tuples" and not CARRIES_INTEGERS:
         pytest.skip(f"torch {torch.__version__} carries floating-point tensors only between stages")
     found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
-    if name == "by-time":  # where it was cut depends on the machine
+    if name == "by-time":  # the cut depends on the machine
         assert all(torch.equal(f["outputs"], found[0]["outputs"]) for f in found)
         assert found[-1]["losses"][-1] < found[-1]["losses"][0]
         assert sum(len(f["weights"]) for f in found) == len(list(shaped(name, stages)[0].parameters()))
         return
     wanted = expected_of_shaped(name, stages)
-    if name == "tuples":  # two gradients of one tensor arrive apart, and are added in another order
+    if name == "tuples":  # two gradients of one tensor arrive separately and are added in another order
         assert found[-1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float32]["rtol"])
         return
     assert found[-1]["losses"] == wanted["losses"]
@@ -123,7 +123,7 @@ def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", TWO_REPLICAS)
 def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
-    """As one pipeline with microbatches twice as large, and both replicas bit for bit the same."""
+    """The run equals one pipeline with microbatches twice as large, and both replicas are the same bit for bit."""
     found = [torch.load(of_replicas / f"{name}-{rank}.pt") for rank in range(4)]
     wanted = expected_of_replicas(name)
     assert found[1]["losses"] == found[3]["losses"]

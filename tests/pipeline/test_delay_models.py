@@ -1,4 +1,4 @@
-"""The schedule's arithmetic."""
+"""The arithmetic of the schedule: delays, versions and balanced partitions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_delays_by_the_formula(stages, k, delays):
 
 @pytest.mark.parametrize("stages", [2, 4, 8, 16])
 def test_delays_are_those_of_a_replayed_pipeline(stages):
-    """A symbolic 1F1B run, P - i warm-up forwards and then forward and backward in turn, without any formula."""
+    """Replay a symbolic 1F1B run without any formula: P - i warm-up forwards, then forward and backward in turn."""
     for i in range(1, stages + 1):
         version, forwarded, seen = 0, [], []
         forwarded = [version] * (stages - i)

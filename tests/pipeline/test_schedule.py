@@ -1,4 +1,4 @@
-"""The order of events, played with stages that only count: it never locks up, and every version is there in time."""
+"""The order of events, played with stages that only count: it never deadlocks, and every version is there in time."""
 
 from __future__ import annotations
 

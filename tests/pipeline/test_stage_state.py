@@ -1,4 +1,4 @@
-"""Checkpoints of a pipeline: what must agree, all or nothing, and the forms they had before."""
+"""Checkpoints of a pipeline: the terms that must agree, all-or-nothing loading, and the earlier forms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trained(microbatches: int = 8, stages: list[nn.Module] | None = None, **opti
 
 
 def flat(state: Any) -> list[Any]:
-    """The leaves of a nested state, tensors as lists of numbers."""
+    """Return the leaves of a nested state, with tensors as lists of numbers."""
     if isinstance(state, dict):
         return [leaf for key in state for leaf in [key, *flat(state[key])]]
     if isinstance(state, list | tuple):
@@ -39,7 +39,7 @@ def goes_on_as(pipe: VirtualPipeline, wanted: VirtualPipeline) -> bool:
 
 
 def refused(pipe: VirtualPipeline, state: Any) -> str:
-    """The sentence that a state is refused with; nothing may change."""
+    """Return the sentence with which a state is refused; check that nothing changed."""
     before = copy.deepcopy(flat(pipe.state_dict()))
     with pytest.raises(ValueError) as error:
         pipe.load_state_dict(state)
@@ -49,7 +49,9 @@ def refused(pipe: VirtualPipeline, state: Any) -> str:
 
 
 def test_an_unfinished_update_cannot_be_saved() -> None:
-    with pytest.raises(ValueError, match=r"1 microbatch\(es\) of an update are waiting; save after a multiple of 2"):
+    with pytest.raises(
+        ValueError, match=r"1 microbatch\(es\) of an unfinished update are waiting; save after a multiple of 2"
+    ):
         trained(3).state_dict()
 
 
@@ -95,8 +97,8 @@ def broken(change: str) -> Any:
     ("change", "sentence"),
     [
         ("stage", "the saved pipeline has no stage 2; it has 1, 3"),
-        ("optimizer", "the saved parameter group 0 has no 'betas': it is another optimizer's"),
-        ("no optimizer", "one of the saved stage and this one has trainable parameters, and the other has none"),
+        ("optimizer", "the saved parameter group 0 has no 'betas'; it was saved by another optimizer"),
+        ("no optimizer", "only one of the saved stage and this stage has trainable parameters"),
         ("ring", "0.up.weight was saved as torch.float32 of shape (1,), but is torch.float32 of shape (12, 12) here"),
         ("entry", "a saved stage must be a dict with buffers, optimizer, stash"),
         ("all", "load_state_dict takes what a pipeline's state_dict() returned"),
@@ -121,12 +123,12 @@ def test_buffers_that_do_not_fit_are_refused(change: str) -> None:
         buffers["1.running_mean"] = mean[:3]
         wanted = "the buffer 1.running_mean was saved with shape (3,), but has (12,) here"
     else:
-        wanted = "the saved stage has other buffers: 1.running_mean differ"
+        wanted = "the saved stage and this stage have different buffers: 1.running_mean"
     assert refused(pipe, saved) == wanted
 
 
 def as_before(saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of all stages as it used to be."""
+    """Return a checkpoint of all stages in its earlier form."""
     stages = saved["stages"].values()
     return {
         "method": saved["terms"]["method"],

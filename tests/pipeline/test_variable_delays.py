@@ -1,4 +1,4 @@
-"""Delays that change from microbatch to microbatch, and what methods make of them."""
+"""Delays that change from microbatch to microbatch, and how methods use them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_geometric_has_its_mean_and_its_end():
     delays = Geometric([3.0, 0.0], [20, 20], seed=1)
     rows = [delays.draw(m) for m in range(4000)]
     mean = sum(row[0] for row in rows) / len(rows)
-    # The cut at 20 takes (3 / 4)^21 of the draws, which shortens the mean by less than 0.02.
+    # The cut at 20 affects (3 / 4)^21 of the draws, which reduces the mean by less than 0.02.
     assert mean == pytest.approx(3.0, abs=5 * (12 / 4000) ** 0.5 + 0.02)
     assert max(row[0] for row in rows) == 20
     assert {row[1] for row in rows} == {0}
@@ -82,7 +82,7 @@ def test_a_trace_from_a_file(tmp_path: Path):
 
 
 def test_local_accumulation_replayed():
-    """Every stage's events one after the other: P - i forwards ahead, an update after every K backwards."""
+    """Replay the events of every stage: P - i forwards ahead, an update after every K backwards."""
     stages, k, microbatches = 5, 3, 40
     delays = LocalAccumulation(stages, k)
     for i in range(1, stages + 1):
@@ -129,12 +129,12 @@ def test_methods_take_the_delays_they_are_given(name, oracle, options, model):
 
 @pytest.mark.parametrize("name", DELAYED)
 def test_no_delay_is_ordinary_training(name):
-    """With all delays 0 every method is its rule on the whole model: the pipeline of one stage."""
+    """With all delays 0, every method is its rule on the whole model, which is the pipeline of one stage."""
     options = {"method": name, "lr": 1e-2}
     if recipes()[name].correction_updates:
         options["correction_updates"] = 1
     if name in ("nesterov-no-stash", "swarm"):
-        options["betas"] = (0.9, 0.999)  # else they depend on the number of stages
+        options["betas"] = (0.9, 0.999)  # otherwise they depend on the number of stages
     k = options["microbatches_per_update"] = recipes()[name].accumulation(4)
     several = VirtualPipeline(modules(4), nn.functional.mse_loss, delays=[0] * 4, **options)
     one = VirtualPipeline([nn.Sequential(*modules(4))], nn.functional.mse_loss, delays=[0], **options)
@@ -173,7 +173,7 @@ def test_random_delays_go_on_after_a_checkpoint():
 
 
 def test_a_synchronous_start():
-    """PipeMare's T3: no delay for so many updates, then delays grow as in a pipeline that has just been filled."""
+    """PipeMare's T3: no delay for a number of updates, then delays grow as in a pipeline that is being filled."""
     pipe = VirtualPipeline(modules(3), nn.functional.mse_loss, method="pipemare", lr=1e-2, synchronous_updates=5)
     seen = []
     for m in range(10):
@@ -186,13 +186,13 @@ def test_a_synchronous_start():
     ("build", "sentence"),
     [
         (lambda: VirtualPipeline(modules(2), nn.functional.mse_loss, delays=[1]), "one entry for each of 2 stages"),
-        (lambda: VirtualPipeline(modules(2), nn.functional.mse_loss, delays=[1, -1]), "whole number from 0 on"),
+        (lambda: VirtualPipeline(modules(2), nn.functional.mse_loss, delays=[1, -1]), "whole number of at least 0"),
         (
             lambda: VirtualPipeline(modules(2), nn.functional.mse_loss, method="gpipe", delays=[1, 0]),
             "waits for its gradients, so it takes no delays",
         ),
-        (lambda: Uniform([3], [2]), "from low to high"),
-        (lambda: Geometric([-1.0], [2]), "a mean from 0 on"),
+        (lambda: Uniform([3], [2]), "need low <= high for each stage"),
+        (lambda: Geometric([-1.0], [2]), "a mean of at least 0"),
         (lambda: DropOuts(Fixed([1]), 1.5), "from 0 to 1, not 1.5"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The virtual pipeline against a slow reference that keeps full copies of every version."""
+"""The virtual pipeline compared with a slow reference that keeps full copies of every version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def slow_reference(
     flush_every: int | None = None,
     clip: float | None = None,
 ) -> list[float]:
-    """Full copies of every version of every stage; each microbatch runs on fresh copies of the late versions."""
+    """Train with full copies of every version of every stage; each update runs on fresh copies of the late versions."""
     versions = [[copy.deepcopy(stage)] for stage in stages]
     losses = []
     for t in range(updates):
@@ -61,7 +61,7 @@ def torch_optimizer(method: str, stage: nn.Module, lr: float) -> torch.optim.Opt
 
 @pytest.fixture
 def float64_scalars():
-    """torch's own NAdam keeps its scalars in the default dtype."""
+    """Make float64 the default: torch's own NAdam keeps its scalars in the default dtype."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -86,7 +86,7 @@ def test_synchronous_methods_equal_the_slow_reference(method):
 
 
 def assert_equals_the_slow_reference(method: str, stages: int) -> None:
-    """A hundred updates with dropout and clipping: losses and weights agree to floating-point noise."""
+    """Check that losses and weights agree up to floating-point noise over 100 updates with dropout and clipping."""
     updates, lr, seed, clip = 100, 3e-3, 7, 0.5
     k = recipes()[method].microbatches_per_update
     delays = stage_delays(stages) if method in ("nesterov", "pipedream") else [0] * stages
@@ -117,7 +117,7 @@ def test_a_wrong_delay_would_be_noticed(wrong):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["nesterov", "pipedream", "gpipe-1", "nesterov-no-stash", "pipedream-lr"])
 def test_one_stage_is_ordinary_training_bit_for_bit(name, dtype):
-    """With dropout from the global generator, as an ordinary loop draws it."""
+    """Dropout is drawn from the global generator, as in an ordinary loop."""
     ordinary, piped = model(1, 0.2, dtype)[0], model(1, 0.2, dtype)
     recipe = recipes()[name]
     pipe = VirtualPipeline(piped, F.cross_entropy, method=name, lr=3e-3)
@@ -151,9 +151,11 @@ def test_flush_every_reproduces_the_periodic_drain():
 
 
 def no_stash_reference(stages: list[nn.Module], updates: int, optimizers: list[torch.optim.Optimizer]) -> list[float]:
-    """A pipeline without a stash, event by event, for stages of one layer each: stage i's forward of microbatch m runs
-    when its weights are at version max(0, m - tau_i), and its backward, tau_i updates later, finds the weights
-    overwritten behind autograd's back."""
+    """Run a pipeline without a stash, event by event, for stages of one layer each.
+
+    The forward of microbatch m on stage i runs when the weights are at version max(0, m - tau_i). The backward, tau_i
+    updates later, finds the weights overwritten behind autograd's back.
+    """
     delays = stage_delays(len(stages))
     pending: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in stages]
     losses = []
@@ -189,7 +191,7 @@ def no_stash_reference(stages: list[nn.Module], updates: int, optimizers: list[t
 
 
 def behind_autograd(stage: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Step without autograd's noticing: graphs in flight keep the very memory that is written."""
+    """Step without autograd noticing: graphs in flight share the memory that is written."""
     versions = [p._version for p in stage.parameters()]
     optimizer.step()
     optimizer.zero_grad()

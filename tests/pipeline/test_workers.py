@@ -1,4 +1,4 @@
-"""Asynchronous workers around a server, against their equations in numpy on a least-squares problem."""
+"""Asynchronous workers around a server, compared with their equations in numpy on a least-squares problem."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(method: str, workers, steps: int = 60, **options) -> tuple[list[float], 
 
 
 def oracle(method: str, workers: int, steps: int = 60) -> tuple[list[float], np.ndarray]:
-    """Equal workers in turn."""
+    """Train with equal workers that take turns."""
     theta = np.zeros(SIZE)
     sent = [(theta.copy(), 0) for _ in range(workers)]
     v = np.zeros((workers if method.startswith("dana") else 1, SIZE))
@@ -82,7 +82,7 @@ def test_methods_are_their_equations(method, workers):
 
 
 def test_dana_slim_sends_what_dana_zero_sends():
-    """The paper's identity: the slim form keeps the look-ahead point instead of theta; losses are at those points."""
+    """The paper's identity: the slim form keeps the look-ahead point in place of theta, where losses are computed."""
     assert run("dana-zero", 5)[0] == pytest.approx(run("dana-slim", 5)[0], rel=1e-10)
     assert run("dana-zero", 5)[0] != pytest.approx(run("nag-asgd", 5)[0], rel=1e-3)
 
@@ -115,7 +115,7 @@ def test_gba_that_waits_is_training_with_the_global_batch():
 
 
 def test_gba_weights_gradients_by_their_tokens():
-    """Two workers, one 9 times as fast, an update of every 4: the slow one's gradients are too late and count zero."""
+    """One of two workers is 9 times as fast, an update has 4 gradients: the slow one's are too late and count as 0."""
     speeds, m, limit = [9.0, 1.0], 4, 1
     theta, v, updates = np.zeros(SIZE), np.zeros(SIZE), 0
     dealt = 2
@@ -140,7 +140,7 @@ def test_gba_weights_gradients_by_their_tokens():
 
 
 def test_gba_switches_between_waiting_and_not_within_a_run():
-    """The same hyper-parameters, half of the run each way: it ends where a run that always waits ends, nearly."""
+    """A run that waits half of the time ends near a run that always waits, with the same hyper-parameters."""
     module = model()
     virtual = VirtualWorkers(module, nn.functional.mse_loss, "gba", 4, LR)
     for m in range(800):
@@ -168,7 +168,7 @@ def test_bad_arguments(options, sentence):
 
 
 def test_a_swarm_of_one_equal_worker_a_stage_is_a_pipeline():
-    """One microbatch in flight: no delay. As many as the pipeline holds: the first stage waits longest."""
+    """One microbatch in flight means no delay. With as many as the pipeline holds, the first stage is the latest."""
     alone = Swarm(((1.0,),) * 4, in_flight=1, cut=8)
     assert {tuple(alone.draw(m)) for m in range(50)} == {(0, 0, 0, 0)}
     full = Swarm(((1.0,),) * 4, in_flight=4, cut=8)
@@ -184,7 +184,7 @@ def test_a_swarm_loses_microbatches_with_its_workers_only():
     leaves = Swarm(team, in_flight=6, cut=30, mean_up=50.0, mean_down=50.0, seed=1)
     lost = sum(leaves.draw(m) is None for m in range(500))
     assert 5 < lost < 150
-    # Half of the slower workers are away: fewer microbatches are elsewhere, and none is later than the cut.
+    # Workers are away half of the time, so fewer microbatches are under way, and none is later than the cut.
     assert all(max(row) <= 30 for row in (leaves.draw(m) for m in range(500)) if row is not None)
     again = Swarm(team, in_flight=6, cut=30, mean_up=50.0, mean_down=50.0, seed=1)
     assert [leaves.draw(m) for m in range(50)] == [again.draw(m) for m in range(50)]
@@ -193,7 +193,7 @@ def test_a_swarm_loses_microbatches_with_its_workers_only():
 
 
 def test_a_worker_of_a_hundredth_of_the_speed_gets_a_hundredth_of_the_microbatches():
-    """What it gets is too late and lost; picking all workers alike would lose half of all microbatches."""
+    """The slow worker's microbatches are too late and lost; picking workers uniformly would lose half of all."""
     swarm = Swarm(((1.0, 0.01), (1.0,)), in_flight=6, cut=20)
     lost = sum(swarm.draw(m) is None for m in range(1000))
     assert 2 <= lost <= 20

@@ -1,4 +1,4 @@
-"""Simulated schedules against closed forms, and against a recurrence of their own."""
+"""Simulated schedules compared with closed forms and with an independent recurrence."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_a_slower_stage_sets_the_pace(schedule):
 
 @pytest.mark.parametrize("latency", [0.0, 0.25, 3.0])
 def test_two_microbatches_in_flight_hide_no_latency(latency):
-    """Of two stages the first has two microbatches in flight, whose round trip is F + B on each and twice the link."""
+    """The first of two stages has two microbatches in flight; a round trip is F + B on each and twice the link."""
     costs = [StageCost(1.0, 1.0), StageCost(1.0, 1.0)]
     found = simulate("async", costs, Network(latency=latency), 200)
     assert found.seconds_per_microbatch == pytest.approx((4.0 + 2 * latency) / 2)
 
 
 def test_on_a_thin_link_the_first_stages_round_trip_sets_the_pace():
-    """Its P microbatches in flight pass 2 (P - 1) links, forward and backward of P stages, and its own step."""
+    """A round trip of its P microbatches in flight: 2 (P - 1) links, forward and backward of P stages, its own step."""
     found = simulate("async", [EQUAL] * 4, Network(bandwidth=10.0), 800)
     assert found.seconds_per_microbatch == pytest.approx((6 * 100 / 10.0 + 4 * (F + B) + S) / 4)
 
@@ -94,8 +94,8 @@ def test_layers_are_cut_so_that_the_slowest_stage_is_as_fast_as_can_be():
     ("schedule", "microbatches", "k", "message"),
     [
         ("2f2b", 8, 1, "unknown schedule '2f2b'; choose one of async, gpipe, 1f1b"),
-        ("gpipe", 9, 4, "a multiple of 4 microbatches from 8 on, not 9"),
-        ("async", 1, 1, "a multiple of 1 microbatches from 2 on, not 1"),
+        ("gpipe", 9, 4, "a multiple of 4 microbatches, at least 8, not 9"),
+        ("async", 1, 1, "a multiple of 1 microbatches, at least 2, not 1"),
     ],
 )
 def test_bad_input(schedule, microbatches, k, message):

@@ -1,4 +1,4 @@
-"""What is done to a module while its weights are in a ring: followed from the next version on, or refused."""
+"""Changes to a module while its weights are in a ring: followed from the next version on, or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def forward(module: nn.Module, stash: WeightStash, m: int) -> tuple[int, torch.T
 
 
 def late(module: nn.Module, stash: WeightStash, optimizer: npp.NAdam, tau: int) -> Callable[[int], None]:
-    """One update a call, with gradients ``tau`` updates late."""
+    """Return a function that makes one update per call, with gradients ``tau`` updates late."""
     waiting = [forward(module, stash, -1 - m) for m in range(tau)]
 
     def update(m: int) -> None:
@@ -43,7 +43,7 @@ def late(module: nn.Module, stash: WeightStash, optimizer: npp.NAdam, tau: int) 
 
 
 def test_a_frozen_weight_rests_and_trains_again_when_unfrozen() -> None:
-    """Against a run whose gradients are taken away by hand while it is frozen."""
+    """Compare with a run whose gradients are removed by hand while the other run's weight is frozen."""
 
     def run(freeze: bool) -> list[torch.Tensor]:
         module, stash, optimizer = ring()
@@ -67,7 +67,7 @@ def test_a_frozen_weight_rests_and_trains_again_when_unfrozen() -> None:
             seen.append(torch.cat([module.weight.flatten(), module.bias]).detach().clone())
         weights = [both[:64] for both in seen]
         assert all(torch.equal(w, weights[7]) for w in weights[8:16])
-        # When it was unfrozen, gradients of two frozen versions were on their way.
+        # When the weight was unfrozen, two frozen versions still had microbatches in flight.
         assert torch.equal(weights[17], weights[15]) == freeze
         assert not torch.equal(weights[18], weights[17])
         return seen
@@ -137,7 +137,7 @@ def in_place(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["linear", "tied", "lstm", "encoder"])
 @pytest.mark.parametrize("change", [assign, replace])
 def test_a_replacement_is_taken_over(kind: str, change: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-    """As loading the same values in place: they become the newest version's, and late gradients go on arriving."""
+    """This equals loading the values in place: they become the newest version, and late gradients keep arriving."""
 
     def run(change: Callable[[nn.Module, dict[str, Any]], None]) -> list[torch.Tensor]:
         module, stash, optimizer = ring(kind)
@@ -207,10 +207,10 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         lambda m: [setattr(m[k], "weight", nn.Parameter(k + torch.ones(8, 8).double())) for k in (0, 3)],
         r"3\.weight and 0\.weight are one parameter in two places, and were replaced by two that differ",
     ),
-    "outsider": (unfreeze_an_outsider, r"2\.weight wants gradients, but is not in the WeightStash"),
-    "added": (lora, r"0\.extra wants gradients, but is not in the WeightStash"),
-    "other layer": (another_layer, r"0\.weight wants gradients, but is not in the WeightStash"),
-    "no layer": (lambda m: m.__delitem__(0), r"is no longer a parameter of the module|wants gradients"),
+    "outsider": (unfreeze_an_outsider, r"2\.weight requires gradients, but is not in the WeightStash"),
+    "added": (lora, r"0\.extra requires gradients, but is not in the WeightStash"),
+    "other layer": (another_layer, r"0\.weight requires gradients, but is not in the WeightStash"),
+    "no layer": (lambda m: m.__delitem__(0), r"is no longer a parameter of the module|requires gradients"),
 }
 
 
@@ -260,7 +260,7 @@ def test_a_replacement_inside_a_block_of_older_weights_is_refused() -> None:
 
 
 def test_recurrent_layers_follow_after_a_move() -> None:
-    """``Module.to`` gives a recurrent layer a new list of its weights, which has to follow the ring as the old one."""
+    """``Module.to`` gives a recurrent layer a new list of its weights, which must follow the ring like the old one."""
     module, stash, optimizer = ring("lstm")
     module.to("cpu")
     for leaf in stash.parameters(0).values():
@@ -276,7 +276,7 @@ def test_recurrent_layers_follow_after_a_move() -> None:
 
 
 def test_wrapping_a_part_changes_nothing() -> None:
-    """A wrapper that has the same parameters under other names."""
+    """The wrapper has the same parameters under other names."""
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     stash = WeightStash(module, 2)
     optimizer = npp.NAdam(module.parameters(), stash=stash)
@@ -318,7 +318,7 @@ def without_memory() -> nn.Module:
     ("make", "sentence"),
     [
         (lambda: nn.Linear(4, 4, device="meta"), r"weight is on the meta device.*materialise the module with to_empty"),
-        (lambda: nn.LazyLinear(4), "weight is not initialised yet, as lazy modules are until their first forward"),
+        (lambda: nn.LazyLinear(4), "weight is not initialised yet, because its module is lazy until its first forward"),
         (fake, "weight is a FakeTensor, which has no values"),
         (without_memory, "weight is without memory, because its storage was resized to nothing"),
     ],

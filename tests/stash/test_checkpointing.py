@@ -1,4 +1,4 @@
-"""Activation checkpointing inside a stage: what runs again in backward runs with the weights of its forward."""
+"""Activation checkpointing inside a stage: recomputation in backward uses the weights of its forward."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nesterov_pp import WeightStash
 from nesterov_pp.pipeline import VirtualPipeline, recipes
 
 REENTRANT: list[bool | None] = [None, False, True]
-"""How blocks are checkpointed: not at all, or with ``use_reentrant``."""
+"""How blocks are checkpointed: None for not at all, otherwise the value of ``use_reentrant``."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For tensors as small as these."""
+    """Use one thread, which is enough for tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Stage(nn.Module):
-    """Three blocks, each checkpointed; the second as a function that reads its weight from the module."""
+    """Three checkpointed blocks and a checkpointed function that reads its weight from the module."""
 
     def __init__(self, reentrant: bool | None, *, blocks: int = 3) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def ring(reentrant: bool | None, versions: int, lr: float = 0.05) -> tuple[Stage
 
 
 def train(reentrant: bool | None, tau: int, updates: int, backward: Callable[..., Any] | None = None) -> list[Any]:
-    """The README's loop: inputs' gradients and losses of all microbatches, then the weights."""
+    """Run the README's loop; return the losses and input gradients of all microbatches, then the weights."""
     stage, stash, optimizer = ring(reentrant, tau + 1)
     in_flight, found = [], []
     for m in range(updates + tau):
@@ -108,7 +108,7 @@ def test_a_virtual_pipeline_of_checkpointed_stages(reentrant: bool, recompute: b
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 def test_one_backward_through_several_versions(reentrant: bool) -> None:
-    """Forwards of three versions, one after the other and one inside the other, in one backward."""
+    """Run one backward through forwards of three versions, both independent ones and ones feeding each other."""
 
     def gradients(how: bool | None) -> list[Any]:
         stage, stash, optimizer = ring(how, 3, lr=0.5)
@@ -137,7 +137,7 @@ def test_one_backward_through_several_versions(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 def test_what_passes_through_a_forward_keeps_its_version(reentrant: bool) -> None:
-    """A stage that hands on its input: the node of that input belongs to the forward before it."""
+    """If a stage passes its input on, the node of that input belongs to the forward before it."""
 
     class Passing(Stage):
         def forward(self, x: torch.Tensor) -> Any:
@@ -188,7 +188,7 @@ def test_a_backward_inside_a_block_of_another_version_is_refused(reentrant: bool
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 def test_a_backward_of_weights_that_are_gone_is_refused(reentrant: bool) -> None:
-    """Nothing that autograd saved has changed, because nothing was saved."""
+    """Autograd cannot notice this, because it saved nothing that could have changed."""
     stage, stash, optimizer = ring(reentrant, 1)
     loss = objective(stage(data(0).requires_grad_()))
     stepped(stash, optimizer)
@@ -226,7 +226,7 @@ def test_a_backward_that_fails_leaves_nothing_bound() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 def test_parts_that_run_by_themselves(reentrant: bool) -> None:
-    """Blocks called one by one are bound too; inside reentrant checkpoints nothing can be known of them."""
+    """Blocks called one by one are bound too, but inside reentrant checkpoints their version cannot be known."""
 
     def loss_of(how: bool | None) -> tuple[Stage, WeightStash, torch.Tensor, torch.Tensor]:
         stage, stash, optimizer = ring(how, 3, lr=0.5)
@@ -244,7 +244,7 @@ def test_parts_that_run_by_themselves(reentrant: bool) -> None:
     stage, stash, x, loss = loss_of(reentrant)
     if reentrant:
         with pytest.raises(
-            RuntimeError, match=r"not known with which version; run this backward inside `with stash.use"
+            RuntimeError, match=r"the version to run it with is not known; run this backward inside `with stash.use"
         ):
             loss.backward(retain_graph=True)
         assert bound_to_the_newest(stage, stash)
@@ -260,11 +260,11 @@ def test_parts_that_run_by_themselves(reentrant: bool) -> None:
 def test_a_backward_that_is_not_stashed_refuses_to_run_again(reentrant: bool) -> None:
     stage, stash, optimizer = ring(reentrant, 3)
     with stash.use(0, linearise_at="newest"):
-        objective(stage(data(0).requires_grad_())).backward()  # the newest is what the forward ran with
+        objective(stage(data(0).requires_grad_())).backward()  # the newest version is that of the forward
     with stash.use(0, linearise_at="newest"):
         loss = objective(stage(data(0).requires_grad_()))
     optimizer.step(version=0, microbatches=2)
-    with pytest.raises(RuntimeError, match="linearise_at='newest' needs the activations that version 0 left"):
+    with pytest.raises(RuntimeError, match="linearise_at='newest' needs the activations of version 0"):
         loss.backward()
     shadowed = WeightStash(Stage(reentrant), 2, shadow="linearised")
     with shadowed.use(0, linearise_at="shadow"):
@@ -299,7 +299,7 @@ def test_only_forwards_are_microbatches_in_flight() -> None:
         stage(data(0))
     counts.append(stash.in_flight(0))
     with stash.use(0):
-        F.linear(data(0), stage.gain)  # by hand, so that no hook of the module sees it
+        F.linear(data(0), stage.gain)  # called directly, so that no hook of the module sees it
         with stash.use(0), torch.no_grad():
             stage(data(0))
     counts.append(stash.in_flight(0))
@@ -309,7 +309,7 @@ def test_only_forwards_are_microbatches_in_flight() -> None:
         loss = objective(stage(data(0)))
     with stash.use(1):
         loss.backward()
-        optimizer.step(version=1)  # the block of a backward is no obstacle to its step
+        optimizer.step(version=1)  # a step is allowed inside the block of its backward
     assert [stash.in_flight(v) for v in range(3)] == [0, 0, 0]
     assert bound_to_the_newest(stage, stash)
 
@@ -323,7 +323,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize("checkpointed", [None, False], ids=["", "checkpointed"])
 def test_compiled_whole(fresh_compiler: None, checkpointed: bool | None) -> None:
-    """The hooks are no break in a graph; forwards are counted, backwards are not, and gradients are right."""
+    """The hooks cause no graph breaks; forwards are counted, backwards are not, and gradients are right."""
 
     def gradients(how: bool | None, compiled: bool) -> list[Any]:
         stage, stash, optimizer = ring(how, 3, lr=0.5)
@@ -343,9 +343,9 @@ def test_compiled_whole(fresh_compiler: None, checkpointed: bool | None) -> None
     torch.testing.assert_close(gradients(checkpointed, True), gradients(None, False), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo reads it
 def test_compiled_blocks_in_eager_checkpoints(fresh_compiler: None) -> None:
-    """What runs again is compiled, and takes the weights that the eager stage around it has bound."""
+    """The recomputed blocks are compiled and use the weights that the eager stage around them has bound."""
     stage, stash, optimizer = ring(False, 3, lr=0.5)
     plain, other, twin = ring(None, 3, lr=0.5)
     for block in stage.blocks:

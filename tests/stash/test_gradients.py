@@ -1,4 +1,4 @@
-"""The right version for every microbatch, and no silently wrong gradient."""
+"""Every microbatch uses the right version, and no gradient is silently wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nesterov_pp import WeightStash
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", list(LAYERS))
 def test_late_backward_differentiates_at_the_version_of_its_forward(kind, compiled):
-    """Three microbatches in flight over three updates: each gradient is that of a frozen copy of its version."""
+    """With microbatches in flight over three updates, each gradient is that of a frozen copy of its version."""
     if compiled and kind == "lstm":
         pytest.skip("torch.compile leaves recurrent layers to eager mode")
     torch._dynamo.reset()
@@ -48,7 +48,7 @@ def test_late_backward_differentiates_at_the_version_of_its_forward(kind, compil
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", [k for k in LAYERS if k != "lstm"])
 def test_an_overwritten_version_never_gives_a_silently_wrong_gradient(kind, compiled):
-    """The ring is made to overwrite a version in flight: backward raises, or is exact where it needs no weight."""
+    """If the ring is forced to overwrite a version in flight, backward raises, or is exact if it needs no weight."""
     torch._dynamo.reset()
     module = layer(kind)
     call = torch.compile(module, backend="aot_eager") if compiled else module
@@ -76,9 +76,9 @@ def test_an_overwritten_version_never_gives_a_silently_wrong_gradient(kind, comp
 
 @pytest.mark.parametrize("kind", [k for k in LAYERS if k not in ("encoder", "lstm", "tied")])
 def test_backward_at_the_newest_weights(kind):
-    """Activations of the old version, weights of the newest: what backward computes when nothing is stashed.
+    """Without a stash, backward uses the activations of the old version and the weights of the newest.
 
-    The judge is the same layer whose weights are overwritten behind autograd's back between forward and backward.
+    The reference is the same layer with its weights overwritten behind autograd's back between forward and backward.
     """
     module, overwritten = layer(kind), layer(kind)
     stash = WeightStash(module, 3)
@@ -118,7 +118,7 @@ def test_backward_at_the_newest_weights_refuses_autocast():
 
 @pytest.mark.slow
 def test_rotating_slots_compile_once():
-    """The slots are parameters of one kind, so the compiler's guards hold for all of them."""
+    """All slots hold parameters of the same kind, so the compiler's guards hold for all of them."""
     counter = CompileCounterWithBackend("inductor")
     torch._dynamo.reset()
     module, plain = layer("encoder").float(), layer("encoder").float()

@@ -1,4 +1,4 @@
-"""Steps that are cut short, by Ctrl-C or an error, never leave a ring between two versions."""
+"""A step that is cut short by Ctrl-C or an error never leaves a ring between two versions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STASH = nesterov_pp.stash.__path__[0]
 
 
 class Interrupted:
-    """Raises KeyboardInterrupt at the n-th line (from 0) that runs in the ring's files."""
+    """A context that raises KeyboardInterrupt at the n-th line (from 0) that is run in the stash's files."""
 
     def __init__(self, n: int) -> None:
         self.left, self.raised = n, False
@@ -52,7 +52,7 @@ class Interrupted:
 
 
 def ring(frozen: bool = False) -> tuple[nn.Module, WeightStash, npp.NAdam]:
-    """Three versions, microbatches in flight on two of them, gradients on both; the next step takes version 1's."""
+    """Make a ring of three versions with gradients and microbatches in flight on two; the next step takes version 1."""
     module = layer("linear")
     stash = WeightStash(module, 3)
     optimizer = npp.NAdam(module.parameters(), lr=0.1, stash=stash)
@@ -83,7 +83,7 @@ def everything(module: nn.Module, stash: WeightStash) -> dict[str, Any]:
 
 
 def passed(stash: WeightStash, optimizer: npp.NAdam) -> tuple[int, int]:
-    """A step up to where its pass has been made."""
+    """Step up to the end of the pass, without ``end_step``; return the arguments of ``end_step``."""
     finished = stash.end_step
     stash.end_step = lambda *_: None  # type: ignore[method-assign]
     optimizer.step(version=1)
@@ -94,7 +94,7 @@ def passed(stash: WeightStash, optimizer: npp.NAdam) -> tuple[int, int]:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("again", ["the same call", "what comes next"])
 def test_a_step_that_is_cut_short_anywhere(frozen: bool, again: str) -> None:
-    """At every line of ``end_step``. The same call finishes it, or, once it is counted, whatever asks the ring next."""
+    """Interrupt each line of ``end_step``; the same call finishes it or, once counted, the ring's next use does."""
     module, stash, optimizer = ring(frozen)
     stash.end_step(*passed(stash, optimizer))
     expected = everything(module, stash)
@@ -124,9 +124,9 @@ def test_a_step_that_is_cut_short_anywhere(frozen: bool, again: str) -> None:
     assert lines > 20
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a finalizer that is cut short
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from a finalizer that is cut short
 def test_a_block_that_is_cut_short_anywhere_binds_nothing() -> None:
-    """Inside ``use``, before and after what runs in it."""
+    """Interrupt every line of ``use``, before and after its block."""
     lines = cut = 0
     while True:
         module, stash, optimizer = ring()
@@ -152,7 +152,7 @@ def test_a_block_that_is_cut_short_anywhere_binds_nothing() -> None:
 
 @pytest.mark.parametrize("base", ["muon", "basis-rotation"])
 def test_copies_that_are_stepped_are_written_to_the_ring_whatever_happens(base: str) -> None:
-    """Ctrl-C in every part of a step that is made of many: as if it had come just before, or just after."""
+    """Ctrl-C in any part of a multi-part step acts as if it had come just before or just after the step."""
 
     def build() -> tuple[nn.Module, WeightStash, StepsCopies]:
         module = layer("encoder")
@@ -236,7 +236,7 @@ def test_an_optimizer_of_torch_that_fails_half_way_is_not_gone_on_with() -> None
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "reference")])
 def test_a_step_that_is_cut_short_after_its_pass_is_counted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever comes between the pass and the end of the step: weights, moments, counts and version go together."""
+    """Whatever happens between the pass and the end of the step, weights, moments, counts and version stay in step."""
     results = []
     for cut in (False, True):
         module = layer("linear")
@@ -310,7 +310,7 @@ def test_a_process_that_is_interrupted_again_and_again() -> None:
                 if lines.get(timeout=1) == "done\n":
                     break
             except queue.Empty:
-                continue  # one that came while Python finalised something, which drops it
+                continue  # this interrupt came while Python ran a finalizer, which drops it
         process.wait(30)
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""The ring: no copies, misuse refused, checkpoints, memory."""
+"""The ring: no copies, refusal of misuse, checkpoints, memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from nesterov_pp import WeightStash
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_copies_no_weights(backend):
-    """Slots keep their memory for ever, and a step reads the newest slot and writes the next: with every other slot
-    poisoned nothing is NaN, and each slot is written exactly once a round."""
+    """Slots keep their memory; a step reads the newest slot and writes the next.
+
+    With every other slot poisoned, no result is NaN, and each slot is written exactly once per round.
+    """
     module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     versions = 3
     stash = WeightStash(module, versions)
@@ -240,7 +242,7 @@ def test_memory_is_versions_times_the_weights():
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("unscale", [False, True], ids=["by the step", "by hand"])
 def test_a_grad_scaler_is_refused_before_anything_is_written(unscale, fused):
-    """It would unscale the gradients of version 0, here stepped already, and have version 1's stepped as they are."""
+    """A scaler would unscale the gradients of version 0, already stepped here, and leave those of version 1 scaled."""
     module = torch.nn.Linear(4, 3)
     stash = npp.WeightStash(module, 2)
     optimizer = npp.NAdam(module.parameters(), stash=stash, fused=fused)

@@ -1,4 +1,4 @@
-"""A small text, a small model, and ways to run the command line on them."""
+"""A small text, flags for a small model, and a fixture that runs the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 kB of lines that a model can learn something from."""
+    """Write 20 kB of lines that a model can learn something from."""
     draw = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "stage", "weight", "late", "gradient"]
     lines = [" ".join(draw.choices(words, k=8)) for _ in range(400)]
@@ -28,7 +28,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(text_file: Path) -> list[str]:
-    """Flags of a run that takes a second."""
+    """Return the flags of a run that takes a second."""
     model = ["--stages", "2", "--layers", "3", "--width", "16", "--heads", "2", "--context", "16", "--batch", "4"]
     run = ["--warmup", "5", "--eval-every", "20", "--eval-batches", "2", "--sample-length", "8"]
     return ["--data", str(text_file), *model, *run]
@@ -36,7 +36,7 @@ def tiny(text_file: Path) -> list[str]:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts ``python -m nesterov_pp`` with arguments; what is still running at the end of the test is killed."""
+    """Start ``python -m nesterov_pp`` with arguments; kill processes that still run at the end of the test."""
     started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """A run sets the number of threads; other tests are not to see it."""
+    """Restore the number of threads, which a run sets, for other tests."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

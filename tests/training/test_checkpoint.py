@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the files around them."""
+"""Checkpoints are complete or absent; the files around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nesterov_pp.training.folder import RunFolder
 
 
 class PowerCutError(BaseException):
-    """Stands for the end of the process."""
+    """A stand-in for the sudden end of the process."""
 
 
 def state(value: float) -> dict[str, Any]:
@@ -165,11 +165,11 @@ def test_what_a_folder_may_hold(tmp_path: Path) -> None:
     assert folder.recorded(resume=True) is None
     (folder.path / "thesis.tex").touch()
     for resume in (False, True):
-        with pytest.raises(UserError, match="holds other files and no run"):
+        with pytest.raises(UserError, match="holds other files but no run"):
             folder.recorded(resume=resume)
     folder.config.write_text('{"a": 1}')
     assert folder.recorded(resume=True) == {"a": 1}
-    with pytest.raises(UserError, match="add --resume to go on with it, or give another --out"):
+    with pytest.raises(UserError, match="add --resume to continue it, or give another --out"):
         folder.recorded(resume=False)
     folder.config.write_text('{"a": ')
     with pytest.raises(UserError, match=r"config\.json is damaged"):

@@ -1,4 +1,4 @@
-"""A comparison of real processes: its files, its failures, and going on with it."""
+"""A comparison with real processes: its files, its failures, and how it resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_comparison_its_failures_and_going_on(
     assert main(two) == 2
     assert "add --resume" in capsys.readouterr().err
 
-    # One more method; one run unfinished with a checkpoint that is damaged; one finished.
+    # Add a method; one run is unfinished with a damaged checkpoint, and one is finished.
     unfinished = out / "pipedream" / "seed-0"
     (unfinished / "summary.json").unlink()
     (newest,) = checkpoint.checkpoints(unfinished)
@@ -88,7 +88,7 @@ def test_a_stopped_comparison_goes_on_with_its_runs(tiny: list[str], tmp_path: P
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     (sentence,) = errors.splitlines()
-    assert "--resume goes on" in sentence
+    assert "--resume continues them" in sentence
     (saved,) = checkpoint.checkpoints(metrics.parent)
     assert 0 < checkpoint.load(saved)["microbatch"] < 600
     assert main(flags) == 0
@@ -119,9 +119,9 @@ def loss_of(run: Path) -> float:
 
 @pytest.mark.slow
 def test_rates_and_depths(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A grid of learning rates and of stages: a folder each, the best rate in the table, a table by depth.
+    """A grid of learning rates and stages gives one folder each, the best rate in the table, and a table by depth.
 
-    The first seed tries both rates, the second one has its method's best.
+    The first seed tries both rates; the second one uses its method's best.
     """
     out = tmp_path / "out"
     flags = [*tiny, "--microbatches", "40", "--jobs", "2", "--out", str(out), "--seeds", "3,0"]

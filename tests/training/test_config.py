@@ -1,4 +1,4 @@
-"""Settings: ranges, contradictions, the learning rate, and what may differ when a run goes on."""
+"""Settings: ranges, contradictions, the learning rate, and which of them may differ when a run resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_defaults_are_usable_with_every_method() -> None:
         ({"stages": 9}, "8 layers cannot fill 9 stages"),
         ({"width": 66}, "--width must be a multiple of --heads"),
         ({"method": "gpipe", "microbatches": 2001}, "must be a multiple of 4, not 2001"),
-        ({"method": "nesterov-no-stash", "autocast": "bfloat16"}, "use a method with a stash, or no autocast"),
+        ({"method": "nesterov-no-stash", "autocast": "bfloat16"}, "use a method with a stash, or turn autocast off"),
         ({"method": "pipemare", "recompute": True}, "keeps activations of older weights, which cannot be recomputed"),
         ({"method": "adam"}, "unknown method 'adam'; choose one of nesterov, "),
     ],

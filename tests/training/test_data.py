@@ -27,7 +27,7 @@ def documents(count: int) -> dict[str, bytes]:
 
 
 def counting_corpus(size: int = 1000) -> Corpus:
-    """Each token is its own position."""
+    """Return a corpus in which each token is its own position."""
     return Corpus(torch.arange(size, dtype=torch.int32), torch.arange(size, dtype=torch.int32))
 
 
@@ -107,7 +107,7 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, bytes
 def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 80)
     text = read_text(str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match=r"needs 9 tokens of validation text at least, and .* has 8"):
+    with pytest.raises(UserError, match=r"needs at least 9 tokens of validation text, but .* has 8"):
         tokenize(text, ByteTokenizer(), CONTEXT)
 
 

@@ -1,4 +1,4 @@
-"""Delays in words, and runs with them."""
+"""Delay models written in words, and runs with them."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_a_trace_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("", "delays are given as own, 3,2,1,0, uniform:0-4"),
+        ("", "delays must be given as own, 3,2,1,0, uniform:0-4"),
         ("often", "not 'often'"),
         ("uniform:3", "not 'uniform:3'"),
-        ("uniform:3-1", "uniform delays go from low to high"),
-        ("geometric:-1", "geometric delays need a mean from 0 on"),
-        ("1,2", "delays need one entry, or one for each of 3 stages, not 2"),
-        ("-1", "a delay must be a whole number from 0 on"),
+        ("uniform:3-1", "uniform delays need low <= high"),
+        ("geometric:-1", "geometric delays need a mean of at least 0"),
+        ("1,2", "delays need one entry, or one for each of the 3 stages, not 2"),
+        ("-1", "a delay must be a whole number of at least 0"),
         ("own+stragglers:0.5", "not 'own.stragglers:0.5'"),
         ("own+stragglers:0.5:1.5", "not 'own.stragglers:0.5:1.5'"),
         ("own+dropouts:2", "a probability must be from 0 to 1, not 2"),
@@ -76,7 +76,7 @@ def test_a_run_has_the_delays_that_it_is_given(tiny: list[str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--delays", "uniform:x"], "delays are given as own"),
+        (["--delays", "uniform:x"], "delays must be given as own"),
         (["--delays", "trace:nowhere.txt"], "nowhere.txt cannot be read: No such file"),
         (["--delays", "2", "--method", "gpipe"], "'gpipe' waits for its gradients, so it takes no delays"),
     ],

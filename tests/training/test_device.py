@@ -22,5 +22,5 @@ def test_its_losses_are_those_of_the_cpu(tiny: list[str], tmp_path: Path, method
         flags = ["--method", method, "--device", device, "--microbatches", "40", "--out", str(out)]
         assert main(["train", *tiny, *flags]) == 0
         found.append([loss for _, loss in read_curves(out / "metrics.jsonl").validation])
-    # Sums of many products, in another order, through 40 updates.
+    # Sums of many products are taken in another order, over 40 updates.
     assert found[1] == pytest.approx(found[0], rel=100 * MANY_STEPS[torch.float32]["rtol"])

@@ -1,4 +1,4 @@
-"""``--diagnostics``: what a run measures, where it goes, and that it changes nothing else."""
+"""``--diagnostics``: what a run measures, where it is written, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 def test_the_cosine_of_every_late_stage_is_logged_plotted_and_summed_up(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Measurements begin at versions 10, 20, ... and end as many updates later as the stage is late."""
+    """Measurements begin at versions 10, 20, ... and end after the stage's delay."""
     train(given, tmp_path)
     cosines = read_curves(tmp_path / "metrics.jsonl").cosines
     assert {stage: [m for m, _ in points] for stage, points in cosines.items()} == {
@@ -68,7 +68,7 @@ def test_losses_are_those_of_a_run_without_it(given: Given, tmp_path: Path, monk
 
 
 def test_an_interrupted_run_measures_the_same(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is stopped after microbatch 21, when stage 1's measurement from version 20 is under way."""
+    """The run is stopped after microbatch 21, while stage 1's measurement from version 20 is under way."""
     train(given, tmp_path / "undisturbed")
     write = MetricsLog.write
 
@@ -115,6 +115,6 @@ def test_a_method_without_a_direction_is_refused(given: Given, tmp_path: Path, m
         raise ValueError("it has no direction")
 
     monkeypatch.setattr(AlignmentMeter, "__init__", refuse)
-    with pytest.raises(UserError, match="--diagnostics does not go with method nesterov: it has no direction"):
+    with pytest.raises(UserError, match="--diagnostics does not work with method nesterov: it has no direction"):
         train(given, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The command line under torchrun: the same losses as in one process, whatever happens to the processes."""
+"""The command line under torchrun: its losses equal those of one process, whatever happens to the processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def run(text_file: Path) -> list[str]:
-    """Flags of a run with everything that could break a replay: dropout, clipping, drains."""
+    """Return the flags of a run with everything that could break a replay: dropout, clipping, drains."""
     model = ["--layers", "4", "--width", "16", "--heads", "2", "--context", "16", "--batch", "4", "--dropout", "0.1"]
     rest = ["--warmup", "5", "--eval-every", "50", "--eval-batches", "2", "--sample-length", "8", "--timeout", "30"]
     return ["--data", str(text_file), *model, *rest, "--max-grad-norm", "1", "--flush-every", "70"]
@@ -36,7 +36,7 @@ def run(text_file: Path) -> list[str]:
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """``torchrun -m nesterov_pp train``; nothing it started outlives the test."""
+    """Start ``torchrun -m nesterov_pp train``; no started process outlives the test."""
     started: list[subprocess.Popen[str]] = []
 
     def run(
@@ -83,7 +83,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, microbatch: int) -> None
 
 
 def weights(out: Path) -> list[dict[str, torch.Tensor]]:
-    """The final weights of all stages, from the checkpoints of a run in one process or in several."""
+    """Return the final weights of all stages from the checkpoints of a run in one process or in several."""
     marks = [""] if checkpoint.checkpoints(out) else [f".stage-{k}-of-{STAGES}" for k in range(1, STAGES + 1)]
     files = [checkpoint.load(checkpoint.checkpoints(out, mark)[-1]) for mark in marks]
     stages = {i: stage for file in files for i, stage in file["pipeline"]["stages"].items()}
@@ -98,7 +98,7 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 
 def undisturbed(run: list[str], folder: Path, *more: str) -> Path:
-    """The same run in one process."""
+    """Run the same training in one process."""
     assert main(["train", *run, *more, "--stages", str(STAGES), "--out", str(folder)]) == 0
     return folder
 
@@ -113,7 +113,7 @@ def undisturbed(run: list[str], folder: Path, *more: str) -> Path:
 def test_killed_processes_come_back_and_nothing_changes(
     run: list[str], tmp_path: Path, launch: Launch, method: str, kills: list[int]
 ) -> None:
-    """A checkpoint after every update, so that most kills arrive while one is being written."""
+    """Write a checkpoint after every update, so that most kills arrive while one is being written."""
     draw = random.Random(3)
     more = ["--microbatches", "180", "--method", method]
     out = tmp_path / "run"
@@ -129,7 +129,7 @@ def test_killed_processes_come_back_and_nothing_changes(
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments(run: list[str], tmp_path: Path, launch: Launch) -> None:
-    """At any moment of a process's life, from its first import to its last file, in as many runs as it takes."""
+    """Kill at any moment of a process's life, from its first import to its last file, in as many runs as it takes."""
     draw = random.Random(4)
     more = ["--microbatches", "1500"]
     wanted = undisturbed(run, tmp_path / "alone", *more)
@@ -150,7 +150,7 @@ def test_thirty_kills_at_random_moments(run: list[str], tmp_path: Path, launch: 
 
 @pytest.mark.slow
 def test_two_launchers_as_on_two_machines(run: list[str], tmp_path: Path, launch: Launch) -> None:
-    """A process of one of them is killed; both start theirs again, although only one counts a restart."""
+    """When a process of one launcher is killed, both restart theirs, although only one counts a restart."""
     out, more = tmp_path / "run", ["--microbatches", "300"]
     together = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     arguments = [*run, *more, "--checkpoint-every", "3", "--out", str(out)]
@@ -176,7 +176,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_to_go_on_from(
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30.0
     assert process.returncode != 0
-    assert f"go on with: torchrun --nproc-per-node {STAGES} -m nesterov_pp train --resume --out {out}" in output
+    assert f"resume with: torchrun --nproc-per-node {STAGES} -m nesterov_pp train --resume --out {out}" in output
     assert workers(process) == []
     process = launch("--resume", "--out", str(out))
     output, _ = process.communicate(timeout=120)
@@ -185,7 +185,7 @@ def test_a_stopped_launcher_leaves_a_checkpoint_to_go_on_from(
 
 
 def alone(rank: int, size: int, port: int, *arguments: str, timeout: float = 60.0) -> tuple[int, str, float]:
-    """One process of ``size``, without the others: exit status, output, seconds."""
+    """Run one process of ``size`` without the others; return exit status, output and seconds."""
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "nesterov_pp", "train", *arguments],
@@ -204,7 +204,10 @@ def test_a_missing_process_is_named_in_time(run: list[str], tmp_path: Path, rank
     assert status == 1
     assert seconds < 30.0
     (sentence,) = [line for line in output.splitlines() if line.startswith("nesterov_pp: ")]
-    wanted = ("process 0 waited 3 s for process 1 of 2", "process 1 of 2 found nobody at 127.0.0.1:")[rank]
+    wanted = (
+        "process 0 timed out after 3 s waiting for process 1 of 2",
+        "process 1 of 2 found no process at 127.0.0.1:",
+    )[rank]
     assert wanted in sentence
     assert not (tmp_path / "run").exists()
 
@@ -216,15 +219,15 @@ def test_a_port_in_use_is_named(run: list[str], tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         status, output, _ = alone(0, 2, port, *run, "--timeout", "3", "--out", str(tmp_path / "run"))
     assert status == 1
-    assert f"port {port} cannot be listened on" in output
+    assert f"cannot listen on port {port}" in output
     assert "choose another with --master-port" in output
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--stages", "3"], "--stages 3 needs 3 processes, and torchrun has started 2; leave --stages out"),
-        (["--diagnostics", "5"], "--diagnostics looks at all stages, so it needs them in one process"),
+        (["--stages", "3"], "--stages 3 needs 3 processes, but torchrun has started 2; omit --stages"),
+        (["--diagnostics", "5"], "--diagnostics needs all stages in one process"),
         pytest.param(["--layers", "1"], "1 layers cannot fill 2 stages", marks=pytest.mark.slow),
         pytest.param(["--replicas", "3"], "2 processes cannot be divided into 3 replicas", marks=pytest.mark.slow),
         pytest.param(["--method", "adam"], "unknown method 'adam'; choose one of", marks=pytest.mark.slow),
@@ -244,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_all(run: list[str], tmp_path: Path) -> 
     command = ["-m", "nesterov_pp", "train", *run, "--microbatches", "300", "--lr", "1e30"]
     results = finish(start([*command, "--out", str(tmp_path / "run")], 3), timeout=60)
     assert [status for status, _ in results] == [1, 1, 1]
-    first = [line for _, output in results for line in output.splitlines() if "elsewhere" not in line]
+    first = [line for _, output in results for line in output.splitlines() if "another process stopped" not in line]
     assert any(re.search(r"(is not finite|is (nan|inf)) at microbatch \d+, on stage [012]", line) for line in first)
 
 
@@ -254,7 +257,7 @@ def test_a_run_of_another_number_of_processes_is_refused(run: list[str], tmp_pat
     before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
     results = finish(start(["-m", "nesterov_pp", "train", "--resume", "--out", str(out)], 2), timeout=60)
     assert [status for status, _ in results] == [2, 2]
-    sentence = f"is one of 1 process(es), not 2; go on with: python -m nesterov_pp train --resume --out {out}"
+    sentence = f"has 1 process(es), not 2; resume with: python -m nesterov_pp train --resume --out {out}"
     assert any(sentence in output for _, output in results)
     assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 

@@ -1,4 +1,4 @@
-"""The metrics file and what is computed from it."""
+"""The metrics file, and the curves computed from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_log_goes_on_where_a_checkpoint_was(tmp_path: Path) -> None:
     offset = write(path, 1, 7)
     write(path, 8, 12, keep=offset)
     with path.open("ab") as file:
-        file.write(b'{"microbatch": 13, "lo')  # killed within a line
+        file.write(b'{"microbatch": 13, "lo')  # a process killed in the middle of a line
     write(path, 8, 20, keep=offset)
     write(undisturbed, 1, 20)
     assert path.read_bytes() == undisturbed.read_bytes()

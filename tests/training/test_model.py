@@ -1,4 +1,4 @@
-"""The GPT and its cut into stages."""
+"""The GPT model, and how it is cut into stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(stages: int, seed: int = 0, **changes: Any) -> nn.Sequential:
 
 
 def leaves(model: nn.Module) -> list[Tensor]:
-    """All parameters in the order of the layers."""
+    """Return all parameters in the order of the layers."""
     return [p.detach() for p in model.parameters()]
 
 
@@ -101,7 +101,7 @@ def test_short_inputs_give_logits_for_each_position() -> None:
 
 
 def test_attention_is_softmax_of_scaled_products() -> None:
-    """Written out for one head and one position, in float64."""
+    """Compute attention explicitly for one head and one position, in float64."""
     block = build_stages(stages=1, seed=0, **{**SHAPE, "layers": 1, "heads": 1})[0].double()[1]  # type: ignore[index]
     x = torch.randn(1, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     normed = block.attention_norm(x)

@@ -1,4 +1,4 @@
-"""Another number of stages: the same weights and moments, and where nothing is late the same run bit for bit."""
+"""Resharding keeps weights and moments; if nothing is late, the run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def given(text_file: Path, stages: int, method: str, **more: Any) -> dict[str, A
 
 
 def half_way(text_file: Path, out: Path, stages: int, method: str, **more: Any) -> None:
-    """A run of which only the checkpoint after 30 microbatches is left."""
+    """Make a run of which only the checkpoint after 30 microbatches is left."""
     train(given(text_file, stages, method, checkpoint_every=30, **more), out)
     checkpoint.checkpoints(out)[-1].unlink()
     (out / "summary.json").unlink()
@@ -76,7 +76,7 @@ def test_bad_requests_change_nothing(text_file: Path, tmp_path: Path, capsys: py
     half_way(text_file, tmp_path / "forecast", 2, "poly-forecast")
     half_way(text_file, tmp_path / "rotated", 2, "basis-rotation")
     assert "keeps a history of each stage's gradients" in refused("forecast", 3, "new")
-    assert "keeps more than one state a parameter" in refused("rotated", 3, "new")
+    assert "keeps more than one state per parameter" in refused("rotated", 3, "new")
     assert "empty holds no run" in refused("empty", 2, "new")
     for saved in checkpoint.checkpoints(tmp_path / "old"):
         saved.unlink()

@@ -1,4 +1,4 @@
-"""What a comparison computes from curves, by hand."""
+"""Results that a comparison computes from curves, checked by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_slowdown_and_recovered_share():
     rows = results.relate([row(m, c[-1][1]) for m, c in curves.items()], curves)
     related = {r["method"]: (r["slowdown"], r["recovered"]) for r in rows}
     assert related["gpipe-1"] == (1.0, 1.0)
-    # 3.5 is reached by gpipe-1 halfway between 100 and 200.
+    # gpipe-1 reaches 3.5 halfway between 100 and 200.
     assert related["pipedream"] == (pytest.approx(300 / 150), 0.0)
     assert related["good"] == (pytest.approx(250 / 300), pytest.approx(2.0 / 1.5))
     assert related["half"] == (pytest.approx(300 / 225), pytest.approx(0.5))
@@ -36,7 +36,7 @@ def test_nothing_is_related_to_methods_that_are_not_there():
 
 def test_the_best_rate_of_each_method():
     rows = [row("a", 2.0, 0.1), row("b", 1.0, 0.1), row("a", 1.5, 0.2), row("b", 3.0, 0.2)]
-    rows[0]["validation_losses"], rows[0]["validation_loss"] = [2.0, 1.0], 1.5  # the second seed does not choose
+    rows[0]["validation_losses"], rows[0]["validation_loss"] = [2.0, 1.0], 1.5  # only the first seed chooses
     best = results.best_rates(rows)
     assert [(r["method"], r["lr"]) for r in best] == [("a", 0.2), ("b", 0.1)]
     assert best[0]["by_lr"] == {"0.1": 2.0, "0.2": 1.5}

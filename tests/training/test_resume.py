@@ -1,4 +1,4 @@
-"""Real processes that are stopped and killed at any moment, and go on with the same losses."""
+"""Real processes, stopped or killed at any moment, resume with the same losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def wait_for_lines(process: subprocess.Popen[str], out: Path, microbatch: int) -> None:
-    """Until the run has written the line of a microbatch."""
+    """Wait until the run has written the line of a microbatch."""
     while microbatches_done(out / "metrics.jsonl") < microbatch:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -30,7 +30,7 @@ def losses(out: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 600 microbatches that nothing disturbed."""
+    """Run 600 microbatches without any disturbance."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(["train", *tiny, "--microbatches", "600", "--out", str(out)]) == 0
     return out
@@ -50,7 +50,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(
     assert process.returncode == 128 + number
     (sentence,) = errors.splitlines()
     assert sentence.startswith(f"nesterov_pp: stopped by {word} after microbatch ")
-    assert sentence.endswith(f"go on with: python -m nesterov_pp train --resume --out {out}")
+    assert sentence.endswith(f"resume with: python -m nesterov_pp train --resume --out {out}")
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert losses(out) == losses(undisturbed)
 
@@ -58,7 +58,7 @@ def test_a_stopped_process_says_how_to_go_on_and_does(
 def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(
     tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path
 ) -> None:
-    """A checkpoint after every update, so that most kills arrive while one is being written."""
+    """Write a checkpoint after every update, so that most kills arrive while one is being written."""
     out = tmp_path / "run"
     draw = random.Random(1)
     for target in (1, 40, 120):
@@ -74,7 +74,7 @@ def test_a_process_killed_at_any_moment_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 def test_many_kills(tiny: list[str], tmp_path: Path, start: Start, undisturbed: Path) -> None:
-    """As above, with moments drawn from the whole life of the process, start and end included."""
+    """Kill at moments drawn from the whole life of the process, including its start and end."""
     run = [*tiny, "--microbatches", "600", "--checkpoint-every", "5"]
     draw = random.Random(2)
     for k in range(6):

@@ -1,4 +1,4 @@
-"""A run in this process: its files, its end, and going on bit for bit."""
+"""A run in this process: its files, its end, and how it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Given = dict[str, Any]
 
 @pytest.fixture
 def given(text_file: Path) -> Given:
-    """Settings of a run that takes part of a second."""
+    """Return the settings of a run that takes less than a second."""
     model: Given = {"stages": 3, "layers": 3, "width": 16, "heads": 2, "context": 16, "batch": 4}
     run: Given = {"microbatches": 60, "warmup": 5, "eval_every": 7, "eval_batches": 2, "sample_length": 8}
     return {"data": str(text_file), **model, **run}
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, microbatch: int, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal when a microbatch's line is written."""
+    """Send this process a signal when a microbatch's line is written."""
     write = MetricsLog.write
 
     def write_and_signal(self: MetricsLog, **values: float) -> None:
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     with monkeypatch.context() as patched:
         stop_after(patched, 25, number)
         with pytest.raises(
-            InterruptionError, match="go on with: python -m nesterov_pp train --resume --out"
+            InterruptionError, match="resume with: python -m nesterov_pp train --resume --out"
         ) as stopped:
             train(given, tmp_path / "run")
     assert stopped.value.status == 128 + number
@@ -179,7 +179,7 @@ def test_a_finished_run_is_reported_and_not_touched(
 
 @pytest.fixture
 def stopped(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that was stopped at microbatch 25, with a checkpoint at 20."""
+    """Stop a run at microbatch 25, with a checkpoint at 20, and return its folder."""
     with monkeypatch.context() as patched:
         stop_after(patched, 25)
         with pytest.raises(InterruptionError):
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(stopped: Path, given: 
     train({**given, "width": 8}, tmp_path / "other")
     (foreign,) = checkpoint.checkpoints(tmp_path / "other")
     foreign.rename(stopped / foreign.name)
-    assert_refused(stopped, {}, r"is of another configuration \(--width 8, not 16\)")
+    assert_refused(stopped, {}, r"belongs to another configuration \(--width 8, not 16\)")
 
 
 def test_a_truncated_checkpoint_is_refused_until_it_is_removed(stopped: Path, given: Given, tmp_path: Path) -> None:

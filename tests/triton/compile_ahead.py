@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel ahead of time for the compute capability given, and prints what the machine code does.
+"""Compile every Triton kernel ahead of time for a compute capability, and print counts from the machine code.
 
 ``python compile_ahead.py 90`` prints a JSON list: name, registers, spilled bytes, counts of loads and stores by width,
-and multiplications fused with additions. No GPU takes part.
+and multiplications fused with additions. No GPU is needed.
 """
 
 from __future__ import annotations

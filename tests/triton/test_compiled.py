@@ -1,4 +1,4 @@
-"""The Triton kernels' machine code, compiled ahead of time: no GPU takes part."""
+"""The machine code of the Triton kernels, compiled ahead of time; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE_MOMENT = {"float32, no second moment", "float32, sign"}
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> dict[int, str]:
-    """What the compilations print, which run side by side."""
+    """Run the compilations side by side and return their outputs."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     processes = {}
     for capability in CAPABILITIES:

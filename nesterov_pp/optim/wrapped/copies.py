@@ -1,4 +1,4 @@
-"""Any optimizer of torch on a ring of weights, in plain torch."""
+"""Any torch optimizer on a ring of weights, in plain torch."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ _NO_HIDDEN_MATRIX = {"tokens", "positions", "embedding", "embeddings", "embed_to
 
 
 class StepsCopies:
-    """Steps the weights that a ``WeightStash(shadow="stepped")`` keeps outside its ring with optimizers of torch, and
-    writes the next version as ``x = w' + s (w' - w)``; s is the groups' ``"horizon"``, 0 where they have none.
+    """An optimizer that uses torch optimizers to step the shadow of a ``WeightStash(shadow="stepped")``.
 
-    A step takes several passes over memory. It is for rules that are no element-wise pass anyhow: matrix products.
-    Ctrl-C waits until the step is done.
+    It writes the next version as ``x = w' + s (w' - w)``, where s is the groups' ``"horizon"``, or 0 if they have none.
+    A step takes several passes over memory, so this is for rules that are not one element-wise pass anyway: those with
+    matrix products. Ctrl-C waits until the step is done.
 
     Args:
-        params: ignored but for their number: the ring's are stepped.
+        params: the parameters; only their number is used, since the weights of the stash are stepped.
         lr: learning rate of all groups.
-        stash: the ring.
-        base: "muon": ``torch.optim.Muon`` (with the rate that matches AdamW's) for hidden matrices, AdamW for
-            embeddings, heads (by the names of their parameters) and all that is no matrix. "basis-rotation":
+        stash: the ring of weight versions.
+        base: "muon": ``torch.optim.Muon`` (with its learning rate adjusted to match AdamW's) for hidden matrices, and
+            AdamW for embeddings, heads (recognised by the names of their parameters) and everything that is not a
+            matrix. "basis-rotation": ``BasisRotation``.
+        max_grad_norm: clip the gradients to this global norm (default: None, no clipping).
+        backend: "auto" or "reference"; there is no other backend.
+        momentum: momentum of Muon (default: 0.95).
+        options: further hyper-parameters: ``betas``, ``eps`` and ``weight_decay`` for both bases, and the others of
             ``BasisRotation``.
-        max_grad_norm: clip the gradients' global norm (None: no clipping).
-        backend: "auto" or "reference"; there is no other.
-        momentum: of Muon (0.95).
-        options: further hyper-parameters: ``betas``, ``eps`` and ``weight_decay`` of both, others of ``BasisRotation``.
 
     Raises:
-        ValueError: a hyper-parameter is out of range, the base is unknown, or another backend is asked for.
+        ValueError: a hyper-parameter is out of range, the base is unknown, another backend is requested, or the number
+            of parameters is not that of the stash.
     """
 
     shadow: ClassVar[Shadow] = "stepped"
@@ -85,17 +87,17 @@ class StepsCopies:
 
     @torch.no_grad()
     def step(self, *, version: int | None = None, microbatches: int = 1) -> None:
-        """Take the gradients of a version, the sum over ``microbatches``, and write the next version.
+        """Take the gradients of a version, which are the sum over ``microbatches``, and write the next version.
 
         Raises:
-            ValueError: as ``WeightStash.begin_step``.
-            RuntimeError: an earlier step failed in the middle, and no state was loaded since.
+            ValueError: in the same cases as ``WeightStash.begin_step``.
+            RuntimeError: an earlier step failed half way, and no state has been loaded since.
         """
         stash = self._stash
         if self._half_way:
             raise RuntimeError(
                 "an earlier step failed half way, with some of the weights stepped and others not; "
-                "load the states of the stash and of its optimizer before another one"
+                "load the states of the stash and of its optimizer before the next step"
             )
         source, _, target = stash.begin_step(version, microbatches)
         slots = stash.leaves(self._leaves())
@@ -116,11 +118,11 @@ class StepsCopies:
             self._half_way = False
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"inner": [the state of each optimizer]}``."""
+        """Return ``{"inner": [the state of each torch optimizer]}``."""
         return {"inner": [inner.state_dict() for inner in self._inner]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Restore the state that ``state_dict`` returned."""
         for inner, saved in zip(self._inner, state_dict["inner"], strict=True):
             inner.load_state_dict(saved)
         self._half_way = False

@@ -23,24 +23,24 @@ class BasisRotation(Optimizer):
         V2 = beta2 V2 + (1 - beta2) (U^T G V)^2
         W = (1 - lr wd) W - lr sqrt(1 - beta2^t) / (1 - beta1^t) U ( U^T M V / (sqrt(V2) + eps) ) V^T
 
-    ``source`` "2nd": U are the eigenvectors of L, V those of R; at first by ``eigh``, then by one step of power
-    iteration, ``QR(L U)``, with columns sorted by ``diag(U^T L U)`` and V2 permuted as they are. "1st": the singular
-    vectors of M, at first by ``svd``, then ``QR(M V)`` and ``QR(M^T U)``, without L and R. ``geometry`` "bi": both
-    sides; "uni": the smaller side alone, the other factor is the identity. "2nd" with "bi" is the fastest of the paper,
-    "1st" with "uni" takes the least memory.
+    With ``source`` "2nd", U holds the eigenvectors of L and V those of R: at first from ``eigh``, then from one step of
+    power iteration, ``QR(L U)``, with the columns sorted by ``diag(U^T L U)`` and V2 permuted accordingly. With "1st",
+    U and V hold the singular vectors of M: at first from ``svd``, then from ``QR(M V)`` and ``QR(M^T U)``; L and R are
+    not used. ``geometry`` "bi" rotates both sides; "uni" rotates the smaller side alone, and the other factor is the
+    identity. "2nd" with "bi" is the paper's fastest variant; "1st" with "uni" takes the least memory.
 
-    Tensors that are no matrices take AdamW; sides longer than ``largest_side`` are not rotated (our addition, for
-    embeddings).
+    Tensors that are not matrices are stepped as by AdamW. Sides longer than ``largest_side`` are not rotated (an
+    addition to the paper, for embeddings).
 
     Args:
         params: parameters or parameter groups.
-        lr: learning rate (1e-3).
-        betas: decay rates ((0.9, 0.999)).
-        eps: added to the denominator (1e-8).
-        weight_decay: decoupled decay rate (1e-2).
-        source, geometry: see above ("2nd", "bi").
-        refresh_every: steps between new bases (10).
-        largest_side: longest side that is rotated (2048).
+        lr: learning rate (default: 1e-3).
+        betas: decay rates of the moments (default: (0.9, 0.999)).
+        eps: term added to the denominator (default: 1e-8).
+        weight_decay: rate of the decoupled weight decay (default: 1e-2).
+        source, geometry: see above (default: "2nd", "bi").
+        refresh_every: steps between new bases (default: 10).
+        largest_side: longest side that is rotated (default: 2048).
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -106,7 +106,7 @@ class BasisRotation(Optimizer):
         if sides:
             _refresh(state, grad, sides, group, first=t == 1)
         rotated = _rotate(grad, state)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)  # as torch: inf stays inf
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)  # as in torch: inf stays inf
         direction = _rotate(m, state) / (v.sqrt() + group["eps"])
         size = group["lr"] * (1.0 - beta2**t) ** 0.5 / (1.0 - beta1**t)
         p.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -114,7 +114,7 @@ class BasisRotation(Optimizer):
 
 
 def _sides(p: Tensor, group: dict[str, Any]) -> list[int]:
-    """The dimensions that are rotated: 0 by U, 1 by V."""
+    """Return the dimensions that are rotated: 0 by U, 1 by V."""
     if p.dim() != 2:
         return []
     sides = [0, 1] if group["geometry"] == "bi" else [0 if p.shape[0] < p.shape[1] else 1]
@@ -133,7 +133,7 @@ def _refresh(state: dict[str, Any], grad: Tensor, sides: list[int], group: dict[
         u, _, vt = torch.linalg.svd(state["exp_avg"], full_matrices=True)
         state.update({f"basis_{side}": (u, vt.T)[side].contiguous() for side in sides})
     elif due:
-        # Both from the bases before: the new ones are set together.
+        # Both new bases are computed from the old ones.
         before = [state.get("basis_0"), state.get("basis_1")]
         m = state["exp_avg"]
         for side in sides:
@@ -141,7 +141,7 @@ def _refresh(state: dict[str, Any], grad: Tensor, sides: list[int], group: dict[
             image = across if other is None else across @ other
             order = torch.argsort(image.square().sum(0), descending=True)
             # The columns of the image belong to the other side's basis, whose moments are sorted with them. (The
-            # released code sorts them where that side is not rotated too, which mixes up its columns.)
+            # released code also sorts them if that side is not rotated, which mixes up its columns.)
             if other is not None:
                 state["exp_avg_sq"] = state["exp_avg_sq"].index_select(1 - side, order)
             state[f"basis_{side}"] = torch.linalg.qr(image[:, order], mode="complete").Q

@@ -1,4 +1,4 @@
-"""The pipeline across processes: every stage is a process of its own, and no stage waits for a flush."""
+"""The pipeline across processes: every stage runs in its own process, and no stage waits for a flush."""
 
 from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.pipeline import AsyncPipeline

@@ -1,4 +1,4 @@
-"""An asynchronous pipeline across processes: every stage its own process, never flushed."""
+"""An asynchronous pipeline across processes: every stage in its own process, never flushed."""
 
 from __future__ import annotations
 
@@ -38,41 +38,43 @@ Batch = Callable[[int], tuple[Any, Tensor]]
 
 
 class AsyncPipeline:
-    """One stage of a never-flushing pipeline over the processes of ``world``; all of them make one each.
+    """One stage of a never-flushing pipeline over the processes of ``world``. Every process creates one.
 
     The losses and weights are those of ``VirtualPipeline`` with the same arguments. ``step`` completes one microbatch
     on this stage; between its forward and its backward the stage works on up to ``P - i`` others.
 
     Args:
-        stages: this process's stage; or all stages as a list; or an ``nn.Sequential`` with ``partition``.
+        stages: this process's stage, a list of all stages, or an ``nn.Sequential`` with ``partition``.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
-        batch: ``m -> (inputs, targets)`` of microbatch m = 0, 1, ..., the same whenever it is asked; only the first
-            and the last stage ask. Tensors of the same shapes and dtypes for every m. With R replicas each stage
-            sees the microbatches ``m R + r``: replica r asks for those numbers.
+        batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ...; must return the same data for the same m, and
+            tensors of the same shapes and dtypes for every m. Only the first and the last stage call it. With R
+            replicas, replica r calls it with the numbers ``m R + r``.
         microbatches: length of the run; nothing is sent for microbatches after it.
         method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, backend, overrides: as for
             ``VirtualPipeline``.
-        world: from ``connect``.
-        seed: random layers (dropout) depend on (seed, stage, microbatch) alone.
-        replicas: R processes for each stage, whose gradients are averaged; the world has ``P R`` processes, and
-            process ``r P + i`` is stage i (from 0) of replica r. A stage that ``fully_shard`` has spread over its
-            replicas needs a method without a stash, and all replicas in ``evaluate`` and ``predict``.
-        bucket_bytes: gradients that travel together between replicas.
-        receive_ahead: messages to receive in each direction before they are needed.
-        recompute: keep no activations but the stage's input, and run its forward again before its backward.
-        autocast: a dtype, such as ``torch.bfloat16``, to compute forwards in, as ``torch.autocast`` does.
-        check_finite: look for NaN and Inf in every activation before it is sent (on a GPU this waits for it).
-        device: where the stage computes; default: where its parameters are.
-        timeline: record when what happened, for ``pipe.timeline``.
-        links: ``(world, replicas) -> Links``, how the processes reach each other.
+        world: the ``World`` that ``connect`` yields.
+        seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone.
+        replicas: R processes for each stage, whose gradients are averaged. The world has ``P R`` processes, and
+            process ``r P + i`` is stage i (from 0) of replica r. A stage that ``fully_shard`` has sharded over its
+            replicas needs a method without a stash, and all replicas must call ``evaluate`` and ``predict``.
+        bucket_bytes: bytes of gradients that are sent together between replicas.
+        receive_ahead: number of messages to receive in each direction before they are needed.
+        recompute: keep no activations except the stage's input, and run its forward again before its backward.
+        autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
+        check_finite: check every activation before it is sent, and the loss, for NaN and Inf (on a GPU this waits for
+            the device).
+        device: where the stage computes (default: the device of its parameters).
+        timeline: record events and their times in ``pipe.timeline``.
+        links: ``(world, replicas) -> Links``, the connections between the processes.
 
     Attributes:
-        stage, stages, replica: this process's place, from 0.
+        stage, replica: this process's stage and replica, counted from 0.
+        stages: the number of stages.
         delay: the stage's tau, in updates.
-        microbatches, updates: done on this stage.
+        microbatches, updates: numbers completed on this stage.
 
     Raises:
-        ValueError: an argument does not fit, or the number of processes.
+        ValueError: an argument, or the number of processes, does not fit.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class AsyncPipeline:
             raise ValueError(f"microbatches_per_update must be at least 1, not {k}")
         model = recipe.delays_of(self.stages, k)
         self.delays = model.largest
-        # A stage that is further from the end may not be less late, or the two would wait for each other.
+        # A stage further from the end must not have a smaller delay, or the two would wait for each other.
         if not recipe.distributed or model.expected != model.largest or self.delays != sorted(self.delays)[::-1]:
             raise ValueError(f"method {recipe.name!r} runs in a VirtualPipeline only")
         if microbatches < 1 or microbatches % k:
@@ -178,22 +180,23 @@ class AsyncPipeline:
 
     @property
     def updates(self) -> int:
-        """Updates done on this stage."""
+        """The number of updates completed on this stage."""
         return self.microbatches // self.microbatches_per_update
 
     @property
     def waited(self) -> float:
-        """Seconds spent waiting for neighbours so far."""
+        """The seconds spent waiting for neighbours so far."""
         return sum(channel.waited for channel in self._links.channels())
 
     def step(self) -> Tensor | None:
-        """Complete the next microbatch on this stage; every K-th ends in an update.
+        """Complete the next microbatch on this stage; every K-th completes an update.
 
         Returns:
-            On the last stage the microbatch's loss, a detached 0-d tensor (with replicas, their mean); else None.
+            On the last stage, the microbatch's loss, a detached 0-d tensor (with replicas, the mean over them); None on
+            the other stages.
 
         Raises:
-            PipelineError: a loss or an activation is not finite, or another stage has stopped or is out of reach.
+            PipelineError: a loss or an activation is not finite, or another stage has stopped or cannot be reached.
             ValueError: the run is over.
         """
         m = self.microbatches
@@ -221,19 +224,19 @@ class AsyncPipeline:
                 channel.finish()
         return loss
 
-    # ------------------------------------------------------------------ evaluation: all stages of the pipeline call it
+    # ------------------------------------------------------------------ evaluation: called on all stages of a pipeline
 
     def evaluate(self, inputs: Any, targets: Tensor) -> Tensor | None:
-        """The loss with every stage's newest weights, in evaluation mode; on the last stage only.
+        """Return the loss at every stage's newest weights, in evaluation mode; None on stages before the last.
 
-        All stages of a pipeline call it after the same number of microbatches. Nothing is flushed for it.
+        All stages of a pipeline must call this after the same number of microbatches. Nothing is flushed for it.
         """
         with self._evaluating():
             output = self._through(inputs)
             return self.loss_fn(output, targets.to(self.device)).detach() if self.is_last else None
 
     def predict(self, inputs: Any) -> Any:
-        """The last stage's output with every stage's newest weights, in evaluation mode; on all stages."""
+        """Return the last stage's output at every stage's newest weights, in evaluation mode, on all stages."""
         with self._evaluating():
             return self._links.side.broadcast(self._through(inputs), self.stages - 1, self.device)
 
@@ -259,36 +262,38 @@ class AsyncPipeline:
     # ------------------------------------------------------------------ checkpoints
 
     def memory(self) -> dict[str, int]:
-        """Bytes this stage holds: ``weights`` (one version), ``stash`` (the further versions), ``moments``."""
+        """Return the bytes this stage holds: ``weights`` (one version), ``stash`` (the others), ``moments``."""
         return self._state().memory()
 
     def keep_for(self, update: int) -> None:
-        """Say that ``state_dict`` will be asked for after so many updates.
+        """Announce that ``state_dict`` will be called after ``update`` updates.
 
-        A recipe without a stash has overwritten the weights that microbatches in flight began with; from here on they
-        are copied as they come. With a stash there is nothing to do.
+        A recipe without a stash overwrites the weights that microbatches in flight began with; from this call on, those
+        that the state needs are copied as they come. With a stash there is nothing to do.
         """
         self._versions.keep_from(update - self.delay)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this stage needs to go on: every version that microbatches in flight began with, optimizer, position.
+        """Return what this stage needs to continue: the versions of microbatches in flight, optimizer and position.
 
         Raises:
-            ValueError: gradients of an unfinished update are waiting, or ``keep_for`` was not called in time.
+            ValueError: microbatches of an unfinished update are waiting, or ``keep_for`` was not called in time.
         """
         check_finished(self.microbatches % self.microbatches_per_update, self.microbatches_per_update)
         own = {**self._state().save(), "kept": self._versions.needed(self.versions_in_flight())}
         return save_stages(self._terms(), self.microbatches, self.updates, {self.stage: own})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, before the first ``step``; microbatches that were in flight run again.
+        """Restore a state that ``state_dict`` returned, before the first ``step``.
+
+        Microbatches that were in flight run again.
 
         Raises:
-            ValueError: the state is of another stage, method, K, seed or other delays, or the run has begun; nothing
-                is changed.
+            ValueError: the state belongs to another stage, method, K or seed, or to other delays, or the run has begun;
+                nothing is changed.
         """
         if self._prepared:
-            raise ValueError("load_state_dict comes before the first step")
+            raise ValueError("load_state_dict must be called before the first step")
         saved = load_stages(self._terms(), {self.stage: self._state()}, state)
         self._versions.load(saved["stages"][self.stage].get("kept", {}))
         self.microbatches = self._forwarded = int(saved["microbatches"])
@@ -334,7 +339,7 @@ class AsyncPipeline:
         return self.delay if update >= (self.recipe.synchronous_updates or 0) else 0
 
     def versions_in_flight(self) -> set[int]:
-        """The versions that microbatches run with which are under way after an update, or may start before the next."""
+        """Return the versions of microbatches in flight after an update, or that may start before the next update."""
         k = self.microbatches_per_update
         updates = range(self.updates, self.updates + self.delay + 1)
         return {self._version(update * k) for update in updates if update * k < self.total}

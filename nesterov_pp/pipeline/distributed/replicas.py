@@ -1,4 +1,4 @@
-"""Averaging gradients over the replicas of a stage, while its backward is still running."""
+"""Averages of gradients over the replicas of a stage, taken while its backward is still running."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.stash import gathers_itself
 
 BUCKET_BYTES = 25 * 2**20
-"""Gradients that travel together, as in ``DistributedDataParallel``."""
+"""Bytes of gradients that are sent together, as in ``DistributedDataParallel``."""
 
 
 def check_shards(module: nn.Module) -> None:
-    """Raises: ValueError: the stage has DTensor parameters that are not those of ``fully_shard``."""
+    """Raise ValueError if the stage has DTensor parameters that do not come from ``fully_shard``."""
     if not gathers_itself(module) and any(map(is_dtensor, module.parameters())):
         raise ValueError(
             "a stage with DTensor parameters that are not from fully_shard cannot be in an AsyncPipeline, where the "
@@ -26,13 +26,13 @@ def check_shards(module: nn.Module) -> None:
 
 
 class GradientAverage:
-    """All-reduces the gradients of one update in buckets, each as soon as the last of its gradients is there.
+    """An all-reduce of one update's gradients in buckets, each sent as soon as the last of its gradients has arrived.
 
     Args:
-        leaves: the parameters of every ring slot, in the same order; gradients of an update are all on one slot. What
-            ``fully_shard`` keeps is left to it.
+        leaves: the parameters of every ring slot, in the same order; all gradients of an update are on one slot.
+            Parameters that ``fully_shard`` keeps are left to it.
         group: the replicas of the stage.
-        bucket_bytes: how much to send at a time.
+        bucket_bytes: bytes to send at a time.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class GradientAverage:
                 p.register_post_accumulate_grad_hook(self._hook(slot, i, home[i]))  # type: ignore[no-untyped-call]
 
     def expect(self, slot: int) -> None:
-        """The backward that comes next completes the gradients of ``slot``."""
+        """Announce that the next backward completes the gradients of ``slot``."""
         self._slot, self._next = slot, 0
         self._missing = [set(members) for members in self._buckets]
 
     def finish(self) -> None:
-        """Send what no gradient arrived for, as zeros, and put the averages into the ``.grad`` of the slot."""
+        """Send the remaining buckets, with zeros for missing gradients, and write the averages into ``.grad``."""
         while self._next < len(self._buckets):
             self._send()
         self._slot = -1
@@ -72,7 +72,7 @@ class GradientAverage:
             if slot != self._slot:
                 return
             self._missing[bucket].discard(index)
-            # In the order of the buckets, so that every replica sends the same ones one after the other.
+            # In bucket order, so that every replica sends the same buckets in the same sequence.
             while self._next < len(self._buckets) and not self._missing[self._next]:
                 self._send()
 
@@ -90,7 +90,7 @@ class GradientAverage:
 
 
 def _buckets(parameters: Sequence[Tensor], limit: int) -> list[list[int]]:
-    """Indices of parameters of one dtype, last ones first: backward reaches them first."""
+    """Return buckets of indices of parameters of one dtype, last parameters first: backward reaches them first."""
     buckets: list[list[int]] = []
     room, dtype = 0, None
     for i in reversed(range(len(parameters))):

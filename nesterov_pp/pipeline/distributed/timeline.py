@@ -1,4 +1,4 @@
-"""When a stage did what."""
+"""A record of what a stage did, and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """Seconds of ``time.perf_counter``, which processes of one machine share on Linux."""
+    """One event. Times are seconds of ``time.perf_counter``, which processes of one machine share on Linux."""
 
     stage: int
     kind: str
@@ -20,7 +20,7 @@ class Event(NamedTuple):
 
 
 class Timeline:
-    """Events of one stage; records nothing unless asked to."""
+    """The events of one stage; records nothing unless ``record`` is true."""
 
     def __init__(self, stage: int, record: bool) -> None:
         self.stage, self.record = stage, record
@@ -28,7 +28,7 @@ class Timeline:
 
     @contextmanager
     def span(self, kind: str, number: int) -> Iterator[None]:
-        """The block is an event: ``kind`` is forward, backward, step, wait, ...; ``number`` a microbatch or update."""
+        """Record the block as an event: ``kind`` is forward, backward, step, ...; ``number`` a microbatch or update."""
         if not self.record:
             yield
             return
@@ -40,7 +40,7 @@ class Timeline:
 
 
 def chrome_trace(events: Sequence[Event]) -> str:
-    """JSON that Perfetto and chrome://tracing open: one row a stage, times in microseconds."""
+    """Return JSON that Perfetto and chrome://tracing open: one row per stage, times in microseconds."""
     start = min((e.begin for e in events), default=0.0)
     rows = [
         {"ph": "M", "pid": 0, "tid": stage, "name": "thread_name", "args": {"name": f"stage {stage}"}}

@@ -1,11 +1,11 @@
-"""A stage of ``torch.distributed.pipelining`` that a schedule without an end can drive.
+"""A stage of ``torch.distributed.pipelining`` that an endless schedule can drive.
 
-The only module that uses names that torch keeps to itself: ``PipelineScheduleSingle._initialize_stage`` (shapes and
-dtypes of what stages exchange, agreed on by running one microbatch), ``PipelineStage._get_init_p2p_neighbors_ops``, and
+This is the only module that uses private names of torch: ``PipelineScheduleSingle._initialize_stage`` (which runs one
+microbatch to agree on the shapes and dtypes that stages exchange), ``PipelineStage._get_init_p2p_neighbors_ops``, and
 the entries of ``args_recv_info`` and ``grad_recv_info``. Tested with torch 2.13, 2.11 and 2.9.
 
-Microbatch ``m`` is torch's chunk ``m % chunks``: every table by chunk in ``PipelineStage`` is a dict whose entries
-leave it again, so a few chunk numbers serve a run of any length. Each message is received into memory of its own:
+Microbatch ``m`` is torch's chunk ``m % chunks``. Every per-chunk table in ``PipelineStage`` is a dict whose entries are
+removed again, so a few chunk numbers serve a run of any length. Each message is received into its own memory, because
 autograd may keep a received gradient, or a view of it, as a parameter's gradient.
 """
 
@@ -26,7 +26,7 @@ from nesterov_pp.pipeline.distributed.links import Messages
 
 
 class _Unending(PipelineScheduleSingle):
-    """Only for what schedules do before their first step."""
+    """A schedule used only for what schedules do before their first step."""
 
     def _step_microbatches(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError
@@ -41,14 +41,17 @@ class _Unending(PipelineScheduleSingle):
 
 
 class _Stage(PipelineStage):
-    """Without a first exchange between neighbours where gloo needs none: torch 2.9 sends more than it receives."""
+    """A ``PipelineStage`` without the first exchange between neighbours where gloo does not need it.
+
+    torch 2.9 sends more in that exchange than it receives.
+    """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         return super()._get_init_p2p_neighbors_ops() if "nccl" in dist.get_backend(self.group) else []
 
 
 class _Whole(nn.Module):
-    """Hides from ``PipelineStage`` that a stage is sharded: it would leave reducing the gradients to its schedule."""
+    """A wrapper that hides sharding from ``PipelineStage``, which would leave gradient reduction to its schedule."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -59,16 +62,16 @@ class _Whole(nn.Module):
 
 
 class TorchStage:
-    """Forwards and backwards of one stage, and the tensors that go in and out.
+    """The forwards and backwards of one stage, and the tensors that enter and leave it.
 
     Args:
-        module: the stage.
-        stage: its number from 0.
-        stages: how many there are.
-        device: where it computes.
-        chunks: microbatches that can be here at a time, those received ahead included.
+        module: the module of the stage.
+        stage: the number of the stage, from 0.
+        stages: the number of stages.
+        device: where the stage computes.
+        chunks: number of microbatches that can be on the stage at a time, including those received ahead.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``.
-        group: one process a stage, in order; None for the default group.
+        group: one process per stage, in order; None for the default group.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class TorchStage:
         loss_fn: Callable[[Any, Any], Tensor],
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.chunks = max(chunks, stages)  # torch 2.9 and 2.10 want no fewer
+        self.chunks = max(chunks, stages)  # torch 2.9 and 2.10 require at least one per stage
         self._module = module
         self._stage = _Stage(
             _Whole(module) if isinstance(module, FSDPModule) else module, stage, stages, device, group=group
@@ -92,11 +95,13 @@ class TorchStage:
         self._keeping_no_output = {"save_forward_output": False} if "save_forward_output" in known else {}
 
     def prepare(self, inputs: tuple[Any, ...], targets: Tensor | None) -> None:
-        """Agree with the neighbours on what is exchanged; all stages call it. Leaves weights and buffers unchanged.
+        """Agree with the neighbours on the tensors to exchange. All stages must call this.
+
+        Weights and buffers stay unchanged.
 
         Raises:
-            ValueError: other than floating-point tensors are to be exchanged, and this torch cannot; or the stage has
-                reentrant checkpoints, and this torch cannot.
+            ValueError: tensors that are not floating-point are to be exchanged, or the stage has reentrant checkpoints,
+                and this version of torch does not support it.
         """
         buffers = [(b, b.clone()) for b in self._module.buffers()]
         try:
@@ -104,14 +109,14 @@ class TorchStage:
         except RuntimeError as error:
             if "When use_reentrant=True" in str(error):
                 raise ValueError(
-                    f"a stage of torch {torch.__version__} takes no reentrant activation checkpoints; "
+                    f"pipeline stages of torch {torch.__version__} do not support reentrant activation checkpoints; "
                     "use torch.utils.checkpoint with use_reentrant=False, or recompute=True"
                 ) from None
             if "only Tensors of floating point" not in str(error):
                 raise
             raise ValueError(
-                f"between stages torch {torch.__version__} carries floating-point tensors only; "
-                "use torch 2.13, or carry the others as such"
+                f"torch {torch.__version__} sends only floating-point tensors between stages; "
+                "use torch 2.13, or send the others as floating-point tensors"
             ) from None
         with torch.no_grad():
             for buffer, before in buffers:
@@ -128,22 +133,22 @@ class TorchStage:
                 self._drop(infos[chunk])
 
     def receive_inputs(self, microbatch: int) -> Messages:
-        """New memory for a microbatch's activations, and where they come from."""
+        """Allocate memory for a microbatch's activations; returns it with the ranks that send them."""
         chunk = microbatch % self.chunks
         self._allocate("inputs", self._stage.args_recv_info[chunk])
         return _messages(self._stage.get_fwd_recv_ops(chunk))
 
     def receive_gradients(self, microbatch: int) -> Messages:
-        """New memory for the gradients of a microbatch's outputs, and where they come from."""
+        """Allocate memory for the gradients of a microbatch's outputs; returns it with the ranks that send them."""
         chunk = microbatch % self.chunks
         self._allocate("gradients", self._stage.grad_recv_info.get(chunk, ()))
         return _messages(self._stage.get_bwd_recv_ops(chunk))
 
     def forward(self, microbatch: int, inputs: tuple[Any, ...]) -> Any:
-        """The stage's output; ``inputs`` matter to the first stage only.
+        """Return the stage's output. ``inputs`` matter on the first stage only.
 
         Raises:
-            Exception: what the module raised.
+            Exception: any exception that the module raises.
         """
         try:
             return self._stage.forward_one_chunk(microbatch % self.chunks, inputs, {}, **self._keeping_no_output)
@@ -153,14 +158,14 @@ class TorchStage:
             self._stage.output_chunks.clear()  # torch 2.9 keeps every output
 
     def outputs(self, microbatch: int) -> Messages:
-        """What to send on after a forward."""
+        """Return the messages to send after a forward."""
         return _messages(self._stage.get_fwd_send_ops(microbatch % self.chunks))
 
     def backward(self, microbatch: int, loss: Tensor | None) -> Messages:
         """Differentiate a microbatch; returns the gradients to send back.
 
         Raises:
-            Exception: what autograd raised.
+            Exception: any exception that autograd raises.
         """
         chunk = microbatch % self.chunks
         try:
@@ -186,7 +191,7 @@ class TorchStage:
 
 
 def _is_received(info: Any) -> bool:
-    """And not an input of the whole model, which has a class of its own in torch 2.11."""
+    """Return whether a neighbour sends ``info``; an input of the whole model has its own class in torch 2.11."""
     return not getattr(info, "is_root_arg", not hasattr(info, "buffer"))
 
 

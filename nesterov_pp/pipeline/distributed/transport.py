@@ -1,7 +1,7 @@
-"""Tensors between processes over ``torch.distributed``: sent without waiting, received ahead.
+"""The transport of tensors over ``torch.distributed``: sends do not wait, and receives are posted ahead.
 
-Every boundary has one process group for each direction: messages of a pair of processes are matched by their order
-alone, so what is received ahead of one direction must not wait behind the other.
+Every boundary has one process group per direction. Messages between two processes are matched by their order alone, so
+a receive posted ahead in one direction must not wait behind the other direction.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nesterov_pp.pipeline.tensors import to_device
 
 
 class TorchChannel:
-    """A ``Channel`` that has a process group of its own.
+    """A ``Channel`` with its own process group.
 
     Args:
-        world: for its time-out, and to say why a neighbour is gone.
-        group: the two processes.
-        backlog: messages that may be on their way before a send waits for the oldest.
-        stage, other: this stage and the one at the other end, for error messages.
-        what: what is carried, for error messages.
+        world: provides the timeout, and the reason why a neighbour is gone.
+        group: the process group of the two processes.
+        backlog: number of sends that may be in flight before another one waits for the oldest.
+        stage, other: this stage and the stage at the other end, for error messages.
+        what: what the channel carries, for error messages.
     """
 
     def __init__(self, world: World, group: dist.ProcessGroup, backlog: int, stage: int, other: int, what: str) -> None:
@@ -42,7 +42,7 @@ class TorchChannel:
         self.waited = 0.0
 
     def send(self, microbatch: int, messages: Messages) -> None:
-        """Start sending; the tensors must not change until they have arrived."""
+        """Start sending. The tensors must not change until they have arrived."""
 
         def start() -> list[Any]:
             return [dist.isend(tensor, peer, group=self._group) for tensor, peer in messages]
@@ -52,7 +52,7 @@ class TorchChannel:
             self._settle()
 
     def post(self, microbatch: int, messages: Messages) -> None:
-        """Start receiving the next microbatch's tensors."""
+        """Start receiving the tensors of the next microbatch."""
 
         def start() -> list[Any]:
             return [dist.irecv(tensor, peer, group=self._group) for tensor, peer in messages]
@@ -61,7 +61,7 @@ class TorchChannel:
         self.next_to_post = microbatch + 1
 
     def take(self, microbatch: int) -> None:
-        """Wait until the oldest tensors posted, which are this microbatch's, are there."""
+        """Wait until the oldest posted tensors, which belong to this microbatch, have arrived."""
         posted, works = self._posted.popleft()
         assert posted == microbatch
         self._guarded(microbatch, "receive", lambda: [work.wait() for work in works])
@@ -73,7 +73,7 @@ class TorchChannel:
 
     def _settle(self) -> None:
         microbatch, works, _ = self._sent.popleft()
-        self._guarded(microbatch, "send", lambda: [work.wait() for work in works])  # waiting twice never ends
+        self._guarded(microbatch, "send", lambda: [work.wait() for work in works])  # a second wait would never end
 
     def _guarded(self, microbatch: int, verb: str, act: Callable[[], list[Any]]) -> list[Any]:
         begin = time.perf_counter()
@@ -89,19 +89,19 @@ class TorchChannel:
         what = f"the {self._what} of microbatch {microbatch}"
         reason = self._world.reason()
         if reason is not None:
-            return PipelineError(f"stage {self._stage} stopped, because elsewhere {reason}")
+            return PipelineError(f"stage {self._stage} stopped because another process stopped: {reason}")
         if waited >= 0.9 * self._world.timeout:
             return PipelineError(
-                f"stage {self._stage} waited {self._world.timeout:g} s to {verb} {what} {preposition} stage "
-                f"{self._other}, in vain; if a stage needs longer than that, give a longer timeout"
+                f"stage {self._stage} timed out after {self._world.timeout:g} s waiting to {verb} {what} {preposition} "
+                f"stage {self._other}; raise `timeout` if a stage needs longer"
             )
         return PipelineError(
-            f"stage {self._stage} lost stage {self._other} when it was to {verb} {what}: that process has ended"
+            f"stage {self._stage} could not {verb} {what} {preposition} stage {self._other}: that process has ended"
         )
 
 
 class TorchSide:
-    """A ``Side`` over gloo on any device, so that its messages cannot get in the way of training's."""
+    """A ``Side`` over gloo on any device, so that its messages cannot interfere with those of training."""
 
     def __init__(self, world: World, group: dist.ProcessGroup, ranks: list[int], stage: int) -> None:
         self._world, self._group, self._ranks, self._stage = world, group, ranks, stage
@@ -112,7 +112,7 @@ class TorchSide:
             dist.send_object_list([to_device(value, "cpu")], self._ranks[self._stage + 1], self._group)
 
     def receive(self, device: torch.device) -> Any:
-        """Receive what the stage before has sent."""
+        """Receive the value that the previous stage has sent."""
         box: list[Any] = [None]
         with self._world.explained("evaluating"):
             dist.recv_object_list(box, self._ranks[self._stage - 1], self._group)
@@ -127,18 +127,18 @@ class TorchSide:
 
 
 class TorchLinks:
-    """``Links`` by process groups; every process of the world makes them in the same order.
+    """``Links`` made of process groups. Every process of the world creates them in the same order.
 
     Args:
-        world: this process among all.
-        replicas: R; process ``rank`` is stage ``rank % P`` of replica ``rank // P``, P the world's size over R.
+        world: the ``World`` of this process.
+        replicas: R; process ``rank`` is stage ``rank % P`` of replica ``rank // P``, with P the world's size over R.
     """
 
     def __init__(self, world: World, replicas: int) -> None:
         stages = world.size // replicas
         self.stage, self.replica, self.replicas = world.rank % stages, world.rank // stages, replicas
         i, timeout = self.stage, timedelta(seconds=world.timeout)
-        backlog = stages - i + 2  # as many microbatches as the stage has in flight, and two
+        backlog = stages - i + 2  # the microbatches that the stage has in flight, plus two
         self.inputs: Channel | None = None
         self.outputs: Channel | None = None
         self.gradients_in: Channel | None = None
@@ -172,11 +172,11 @@ class TorchLinks:
                 self._twins = twins
 
     def channels(self) -> list[Channel]:
-        """Those that this process has."""
+        """Return the channels that this process has."""
         return [c for c in (self.inputs, self.outputs, self.gradients_in, self.gradients_out) if c is not None]
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the replicas of this stage."""
+        """Return the mean over the replicas of this stage."""
         if self._twins is None:
             return value
         total = value.clone()
@@ -184,5 +184,5 @@ class TorchLinks:
         return total / self.replicas
 
     def average(self, leaves: Sequence[Sequence[Tensor]], bucket_bytes: int) -> Average | None:
-        """Average gradients over the replicas of this stage."""
+        """Return an average of gradients over the replicas of this stage; None with one replica."""
         return None if self._twins is None else GradientAverage(leaves, self._twins, bucket_bytes)

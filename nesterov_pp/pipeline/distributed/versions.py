@@ -1,4 +1,4 @@
-"""The weight versions that microbatches of a stage run with."""
+"""The weight versions that a stage's microbatches run with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Weights = dict[str, Tensor]
 
 
 class Versions:
-    """Which weights a microbatch runs with: those of a ring, or, without a stash, the newest ones.
+    """The weights that a microbatch runs with: a version of the ring or, without a stash, the newest weights.
 
-    Without a stash (a ring of one) the forwards of microbatches in flight cannot run again after a restart unless the
-    weights that they began with were copied: ``kept``.
+    Without a stash (a ring of one), the forwards of microbatches in flight can run again after a restart only if the
+    weights that they began with were copied. ``kept`` holds these copies.
     """
 
     def __init__(self, stash: WeightStash, delay: int) -> None:
@@ -27,16 +27,16 @@ class Versions:
         self.kept: dict[int, Weights] = {}
 
     def keep_from(self, version: int) -> None:
-        """Copy the weights of every version from this one on, until the next call."""
+        """Copy the weights of ``version`` and of every later version, until the next call."""
         if not self._all_stashed():
             self._keep_from = version
             self._copy()
 
     def needed(self, in_flight: Iterable[int]) -> dict[int, Weights]:
-        """The copies that a checkpoint needs for the versions in flight: none where the ring holds them all.
+        """Return the copies that a checkpoint needs for the versions in flight; none if the ring holds them all.
 
         Raises:
-            ValueError: a version was not kept.
+            ValueError: a version in flight was not kept.
         """
         if self._all_stashed():
             return {}
@@ -46,12 +46,12 @@ class Versions:
         if missing:
             raise ValueError(
                 f"microbatches in flight began with version {missing[0]}, which was not kept; "
-                f"call keep_for({newest}) {self._delay} updates before"
+                f"call keep_for({newest}) {self._delay} updates earlier"
             )
         return {v: self.kept[v] for v in needed}
 
     def load(self, kept: Mapping[int, Weights]) -> None:
-        """Take over what ``needed`` gave."""
+        """Restore the copies that ``needed`` returned."""
         self.kept = dict(kept)
 
     @contextmanager
@@ -64,12 +64,13 @@ class Versions:
         with self._as_it_was(version), self._stash.use(self._stash.newest, linearise_at=linearise_at):
             yield
         if self._stash.in_flight(self._stash.newest):
-            self._stash.release(self._stash.newest)  # its backward takes whatever is newest then
+            self._stash.release(self._stash.newest)  # its backward uses the weights that are newest then
 
     def during_backward(self, version: int, linearise_at: LineariseAt) -> AbstractContextManager[None]:
-        """Bind the module to the version of the microbatch whose backward runs, in case the module runs again in it.
+        """Return a context that binds the module to the version of the microbatch whose backward runs.
 
-        A ring binds it too, except for compiled code that does not run as a module.
+        The module may run again in that backward. A ring binds it too, except for compiled code that does not run as a
+        module.
         """
         return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
@@ -82,7 +83,7 @@ class Versions:
             self._copy()
 
     def _all_stashed(self) -> bool:
-        """Whether the ring holds every version that a microbatch in flight can have."""
+        """Return whether the ring holds every version that a microbatch in flight can have."""
         return self._stash.versions > self._delay
 
     def _copy(self) -> None:
@@ -95,7 +96,7 @@ class Versions:
     @contextmanager
     @torch.no_grad()
     def _as_it_was(self, version: int) -> Iterator[None]:
-        """Put older weights back for a forward that runs again after a restart."""
+        """Put older weights back inside the block, for a forward that runs again after a restart."""
         newest = self._stash.newest
         if version >= newest:
             yield

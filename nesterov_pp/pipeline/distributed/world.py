@@ -1,4 +1,4 @@
-"""The processes of a run: finding each other, and telling each other why one of them stops."""
+"""The processes of a run: how they find each other, and how they learn why one of them stops."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 T = TypeVar("T")
 
 TIMEOUT = 60.0
-"""Seconds that processes wait for each other by default."""
+"""Default number of seconds that processes wait for each other."""
 
 _ANSWER = 10.0  # seconds to ask the store why a neighbour is gone
 _POLL = 0.02
 
 
 class PipelineError(RuntimeError):
-    """Training cannot go on; the message is one sentence."""
+    """An error after which training cannot continue; its message is one sentence."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` of ``size``. ``timeout`` in seconds."""
+    """One process of a run: ``rank`` among ``size`` processes, with the ``timeout`` in seconds."""
 
     rank: int
     size: int
@@ -38,82 +38,86 @@ class World:
     store: Store | None = None
 
     def tell(self, reason: str) -> None:
-        """Leave word for the others why this process stops; the first word stays."""
+        """Record why this process stops, for the others to read. Only the first reason is kept."""
         if self.store is not None:
             with suppress(RuntimeError):
                 self.store.compare_set("failure", "", reason)
 
     def reason(self) -> str | None:
-        """Why another process has stopped, where it left word."""
+        """Return why another process has stopped, if it recorded a reason."""
         if self.store is None:
             return None
         try:
             return self.store.get("failure").decode() if self.store.check(["failure"]) else None
-        except RuntimeError:  # the store went with its process
+        except RuntimeError:  # the store's process has ended
             return None
 
     def gather(self, value: T) -> list[T]:
-        """The ``value`` of every process, on all of them.
+        """Return the ``value`` of every process, on all processes.
 
         Raises:
-            PipelineError: one of them has ended, or does not come in time.
+            PipelineError: a process has ended, or does not respond in time.
         """
         found: list[Any] = [value] * self.size
-        with self.explained("gathering"):
+        with self.explained("gathering values"):
             dist.all_gather_object(found, value)
         return found
 
     def agreed(self, compute: Callable[[], T]) -> T:
-        """What process 0 computes, on every process.
+        """Return on every process what process 0 computes.
 
         Raises:
-            PipelineError: one of them has ended, or does not come in time.
+            PipelineError: a process has ended, or does not respond in time.
         """
         box: list[Any] = [compute() if self.rank == 0 else None]
-        with self.explained("agreeing"):
+        with self.explained("agreeing on a value"):
             dist.broadcast_object_list(box, 0)
         result: T = box[0]
         return result
 
     @contextmanager
     def explained(self, act: str) -> Iterator[None]:
-        """What ``torch.distributed`` raises inside the block becomes one sentence.
+        """Turn an error of ``torch.distributed`` inside the block into one sentence.
 
         Raises:
-            PipelineError: so it did.
+            PipelineError: ``torch.distributed`` raised an error inside the block.
         """
         try:
             yield
         except RuntimeError as error:
-            why = self.reason() or "another process has ended or hangs"
-            raise PipelineError(f"process {self.rank} stopped while {act}, because elsewhere {why}") from error
+            why = self.reason() or "it has ended or hangs"
+            raise PipelineError(
+                f"process {self.rank} stopped while {act} because another process stopped: {why}"
+            ) from error
 
 
 # Leaving the group, also after an error
 #
-# A collective of gloo runs on a thread of the group, which wakes the caller first and lets go of the caller's tensors
-# afterwards, and for that it takes the interpreter's lock. A process that has ended its interpreter by then aborts
-# (status -6, "terminate called without an active exception") instead of ending with its own status. Destroying the
-# group waits for that thread. NCCL has no such thread, and would wait for a lost neighbour's part of its operations.
+# A gloo collective runs on a thread of the group. The thread wakes the caller first and releases the caller's tensors
+# afterwards, for which it takes the interpreter's lock. A process whose interpreter has ended by then aborts (status
+# -6, "terminate called without an active exception") instead of ending with its own status. Destroying the group waits
+# for that thread. NCCL has no such thread, and would wait for a lost neighbour's part of its operations.
 
 
 @contextmanager
 def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[World]:
-    """Meet the other processes that ``torchrun`` has started, and part from them at the end of the block.
+    """Connect to the other processes that ``torchrun`` has started, and disconnect at the end of the block.
 
-    Environment: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``, as ``torchrun`` sets them. A restart by
-    ``torchrun --max-restarts`` meets afresh: addresses of processes that are gone are not taken for those of new ones.
+    The environment must have ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``, as ``torchrun`` sets them.
+    After a restart by ``torchrun --max-restarts`` the processes connect afresh: addresses of processes that are gone
+    are not taken for those of new ones. Every exception that leaves the block is passed on to the other processes as
+    the reason why they stop too.
 
     Args:
-        timeout: seconds to wait for the others, now and for every message later.
-        backend: of ``torch.distributed``; default: NCCL for tensors on GPUs where every process has one, and gloo.
+        timeout: seconds to wait for the other processes, both when connecting and for every later message.
+        backend: the ``torch.distributed`` backend (default: gloo, and NCCL for tensors on GPUs if every process has a
+            GPU).
 
     Raises:
-        PipelineError: the environment is incomplete, the port is taken, or a process is missing. Every exception that
-            leaves the block is passed on to the other processes as the reason why they stop too.
+        PipelineError: the environment is incomplete, the port is taken, or a process is missing.
     """
     if not dist.is_available():
-        raise PipelineError("this torch was built without torch.distributed; install one that has it")
+        raise PipelineError("this build of torch has no torch.distributed; install one that has it")
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     store = _store(rank, size, timeout)
     store = PrefixStore(f"nesterov_pp/{_meet(store, rank, size, timeout)}", store)
@@ -122,7 +126,7 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:
-        raise PipelineError(f"process {rank} could not reach all of the {size} processes: {_first(error)}") from error
+        raise PipelineError(f"process {rank} could not reach all {size} processes: {_first(error)}") from error
     world = World(rank, size, timeout, store)
     try:
         yield world
@@ -137,13 +141,13 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
 
 
 def _part(world: World) -> None:
-    """Nobody leaves before all are done: a process that has gone looks like one that was killed."""
+    """Wait until all processes are done: one that leaves earlier looks like one that was killed."""
     with world.explained("waiting for the others to finish"):
         dist.barrier()
 
 
 def launched() -> bool:
-    """Whether this process is one of several that ``torchrun`` or the like has started."""
+    """Return whether this process is one of several that ``torchrun`` or a similar launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in os.environ
 
 
@@ -162,7 +166,11 @@ def _backend() -> str:
 
 
 def _store(rank: int, size: int, timeout: float) -> Store:
-    """Raises: PipelineError: nobody answers at the address, or it is taken."""
+    """Connect to the store at the address in the environment; process 0 opens it unless ``torchrun`` has.
+
+    Raises:
+        PipelineError: no process answers at the address, or the port is taken.
+    """
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
     if not host:
         raise PipelineError("MASTER_ADDR is not set; start the processes with torchrun")
@@ -174,22 +182,22 @@ def _store(rank: int, size: int, timeout: float) -> Store:
     except RuntimeError as error:
         if serves:
             raise PipelineError(
-                f"port {port} cannot be listened on ({_first(error)}); choose another with --master-port"
+                f"cannot listen on port {port} ({_first(error)}); choose another with --master-port"
             ) from error
         raise PipelineError(
-            f"process {rank} of {size} found nobody at {host}:{port} within {timeout:g} s; is the first process "
-            "(rank 0) running, and can this machine reach it?"
+            f"process {rank} of {size} found no process at {host}:{port} within {timeout:g} s; check that the first "
+            "process (rank 0) is running and that this machine can reach it"
         ) from error
 
 
 def _meet(store: Store, rank: int, size: int, timeout: float) -> str:
-    """A name for this meeting of ``size`` processes, which no other meeting in the same store has.
+    """Return a name for this meeting of ``size`` processes that no other meeting in the same store has.
 
-    ``torchrun`` keeps its store through restarts, and counts these by machine. So process 0 makes up a name, writes it
-    down with the cards that the others have left, and everyone who finds his own card beside it says so.
+    ``torchrun`` keeps its store through restarts, and counts restarts per machine. So process 0 makes up a name and
+    writes it down next to the cards that the others have left, and every process that finds its own card there says so.
 
     Raises:
-        PipelineError: not all came in time.
+        PipelineError: a process does not arrive in time.
     """
     card = uuid.uuid4().hex
     others = range(1, size)
@@ -227,7 +235,9 @@ def _meet(store: Store, rank: int, size: int, timeout: float) -> str:
 def _missing(store: Store, rank: int, size: int, timeout: float) -> str:
     absent = [r for r in range(size) if not store.check([f"card/{r}"])]
     who = f"process {', '.join(map(str, absent))}" if absent else "another process"
-    return f"process {rank} waited {timeout:g} s for {who} of {size}; start all of them, or ask for fewer"
+    return (
+        f"process {rank} timed out after {timeout:g} s waiting for {who} of {size}; start all of them, or ask for fewer"
+    )
 
 
 def _until(done: Callable[[], bool], timeout: float) -> bool:
