@@ -47,7 +47,7 @@ def main_loop(code: Code) -> Loop | None:
     """
     loops = []
     for last, text in code:
-        first = _target(text)
+        first = branch_target(text)
         if first is None or first > last:
             continue
         whole = [(address, text) for address, text in code if first <= address <= last]
@@ -62,7 +62,8 @@ def main_loop(code: Code) -> Loop | None:
     return Loop(len(shortest), sum(map(_bytes, shortest)))
 
 
-def _target(text: str) -> int | None:
+def branch_target(text: str) -> int | None:
+    """Return the address that an instruction branches to, or None if it is no branch."""
     found = _BRANCH.search(text)
     return int(found.group(1), 16) if found else None
 
@@ -70,7 +71,7 @@ def _target(text: str) -> int | None:
 def _slow_ways(body: Code) -> list[tuple[int, int]]:
     """Return the first and last address of each part of a loop that a branch jumps over and that contains a loop."""
     start, end = body[0][0], body[-1][0]
-    jumps = [(address, target) for address, text in body[:-1] if (target := _target(text)) is not None]
+    jumps = [(address, target) for address, text in body[:-1] if (target := branch_target(text)) is not None]
     inner = [(target, address) for address, target in jumps if start < target <= address]
     found = []
     for first, last in inner:

@@ -14,7 +14,7 @@ enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
 
 constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
-// Of the weights computed with, of gradients (and of the copy of the new weights, where that is another dtype), and of
+// The dtypes of the weights that a pass computes with, of the gradients (and of the copies of master weights), and of
 // the moments.
 struct Dtypes {
   Dtype weight;
@@ -22,7 +22,7 @@ struct Dtypes {
   Dtype moment;
 };
 
-// The scalar that elements of type S are computed in.
+// The scalar type in which elements of type S are computed.
 template <class S>
 struct Compute {
   using type = float;
@@ -32,7 +32,7 @@ struct Compute<double> {
   using type = double;
 };
 
-// The name of a stored type.
+// The Dtype of a stored type.
 template <class S>
 constexpr Dtype kDtype = Dtype::kFloat;
 template <>

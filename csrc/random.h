@@ -1,11 +1,13 @@
-// Random bits for stochastic rounding: the same for a given (seed, step, tensor, element) whatever the number of
-// threads, the width of vectors or the device, so that a rerun gives the same bits.
+// Random bits for stochastic rounding. They depend only on (seed, step, tensor, element), not on the number of threads,
+// the width of vectors or the device, so that a rerun gives the same bits.
 //
 // [note: which bits an element takes]
-// Philox-4x32-10 (Salmon et al., SC 2011) turns a 128-bit counter into four words. Elements 2b and 2b + 1 of a tensor
-// share the counter (b, b >> 32, tensor, step) with the seed as key: the even one takes the first two words, the odd
-// one the others. Of an element's two words the lower half of the first rounds its weight, the upper half its first
-// moment, the lower half of the second its second moment, and the upper half a correction's running mean.
+// Philox-4x32-10 (Salmon et al., SC 2011) turns a key and a counter into four words of 32 bits. The key is the seed.
+// Elements 2b and 2b + 1 of a tensor share the counter (b, b >> 32, tensor, step), four words of 32 bits. The even
+// element takes the first two of the resulting words, the odd element the last two. Each half of a word rounds one
+// number of the element:
+//   first word:   lower half the weight, upper half the first moment
+//   second word:  lower half the second moment, upper half the running mean of a correction
 #pragma once
 
 #include "update.h"
@@ -16,10 +18,10 @@ struct Noise {
   unsigned long long seed;
   unsigned int tensor;  // the parameter's number in its optimizer
   unsigned int step;
-  long long first;  // the element a run starts at; even
+  long long first;  // the element at which a run starts; even
 };
 
-// Both halves of a 64-bit product.
+// The two halves of a 64-bit product.
 template <class U>
 struct Product {
   U high, low;
@@ -31,12 +33,12 @@ NPP_HD Product<unsigned int> multiply(unsigned int a, unsigned int b) {
 }
 
 #if !defined(__CUDACC__)
-// Of the low halves of a vector's 64-bit lanes. What lies in the upper halves of argument and results is of no account.
+// Multiplies the low halves of a vector's 64-bit lanes. The upper halves of argument and results may hold anything.
 template <class W>
 NPP_HD Product<W> multiply(const W& a, unsigned int b) {
   W product;
 #if defined(__x86_64__)
-  // GCC makes no use of the instruction that multiplies halves, and others take several times as long.
+  // GCC does not use the instruction that multiplies low halves, and other instructions take several times as long.
   const W factor = W{} + b;
   if constexpr (sizeof(W) > 16) {
     asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(factor));
@@ -59,7 +61,7 @@ struct Words {
 
 constexpr int kRounds = 10;
 
-// What the rounds mix in, two words each.
+// The keys that the rounds mix in, two words for each round.
 struct RoundKeys {
   unsigned int a[kRounds], b[kRounds];
 
@@ -89,13 +91,13 @@ NPP_HD Words<U> philox(const Words<U>& counter, const RoundKeys& keys) {
   return x;
 }
 
-// Philox for counters that differ in their first word alone. In the first round that word reaches two of four, in the
-// second three: the rest of both is computed once.
+// Philox for counters that differ only in their first word. That word affects two of the four results of the first
+// round and three of the second. Everything in these two rounds that does not depend on it is computed once.
 struct PhiloxOfFirst {
   unsigned int key_c, key_a, c, d;
 
   static NPP_HD PhiloxOfFirst from(const Words<unsigned int>& rest, const RoundKeys& keys) {
-    const auto first = mixed<unsigned int>({0, rest.b, rest.c, rest.d}, keys, 0);  // c and d for a first word of 0
+    const auto first = mixed<unsigned int>({0, rest.b, rest.c, rest.d}, keys, 0);  // its c and d are not used
     const auto p = multiply(first.a, 0xD2511F53U);
     return {rest.d ^ keys.b[0], first.b ^ keys.a[1], p.high ^ keys.b[1], p.low};
   }

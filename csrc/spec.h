@@ -1,4 +1,4 @@
-// Which passes there are: the one list that every backend's kernels are made from.
+// The list of all passes, from which the kernels of every backend are made.
 #pragma once
 
 #include "dtype.h"
@@ -6,17 +6,17 @@
 
 namespace nesterov_pp {
 
-// A pass, as numbers.
+// A pass, described by values.
 struct Spec {
   Dtypes dtypes;
   Normaliser normaliser;
-  bool corrects;    // whether it takes a correction or writes predicted weights
+  bool corrects;    // whether the pass takes a correction or writes predicted weights
   bool stochastic;  // whether bfloat16 weights and moments are rounded stochastically
 };
 
-// What is known of a pass when it is compiled: its normaliser; or, if it corrects, that it does. Such a pass looks at
-// its normaliser and kind of correction as it runs, the same for all elements: a pass for each would be fifteen times
-// the code, and memory is what it waits for.
+// The part of a rule that is known when a pass is compiled: the normaliser, or only that the pass corrects. A pass that
+// corrects reads its normaliser and kind of correction at run time; they are the same for all elements. A pass for each
+// combination would take fifteen times the code, and a pass waits for memory anyway.
 enum class Form { kNone, kRms, kSign, kCorrected };
 
 constexpr Form form_of(const Spec& spec) {
@@ -25,7 +25,7 @@ constexpr Form form_of(const Spec& spec) {
   return spec.normaliser == Normaliser::kRms ? Form::kRms : Form::kNone;
 }
 
-// A pass, as types: of the weights computed with, of gradients and of moments.
+// A pass, described by types: those of the weights it computes with, of the gradients and of the moments.
 template <class Weight, class Grad, class Moment, Form form, bool stochastic>
 struct Pass {
   using W = Weight;
@@ -35,7 +35,7 @@ struct Pass {
   static constexpr bool kCorrects = form == Form::kCorrected;
   static constexpr bool kMayHaveSecond = form == Form::kRms || kCorrects;
   static constexpr bool kStochastic = stochastic;
-  static constexpr bool kCopies = !kSame<W, G>;  // master weights, of which the parameters take copies
+  static constexpr bool kCopies = !kSame<W, G>;  // master weights, which are copied to the parameters
   static constexpr bool kHalfMoments = kSame<M, Half>;
 
   static NPP_HD constexpr Normaliser normaliser(const Rule& rule) {
@@ -54,8 +54,8 @@ struct Combination {};
 template <class... C>
 struct Combinations {};
 
-// Gradients are in the dtype of the weights, or in a lower one beside float32 master weights. Moments are in the dtype
-// of the weights or, for all but float64, in float32 or bfloat16.
+// Gradients have the dtype of the weights, or a lower one if the weights are float32 master weights. Moments have the
+// dtype of the weights or, except for float64, float32 or bfloat16.
 using All = Combinations<Combination<double, double, double>, Combination<float, float, float>,
                          Combination<float, float, BFloat16>, Combination<float, BFloat16, float>,
                          Combination<float, BFloat16, BFloat16>, Combination<float, Half, float>,
@@ -94,7 +94,7 @@ bool visit(Combinations<C...>, const Spec& spec, F& f) {
 
 }  // namespace spec
 
-// Calls f with the Pass of a spec; returns whether there is one.
+// Calls f with the Pass of a spec, and returns whether there is one.
 template <class F>
 bool visit(const Spec& spec, F f) {
   return spec::visit(spec::All{}, spec, f);

@@ -37,7 +37,7 @@ namespace nesterov_pp {
 // A running mean, m + c (x - m).
 template <class T>
 struct Mean {
-  T weight;  // c where it is small, else 1 - c
+  T weight;  // c if it is below 0.5, else 1 - c
   bool is_small;
 
   static NPP_HD Mean from(double complement) {
@@ -55,8 +55,8 @@ struct Mean {
 // A running mean of squares, (1 - c) v + c x x.
 template <class T>
 struct SquareMean {
-  T kept;  // of 1 - c, the most that is below it
-  T rest;  // of 1 - c, what is then left
+  T kept;  // slightly less than 1 - c
+  T rest;  // 1 - c minus `kept`
   T complement;
 
   static NPP_HD SquareMean from(double complement) {
@@ -70,7 +70,7 @@ struct SquareMean {
   }
 };
 
-// What is computed with: the coefficients below in the dtype of the computation.
+// The coefficients below, converted to the dtype of the computation.
 template <class T>
 struct Scalars {
   T grad_scale;
@@ -86,7 +86,7 @@ struct Scalars {
   bool has_decay;
 };
 
-// The order of the fields is that of nesterov_pp.kernels.Coefficients.
+// The scalars of the update, in the order of nesterov_pp.kernels.Coefficients.
 template <class T>
 struct Coefficients {
   T grad_scale;
@@ -128,7 +128,8 @@ NPP_HD float square_root(float x) { return __builtin_sqrtf(x); }
 NPP_HD double square_root(double x) { return __builtin_sqrt(x); }
 #endif
 
-// Of a vector, lane by lane, which the compiler turns into one instruction: GCC has no square root of vectors.
+// Returns the root of every lane of a vector. The compiler turns the loop into one instruction; GCC has no square root
+// of vectors.
 template <class V>
 NPP_HD V square_root(const V& x) {
   V root;
@@ -151,7 +152,7 @@ NPP_HD V absolute(const V& x) {
   return result;
 }
 
-// One or the other, lane by lane. `Mask` is what a comparison of two V gives.
+// Selects `yes` or `no`, lane by lane. `Mask` is the type of a comparison of two V.
 template <class Mask, class V>
 NPP_HD V choose(const Mask& mask, const V& yes, const V& no) {
   return mask ? yes : no;
@@ -169,24 +170,25 @@ NPP_HD V decay_of(const Scalars<T>& c, const V& w) {
   return choose(absolute(w) < T(__builtin_inff()), c.decay * w, V{});
 }
 
-// v as it will be read back from float16 where it overflows there.
+// Returns v with infinity in place of values that overflow float16, which is how the next step reads them back.
 template <class V>
 NPP_HD V overflowed(const V& v) {
   return choose(v >= 65520.0f, V{} + __builtin_inff(), v);
 }
 
-// What divides the momentum, or what becomes of it. The order is that of nesterov_pp.kernels.Normaliser.
+// The normalisation of the momentum, in the order of nesterov_pp.kernels.Normaliser.
 enum class Normaliser : int { kNone, kRms, kSign };
 
-// Of NaN it is NaN, for what is wrong is to be seen.
+// Returns the sign of x; NaN stays NaN, so that errors remain visible.
 template <class T, class V>
 NPP_HD V sign_of(const V& x) {
   return choose(x > T(0), V{} + T(1), choose(x < T(0), V{} + T(-1), x));
 }
 
 // [note: corrections of late gradients]
-// What a step may add to the update above, with the weights that the gradient was computed with and, for some, a
-// running mean besides the moments; nesterov_pp/kernels/scalars.py has the equations. The order of both is theirs.
+// A correction is an optional addition to the update above. Depending on its kind, it uses the weights that the
+// gradient was computed with, a running mean in addition to the moments, or both. nesterov_pp/kernels/scalars.py has
+// the equations, and the kinds and scalars in the same order.
 enum class CorrectionKind : int { kNone, kDelayCompensation, kAdaptiveDelayCompensation, kGap, kDiscrepancy };
 
 NPP_HD constexpr bool has_mean(CorrectionKind kind) {
@@ -197,11 +199,11 @@ NPP_HD constexpr bool compares(CorrectionKind kind) {
   return kind != CorrectionKind::kNone && kind != CorrectionKind::kDiscrepancy;
 }
 
-// What is the same for all elements of a step.
+// The options of a step, the same for all its elements.
 struct Rule {
   Normaliser normaliser = Normaliser::kRms;
   CorrectionKind kind = CorrectionKind::kNone;
-  bool predicts = false;  // whether there is a shadow, so that a weight is predicted
+  bool predicts = false;  // whether there is a shadow, so that weights are predicted
 };
 
 template <class T>
@@ -216,7 +218,7 @@ struct CorrectionScalars {
   SquareMean<T> square_mean;
 };
 
-// The order of the fields is that of nesterov_pp.kernels.Correction.
+// The scalars of a correction, in the order of nesterov_pp.kernels.Correction.
 template <class T>
 struct Correction {
   T strength;
@@ -245,24 +247,24 @@ struct Correction {
 constexpr int kCorrections = 7;
 static_assert(sizeof(Correction<double>) == kCorrections * sizeof(double), "plain row of scalars");
 
-// Infinite weights are no distance apart.
+// Returns a - b, or 0 (not NaN) if both are infinite with the same sign.
 template <class V>
 NPP_HD V difference(const V& a, const V& b) {
   return choose(a == b, V{}, a - b);
 }
 
-// What a correction has of an element.
+// The inputs and outputs of a correction for one element.
 template <class V>
 struct Late {
-  V apart;  // the weight less the one that the gradient was computed with
+  V apart;  // the weight minus the one that the gradient was computed with
   V mean;   // updated in place
-  V ahead;  // takes the predicted weight
+  V ahead;  // receives the predicted weight
 };
 
-// Before the moments: what the correction makes of the gradient and of the decay.
+// Corrects the gradient and the decay, before the moments are updated.
 template <class T, class V>
 NPP_HD void correct(CorrectionKind kind, const CorrectionScalars<T>& x, Late<V>& late, V& g, V& decay) {
-  // In this order a large g does not overflow where the weights are as they were.
+  // With the factors in this order, a large g does not overflow if the weight has not changed (apart is 0).
   if (kind == CorrectionKind::kDelayCompensation) g = g + x.strength * g * (g * late.apart);
   if (kind == CorrectionKind::kAdaptiveDelayCompensation) {
     late.mean = x.square_mean.of(late.mean, g);
@@ -275,7 +277,7 @@ NPP_HD void correct(CorrectionKind kind, const CorrectionScalars<T>& x, Late<V>&
   }
 }
 
-// After the update: the predicted weight, and the running mean that it takes.
+// Predicts the weight, after the update; first updates the running mean if the prediction uses one.
 template <class T, class V>
 NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V& w, const V& next, const V& momentum,
                     Late<V>& late) {
@@ -283,23 +285,23 @@ NPP_HD void predict(CorrectionKind kind, const CorrectionScalars<T>& x, const V&
   V further = x.ahead_last * last - x.ahead_momentum * momentum;
   if (kind == CorrectionKind::kDiscrepancy) {
     late.mean = x.mean.of(late.mean, last);
-    further = further + x.ahead_mean * late.mean;  // others' may be infinite
+    further = further + x.ahead_mean * late.mean;  // not for other kinds: 0 times an infinite mean is NaN
   }
   late.ahead = next + further;
 }
 
-// Of a momentum, which is rarely 0: a name of its own, since a device has a faster way then.
+// Divides a momentum, which is rarely 0. This is a separate function because a device has a faster way for it.
 template <class V>
 NPP_HD V quotient(const V& a, const V& b) {
   return a / b;
 }
 #if defined(__CUDACC__)
-// It is where there has been no gradient yet, which is not to be slow.
+// A momentum is 0 where there has been no gradient yet; without this case, the division would be slow there.
 NPP_HD float quotient(float a, float b) { return a == 0 && b > 0 ? a : a / b; }
 #endif
 
-// Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of them; `P` a Pass
-// (spec.h).
+// Returns the new weight; m, v and `late` are updated in place. `V` is the scalar `T` or a vector of `T`, and `P` is a
+// Pass (spec.h).
 template <class P, class T, class V>
 NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T>& x, const V& w, const V& grad, V& m,
                 V& v, Late<V>& late) {
@@ -310,7 +312,7 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   const V before = m;
   m = c.first.of(m, g);
   V momentum = m;
-  if (normaliser == Normaliser::kSign) momentum = before;  // values: a choice of references would need addresses
+  if (normaliser == Normaliser::kSign) momentum = before;  // copied: a choice of references would need addresses
   V direction = c.c_grad * g + c.c_momentum * momentum;
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);

@@ -152,10 +152,19 @@ def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
         return value.to(TO)
     else:
         bits = value.to(tl.uint32, bitcast=True)
+        if _INTERPRETED:
+            bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        else:  # an operation of the hardware makes NaN 0x7FFFFFFF, which noise would turn into -0
+            bits = tl.minimum(bits.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.uint32, bitcast=True)
         increment = noise if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
-        rounded = (bits + increment) >> 16
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _product(a, b: tl.constexpr):
+    """Return both halves of the 64-bit product of ``a`` and ``b``, which a GPU makes in one instruction."""
+    product = a.to(tl.uint64) * tl.full(a.shape, b, tl.uint64)
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
@@ -167,8 +176,8 @@ def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
     c = tl.zeros_like(a) + number
     d = tl.zeros_like(a) + step
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(a, tl.full(a.shape, 0xD2511F53, tl.uint32)), a * tl.full(a.shape, 0xD2511F53, tl.uint32)
-        high1, low1 = tl.umulhi(c, tl.full(a.shape, 0xCD9E8D57, tl.uint32)), c * tl.full(a.shape, 0xCD9E8D57, tl.uint32)
+        high0, low0 = _product(a, 0xD2511F53)
+        high1, low1 = _product(c, 0xCD9E8D57)
         a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
         key0 = key0 + tl.full((), 0x9E3779B9, tl.uint32)
         key1 = key1 + tl.full((), 0xBB67AE85, tl.uint32)

@@ -1,4 +1,4 @@
-// How N elements of a stored type become a vector to compute with, and back. No torch or standard headers.
+// Conversions between N elements of a stored type and a vector to compute with. No torch or standard headers.
 #pragma once
 
 #include "../dtype.h"
@@ -21,7 +21,7 @@ struct Lanes {
   typedef double D __attribute__((vector_size(8 * N)));
   typedef unsigned int U __attribute__((vector_size(4 * N)));
   typedef unsigned short H __attribute__((vector_size(2 * N)));
-  typedef unsigned long long W __attribute__((vector_size(4 * N)));  // of N / 2 lanes
+  typedef unsigned long long W __attribute__((vector_size(4 * N)));  // N / 2 lanes
 };
 
 template <class To, class From>
@@ -32,13 +32,13 @@ NPP_INLINE To bits_of(const From& from) {
   return to;
 }
 
-// `mask` has all bits of a lane set or none.
+// Selects lanes from `yes` or `no`. A lane of `mask` has all bits set or none.
 template <class U>
 NPP_INLINE U choose_lanes(const U& mask, const U& yes, const U& no) {
   return (mask & yes) | (~mask & no);
 }
 
-// N lanes of 32 bits from the low halves of twice N / 2 lanes of 64.
+// Interleaves the low halves of two vectors of N / 2 lanes of 64 bits into N lanes of 32 bits.
 template <int N>
 NPP_INLINE typename Lanes<N>::U joined(const typename Lanes<N>::W& low, const typename Lanes<N>::W& high) {
   return bits_of<typename Lanes<N>::U>((low & 0xffffffffULL) | (high << 32));
@@ -63,8 +63,8 @@ struct Element<double, N> {
   NPP_INLINE Stored narrow(const Value& x) { return x; }
 };
 
-// Rounds to nearest, ties to even, as torch does; or, given 16 random bits, up with the probability that makes the
-// result right on average.
+// Rounds to nearest, ties to even, as torch does; or, given 16 random bits, rounds up with the probability that makes
+// the result correct on average.
 template <int N>
 struct Element<BFloat16, N> {
   using Value = typename Lanes<N>::F;
@@ -77,7 +77,7 @@ struct Element<BFloat16, N> {
     return __builtin_convertvector(rounded(x, noise) >> 16, Stored);
   }
 
-  // The upper halves hold the result, the lower ones what was rounded away.
+  // The upper half of a lane is the result; the lower half is to be discarded.
   NPP_INLINE U rounded(const Value& x) {
     const U u = bits_of<U>(x);
     return unless_nan(x, u + 0x7fffU + ((u >> 16) & 1U));
@@ -86,9 +86,9 @@ struct Element<BFloat16, N> {
   NPP_INLINE U unless_nan(const Value& x, const U& result) { return x == x ? result : U{} + 0x7fc00000U; }
 };
 
-// 2 N bfloat16 as they lie in N lanes of 32 bits, taken apart into even and odd ones by shift and mask: changing the
-// width of every lane would take shuffles across the vector. On big-endian machines even and odd change places, no
-// more.
+// 2 N bfloat16 values as they lie in N lanes of 32 bits. A shift and a mask separate the even and odd ones, since
+// changing the width of the lanes would take shuffles across the vector. On big-endian machines, even and odd merely
+// change places.
 template <int N>
 struct BFloat16Pairs {
   using Value = typename Lanes<N>::F;
@@ -105,7 +105,7 @@ struct BFloat16Pairs {
   }
 };
 
-// In integers throughout: hardware conversions and denormal modes differ from processor to processor.
+// Depends on neither hardware conversions nor denormal modes, which differ from processor to processor.
 template <int N>
 struct Element<Half, N> {
   using Value = typename Lanes<N>::F;
@@ -127,7 +127,7 @@ struct Element<Half, N> {
     const U u = bits_of<U>(x);
     const U magnitude = u & 0x7fffffffU;
     const U normal = (magnitude + 0xfffU + ((magnitude >> 13) & 1U) - (112U << 23)) >> 13;
-    const U small = bits_of<U>(bits_of<Value>(magnitude) + 0.5f) - 0x3f000000U;  // the addition rounds to 2^-24
+    const U small = bits_of<U>(bits_of<Value>(magnitude) + 0.5f) - 0x3f000000U;  // rounds to a multiple of 2^-24
     U bits = choose_lanes(bits_of<U>(magnitude < 0x38800000U), small, normal);
     bits = choose_lanes(bits_of<U>(magnitude >= 0x477ff000U), U{} + 0x7c00U, bits);
     bits = choose_lanes(bits_of<U>(magnitude > 0x7f800000U), U{} + 0x7e00U, bits);

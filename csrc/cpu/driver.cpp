@@ -11,11 +11,12 @@
 namespace nesterov_pp::cpu {
 namespace {
 
-// Threads meet only at multiples of this many elements: whole cache lines (128 to 512 bytes) for every dtype.
+// A tensor is split between threads only at multiples of this many elements, which fill whole cache lines (128 to 512
+// bytes) in every dtype.
 constexpr int64_t kUnit = 64;
-// What finding a tensor's elements in memory costs, in elements passed over.
+// The cost of finding a tensor's elements in memory, as a number of elements to pass over.
 constexpr int64_t kTaskElements = 512;
-// Below this many elements waking the other threads costs more than it saves.
+// With fewer elements than this, waking the other threads costs more than it saves.
 constexpr int64_t kParallelElements = 131072;
 // A pass that writes at least this many bytes of new weights to memory it has not read streams them past the caches.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
@@ -35,7 +36,7 @@ Pointer advance(Pointer base, int64_t bytes) {
   return base == nullptr ? base : static_cast<Char*>(base) + bytes;
 }
 
-// Where the new version goes: memory that the pass does not read, if that is another slot or the copy of a master.
+// Returns whether the new version goes to memory that the pass does not read: another slot, or the copy of a master.
 bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
 
 void run_part(const Task& task, const std::vector<StepRow>& rows, int64_t begin, int64_t end, bool streaming, Isa isa) {
@@ -61,7 +62,7 @@ void run_part(const Task& task, const std::vector<StepRow>& rows, int64_t begin,
     kernel(isa, task.spec)(part, rows[static_cast<size_t>(task.row)], streaming && writes_unread(task));
 }
 
-// Asks for the elements of a small tensor: between small ones the processor's own prefetching finds no rhythm.
+// Prefetches the elements of a small tensor: the processor's own prefetching finds no pattern across small tensors.
 void prefetch(const Task& task) {
   constexpr int64_t kSmall = 256;
   if (task.run.count > kSmall) return;
@@ -101,7 +102,8 @@ void run(const std::vector<Task>& tasks, const std::vector<StepRow>& rows) {
 }
 
 double norm(const std::vector<Values>& tensors) {
-  // Chunks of fixed size with a sum each, added in order, so that the split over threads leaves no trace.
+  // Every chunk of this fixed size has its own sum, and the sums are added in order, so that the result does not depend
+  // on the number of threads.
   constexpr int64_t kChunk = 8 * kSquaresRun;
   std::vector<int64_t> first_chunk(tensors.size() + 1, 0);
   for (size_t i = 0; i < tensors.size(); ++i)

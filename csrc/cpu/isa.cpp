@@ -6,7 +6,7 @@ namespace nesterov_pp::cpu {
 Isa best_isa() {
 #if NPP_X86
   __builtin_cpu_init();
-  // By feature, not by level: GCC 11 does not know the names of the levels here.
+  // Asks for single features because GCC 11 does not know the names of the levels here.
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

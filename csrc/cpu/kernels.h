@@ -5,24 +5,25 @@
 
 namespace nesterov_pp::cpu {
 
-// `streaming` writes the new version past the caches: it was not read, and is too large to stay in them.
+// With `streaming`, a pass writes the new version past the caches. This is for versions that were not read and are too
+// large to stay in the caches.
 using Kernel = void (*)(const Run&, const StepRow&, bool streaming);
 
-// Sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements: the same bits for every
-// instruction set.
+// Returns the sum of squares of a contiguous run, in partial sums over at most kSquaresRun elements; the bits are the
+// same for every instruction set.
 using Squares = double (*)(const void* values, long long count);
 constexpr long long kSquaresRun = 8192;
 
 enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2 };
 
-Isa best_isa();             // the widest this processor runs
+Isa best_isa();             // the widest that this processor runs
 const char* isa_name(Isa);  // "baseline", "x86-64-v3", "x86-64-v4"
 
-// Null where there is no such pass (spec.h).
+// Returns the kernel of a spec, or null if there is no such pass (spec.h).
 Kernel kernel(Isa, const Spec&);
 Squares squares(Isa, Dtype);
 
-// Each instruction set's own, each in a file of its own; the wider ones are there on x86-64 alone.
+// Lookups like these two for a single instruction set, each in its own file; the wider sets exist only on x86-64.
 Kernel kernel_baseline(const Spec&);
 Kernel kernel_v3(const Spec&);
 Kernel kernel_v4(const Spec&);

@@ -1,5 +1,6 @@
-// The body of every CPU pass, for the file of each instruction set. No torch and no standard-library templates here: a
-// weak symbol compiled for AVX-512 could be chosen by the linker for every caller, and crash older processors.
+// The body of every CPU pass, included by the file of each instruction set. No torch and no standard-library templates
+// here: the linker could choose a weak symbol compiled for AVX-512 for every caller, which would crash on older
+// processors.
 #pragma once
 
 #include "codec.h"
@@ -12,7 +13,7 @@
 namespace nesterov_pp::cpu {
 namespace {
 
-// `noise` matters where bfloat16 is rounded stochastically.
+// Returns the value in the stored type. `noise` is used only if bfloat16 is rounded stochastically.
 template <class S, int N, bool kStochastic>
 NPP_INLINE typename Element<S, N>::Stored narrowed(const typename Element<S, N>::Value& value,
                                                    const typename Lanes<N>::U& noise) {
@@ -32,7 +33,7 @@ NPP_INLINE void store(S* to, const typename Element<S, N>::Value& value) {
   __builtin_memcpy(to, &stored, sizeof(stored));
 }
 
-// Past the caches, to an address aligned to 16 bytes. The processor joins the parts of a cache line.
+// Stores past the caches, to an address aligned to 16 bytes. The processor combines the parts of a cache line.
 template <class V>
 NPP_INLINE void stream(void* to, const V& stored) {
 #if NPP_X86
@@ -54,7 +55,7 @@ NPP_INLINE void store_next(void* to, const Stored& stored) {
     __builtin_memcpy(to, &stored, sizeof(stored));
 }
 
-// Everything in bfloat16 is taken in pairs, two elements a lane.
+// True if a pass takes elements in pairs, two in each lane: everything is bfloat16, and nothing is corrected.
 template <class P>
 constexpr bool kPairs =
     kSame<typename P::W, BFloat16> && kSame<typename P::G, BFloat16> && kSame<typename P::M, BFloat16> && !P::kCorrects;
@@ -64,7 +65,7 @@ NPP_INLINE S* after(S* base, long long i) {
   return base == nullptr ? base : base + i;
 }
 
-// As in Run.
+// The pointers of a Run, with their types.
 template <class P>
 struct Pointers {
   const typename P::W* w;
@@ -83,7 +84,7 @@ struct Pointers {
   }
 };
 
-// What a pass computes with, for all its elements.
+// The scalars and options of a pass, the same for all its elements.
 template <class T>
 struct Constants {
   Scalars<T> c;
@@ -92,7 +93,7 @@ struct Constants {
   Noise noise;
 };
 
-// The words of the counters that belong to element i of a run and the `offsets` after it (random.h).
+// Returns the words of N counters: the counter of element i of a run plus each of the `offsets` (random.h).
 template <int N>
 NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
                                                     const typename Lanes<N>::U& offsets) {
@@ -116,7 +117,7 @@ NPP_INLINE typename Lanes<N>::U counting(unsigned int divisor) {
   return lanes;
 }
 
-// 2 N elements of bfloat16, of which a lane holds an even and an odd one.
+// Steps 2 N elements of bfloat16; each lane holds an even and an odd element.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_pairs(const Pointers<P>& p, long long i, const Constants<T>& k) {
   using Pairs = BFloat16Pairs<N>;
@@ -144,8 +145,8 @@ NPP_INLINE void block_of_pairs(const Pointers<P>& p, long long i, const Constant
   store_next<kStreaming>(p.out, ws);
 }
 
-// What was computed with when the gradient was late: weights as its dtype has them, so that a master that has not been
-// stepped since is no distance apart.
+// Returns the weights minus those that the gradient was computed with. Master weights are first rounded to the
+// gradient's dtype, so that the difference is 0 if there was no step in between.
 template <class P, int N, class V>
 NPP_INLINE V apart(const Pointers<P>& p, const V& w) {
   using G = typename P::G;
@@ -194,7 +195,7 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
   }
 }
 
-// N lanes from element i of the run on.
+// Steps the elements of N lanes, from element i of the run on.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
   if constexpr (kPairs<P>)
@@ -203,14 +204,15 @@ NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) 
     block_of_lanes<P, kStreaming, N>(p, i, k);
 }
 
-// As many whole blocks as there are.
+// Steps as many whole blocks as there are in `count` elements.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
   constexpr int kElements = kPairs<P> ? 2 * N : N;
   for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
 }
 
-// The same, with a loop of its own for each of the usual cases: no branches on scalars between the vectors.
+// Like `blocks`, with a separate loop for each of the usual cases, so that there are no branches on scalars between
+// vectors.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void usual_blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
   if constexpr (P::kMayHaveSecond && !P::kStochastic && !P::kCorrects) {
@@ -236,7 +238,7 @@ NPP_INLINE void copy(S* to, const S* from, long long count) {
   if (to != nullptr && from != nullptr) __builtin_memcpy(to, from, static_cast<unsigned long>(count) * sizeof(S));
 }
 
-// What is left after the whole blocks, from element i on: a block of its own, filled up with zeros.
+// Steps the elements left after the whole blocks, from element i on, as one block filled up with zeros.
 template <class P, int N, class T>
 NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
   constexpr int kElements = kPairs<P> ? 2 * N : N;
@@ -265,7 +267,7 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
   }
 }
 
-// A run with vectors of kBytes.
+// Steps a run with vectors of kBytes.
 template <class P, int kBytes>
 NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   using T = typename P::T;
@@ -293,8 +295,9 @@ NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   if (whole < r.count) rest<P, N>(p.at(whole), whole, r.count - whole, k);
 }
 
-// 32 partial sums whatever the vectors' width, so that the order of additions does not depend on it. In two vectors: an
-// addition that waited for the one before would take longer than the values take to arrive.
+// Returns the sum of squares from 32 partial sums for every width of vectors, so that the order of additions does not
+// depend on the width. There are two vectors of sums because an addition that waited for the previous one would take
+// longer than the values take to arrive.
 template <class S>
 NPP_INLINE double sum_of_squares(const void* values, long long count) {
   constexpr int N = 16;
@@ -323,7 +326,7 @@ NPP_INLINE double sum_of_squares(const void* values, long long count) {
   return total;
 }
 
-// The squares of a dtype by a template for one instruction set.
+// Returns the sum of squares of a dtype; `of` instantiates the template of one instruction set.
 template <class Of>
 NPP_INLINE Squares squares_of(Dtype dtype, Of of) {
   switch (dtype) {

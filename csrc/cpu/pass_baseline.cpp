@@ -1,5 +1,5 @@
 // The passes with vectors of 16 bytes, which every processor has.
-// Wide vectors are passed between inlined functions only, so no calling convention is concerned.
+// Wide vectors are passed between inlined functions only, so their calling convention does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "pass.h"

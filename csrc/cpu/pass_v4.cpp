@@ -1,5 +1,5 @@
 // The passes with AVX-512.
-// Wide vectors are passed between inlined functions only, so no calling convention is concerned.
+// Wide vectors are passed between inlined functions only, so their calling convention does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "pass.h"

@@ -1,4 +1,4 @@
-// A plan whose tensors are in the memory of the host.
+// A plan for tensors in host memory.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@ class CpuPlan : public Plan {
  public:
   using Plan::Plan;
 
-  // Euclidean norm of all gradients collected, reading each once.
+  // Returns the Euclidean norm of all collected gradients, reading each once.
   double gradient_norm();
 
  protected:

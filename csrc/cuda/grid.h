@@ -1,4 +1,4 @@
-// How large the grids of passes are.
+// The sizes of the grids of passes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,13 +8,14 @@
 namespace nesterov_pp::cuda {
 
 // [note: the size of a grid]
-// An H200 moves about 4.3 TB/s and answers after some 0.7 us, so about 3 MB have to be under way: 23 KB on each of 132
-// multiprocessors. A thread of the float32 step has four vectors of 16 bytes under way; four blocks of 256 threads make
-// 64 KB. 64 registers a thread allow that; passes that need more run two blocks, 32 to 64 KB. The grid has as many
-// blocks as fit on the device at once and each takes every so many-th chunk: no last wave that is nearly empty.
+// An H200 moves about 4.3 TB/s with a latency of some 0.7 us, so about 3 MB have to be in flight: 23 KB on each of 132
+// multiprocessors. A thread of the float32 step has four vectors of 16 bytes in flight; four blocks of 256 threads make
+// 64 KB. That many blocks fit if a thread uses at most 64 registers. Passes that need more registers run two blocks,
+// with 32 to 64 KB in flight. The grid has as many blocks as fit on the device at once. With n blocks, each takes every
+// n-th chunk, so that there is no last wave that is nearly empty.
 constexpr int kThreads = 256;
 
-// As many blocks as the current device holds at once.
+// Sets `blocks` to `wanted`, or to the number of blocks that the current device holds at once if that is smaller.
 inline cudaError_t resident_blocks(int per_multiprocessor, int64_t wanted, unsigned int* blocks) {
   int current = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&current);

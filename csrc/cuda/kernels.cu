@@ -14,14 +14,14 @@ template <class P>
 constexpr bool kManyRegisters =
     P::kCorrects || P::kStochastic || kSame<typename P::G, Half> || kSame<typename P::T, double>;
 template <class P>
-constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // on a multiprocessor
+constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // per multiprocessor
 
 template <class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<P>) step_kernel(const __grid_constant__ Launch launch) {
   device::step<P>(launch, blockIdx.x, gridDim.x, threadIdx.x, kThreads);
 }
 
-// The sum over a block, in thread 0; always in the same order.
+// Returns the sum over a block in thread 0, always added in the same order.
 template <int kSize>
 __device__ double block_sum(double value) {
   __shared__ double warps[kSize / 32];

@@ -15,11 +15,11 @@ class CudaPlan : public device::DevicePlan {
 
   std::vector<StepClass> collect(const StepSlots& slots) override;
 
-  // Euclidean norm of all gradients collected, reading each once. Waits for the device.
+  // Returns the Euclidean norm of all collected gradients, reading each once. Waits for the device.
   double gradient_norm();
 
-  // Has the next pass divide the gradients by `grad_scale` (float32 on the device) and clip their norm, times `scale`,
-  // to `limit`. Returns that norm, float64 on the device, if there is a limit. Does not wait.
+  // Makes the next pass divide the gradients by `grad_scale` (float32 on the device) and clip their norm times `scale`
+  // to `limit`. Returns this norm, float64 on the device, if there is a limit. Does not wait for the device.
   std::optional<at::Tensor> scale(double scale, std::optional<double> limit,
                                   const std::optional<at::Tensor>& grad_scale);
 
@@ -28,10 +28,10 @@ class CudaPlan : public device::DevicePlan {
   void launch(const at::Tensor& rows) override;
 
  private:
-  // The norm and the factor (Scaling), float64 of two elements.
+  // Returns the norm and the factor (Scaling) as two float64 elements.
   at::Tensor reduce(double scale, double limit, const float* grad_scale, bool with_norm) const;
 
-  at::Tensor scaling_;  // of the next pass; undefined without
+  at::Tensor scaling_;  // for the next pass; undefined if it does not scale
 };
 
 }  // namespace nesterov_pp::cuda

@@ -1,5 +1,5 @@
-// How elements of a stored type become scalars to compute with, and back. The roundings are those of cpu/codec.h. A
-// device has instructions for them, which give the same bits but for the payload of a NaN.
+// Conversions between elements of a stored type and scalars to compute with. They round as those of cpu/codec.h do. A
+// device has instructions for them, which give the same bits except for the payload of a NaN.
 #pragma once
 
 #include "../dtype.h"
@@ -15,7 +15,7 @@
 
 namespace nesterov_pp::device {
 
-constexpr int kVectorBytes = 16;  // that a thread loads and stores at once
+constexpr int kVectorBytes = 16;  // loaded or stored by a thread at once
 
 template <class To, class From>
 NPP_HD To bits_of(const From& from) {
@@ -56,7 +56,7 @@ struct Narrow<BFloat16> {
     const auto u = bits_of<unsigned int>(x);
     return rounded(u, 0x7fffU + ((u >> 16) & 1U));
   }
-  // Up with the probability that makes the result right on average, given 16 random bits.
+  // Rounds up with the probability that makes the result correct on average, given 16 random bits.
   static NPP_HD BFloat16 stochastic(float x, unsigned int noise) { return rounded(bits_of<unsigned int>(x), noise); }
 
   static NPP_HD BFloat16 rounded(unsigned int u, unsigned int increment) {
@@ -78,7 +78,7 @@ struct Narrow<Half> {
   }
 };
 
-// N elements that are loaded and stored at once, in parts of kVectorBytes where there are so many.
+// N elements that are loaded and stored at once, in parts of kVectorBytes if they are larger than that.
 template <class S, int N>
 struct alignas(sizeof(S) * N < kVectorBytes ? sizeof(S) * N : kVectorBytes) Pack {
   S values[N];
@@ -92,7 +92,8 @@ struct Noise16 {
   NPP_HD unsigned int bits() const { return upper ? word >> 16 : word & 0xffffU; }
 };
 
-// What a device makes of an operation on NaN is 0x7fffffff, which noise would turn into -0: another NaN.
+// Returns the value, with another NaN in place of 0x7fffffff, the NaN that a device computes: added noise would turn it
+// into -0.
 NPP_HD double roundable(double value) { return value; }
 NPP_HD float roundable(float value) {
 #if defined(__CUDA_ARCH__)
@@ -103,7 +104,7 @@ NPP_HD float roundable(float value) {
 }
 
 #if defined(__CUDA_ARCH__)
-// Two elements of a word, the first in its lower half.
+// Rounds two values to the nearest elements and packs them into a word, the first in its lower half.
 template <class S>
 __device__ __forceinline__ unsigned int nearest_pair(float first, float second) {
   unsigned int pair;
@@ -114,14 +115,14 @@ __device__ __forceinline__ unsigned int nearest_pair(float first, float second) 
   return pair;
 }
 
-// Plus the lower half of `noise`, or the upper one.
+// Returns the bits of `value` plus the lower or the upper half of the noise word.
 __device__ __forceinline__ unsigned int noisy(float value, Noise16 noise) {
   if (noise.upper) return (noise.word >> 16) + __float_as_uint(value);
   return __dp2a_lo(noise.word, 0x0001U, __float_as_uint(value));
 }
 #endif
 
-// Elements `begin` to `begin + L` of a pack from numbers, rounded to nearest. L is 1 or even.
+// Writes numbers, rounded to nearest, to the elements `begin` to `begin + L` of a pack. L is 1 or even.
 template <int L, class T, class S, int N>
 NPP_HD void put_nearest(Pack<S, N>& pack, int begin, const T (&values)[L]) {
   NPP_UNROLL
@@ -138,7 +139,7 @@ NPP_HD void put_nearest(Pack<S, N>& pack, int begin, const T (&values)[L]) {
   }
 }
 
-// The same, but BFloat16 is rounded stochastically, by 16 random bits of each element.
+// Like put_nearest, but rounds BFloat16 stochastically, with 16 random bits for each element.
 template <int L, class T, class S, int N>
 NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
   if constexpr (!kSame<S, BFloat16>) {
@@ -158,13 +159,13 @@ NPP_HD void put_stochastic(Pack<S, N>& pack, int begin, const T (&values)[L], co
   }
 }
 
-// Numbers from elements `begin` to `begin + L` of a pack.
+// Reads the elements `begin` to `begin + L` of a pack as numbers.
 template <int L, class T, class S, int N>
 NPP_HD void get(const Pack<S, N>& pack, int begin, T (&values)[L]) {
   NPP_UNROLL
   for (int j = 0; j < L; ++j) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (kSame<S, BFloat16> && L % 2 == 0) {  // half a word each: a shift, or a mask
+    if constexpr (kSame<S, BFloat16> && L % 2 == 0) {  // each is half a word: a shift or a mask
       unsigned int pair;
       __builtin_memcpy(&pair, &pack.values[begin + j / 2 * 2], sizeof(pair));
       values[j] = __uint_as_float(j % 2 == 0 ? pair << 16 : pair & 0xffff0000U);

@@ -1,4 +1,5 @@
-// The host's copy of a table (table.h), and which of its words the device has not seen yet. Free of torch and of CUDA.
+// The host's copy of a table (table.h), with the range of words that the device does not have yet. Independent of torch
+// and CUDA.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@ class HostTable {
   }
   int64_t at(int column, int64_t tensor) const { return words_[static_cast<size_t>(column * tensors_ + tensor)]; }
 
-  // The words from `begin` to `end` hold all that changed since `sent` was called last; at first, all of them.
+  // The words from `begin` to `end` include all that changed since the last call of `sent`; at first, all words.
   size_t begin() const { return begin_; }
   size_t end() const { return end_; }
   void sent() { begin_ = end_ = 0; }
@@ -38,7 +39,7 @@ class HostTable {
   size_t begin_ = 0, end_;
 };
 
-// The chunks of tensors of these sizes, one word each.
+// Returns the chunks of tensors of these sizes, one word for each chunk.
 inline std::vector<int64_t> chunks_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> chunks;
   for (size_t i = 0; i < sizes.size(); ++i) {

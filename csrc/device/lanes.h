@@ -1,14 +1,19 @@
-// Several elements of one thread, computed with as one: the device's counterpart of the CPU's vectors.
+// Several elements of one thread that are computed together: the device's counterpart of the CPU's vectors.
 //
 // [note: roots and quotients without branches of their own]
-// A correctly rounded root or quotient is an estimate by the hardware and some fused multiply-adds that correct it, if
-// nothing on the way overflows or loses bits; for the rest there is a slower way. CUDA's own root and division ask for
-// each of them which it is, and branch: a third of the instructions of a step. Lanes are computed with as if all were
-// well, and carry along whether that is `sure`; a step whose result is not is computed again, one element at a time,
-// with CUDA's. A root is sure from 2^-100 on. So divisors, sums of roots and of what is not negative, are 2^-50 or
-// more; a quotient is sure if its divisor is at most 2^21 and its dividend 2^-100 or more, or 0: it is 2^-121 or more
-// then, and remainders are multiples of 2^-147. What overflows, infinite weights, and NaN make a new weight that is not
-// finite, which is asked for at the end, so that nothing else has to be. The bits are those of the CPU either way.
+// A correctly rounded root or quotient is an estimate by the hardware, corrected by a few fused multiply-adds. This
+// fails if an intermediate result overflows or loses bits; such cases need a slower way. CUDA's own root and division
+// test for them every time and branch, which takes a third of the instructions of a step.
+//
+// Lanes are computed the fast way without branches, and carry a flag `sure` that is false if the result may be wrong. A
+// step whose result is not sure is computed again, one element at a time, with CUDA's own root and division.
+//   root:      sure if its argument is at least 2^-100. A sure root is at least 2^-50. So is every divisor, since
+//              divisors are roots or at least 1, possibly plus numbers that are not negative.
+//   quotient:  sure if the divisor is at most 2^21 and the magnitude of the dividend is 0 or at least 2^-100; the
+//              function `quotient`, for dividends that are rarely 0, is not sure of a 0. The result is then 0 or at
+//              least 2^-121, and the remainders of the correction are multiples of 2^-147, so that float32 holds them.
+// All other cases (an overflow, an infinite weight, NaN) make the new weight of the fast way infinite or NaN. One test
+// of the new weight at the end finds them, so nothing has to test for them before. Both ways give the bits of the CPU.
 #pragma once
 
 #include "codec.h"
@@ -20,10 +25,10 @@ using nesterov_pp::difference;
 template <class T, int N>
 struct Lanes {
   T x[N];
-  bool sure = true;  // whether they are what CUDA's root and division would have made of them
+  bool sure = true;  // whether CUDA's root and division would have given the same values
 };
 
-// Lane by lane.
+// Returns the lanes f(0) to f(N - 1).
 template <int N, class F>
 NPP_HD auto each(bool sure, F f) {
   Lanes<decltype(f(0)), N> result;
@@ -92,13 +97,13 @@ NPP_HD float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 NPP_HD float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif
 
-// The root nearest to that of `square`, given its inverse to two units in the last place.
+// Returns the correctly rounded root of `square`, given the inverse of the root to two units in the last place.
 NPP_HD float corrected_root(float square, float inverse) {
   const float root = square * inverse;
   return fused(fused(-root, root, square), inverse * 0.5f, root);
 }
 
-// The quotient nearest to a / b, given 1 / b to one unit in the last place.
+// Returns the correctly rounded quotient a / b, given 1 / b to one unit in the last place.
 NPP_HD float corrected_quotient(float a, float b, float inverse) {
   const float better = fused(fused(-b, inverse, 1.0f), inverse, inverse);
   float quotient = a * better;
@@ -106,7 +111,7 @@ NPP_HD float corrected_quotient(float a, float b, float inverse) {
   return fused(fused(-b, quotient, a), better, quotient);
 }
 
-// Of doubles, and on a host.
+// The versions for doubles, and for all numbers on a host.
 template <class T, int N>
 NPP_HD Lanes<T, N> square_root(const Lanes<T, N>& a) {
   return each<N>(a.sure, [&](int j) { return nesterov_pp::square_root(a.x[j]); });
@@ -132,7 +137,7 @@ NPP_HD bool is_sure(const Lanes<T, N>& a) {
 #if defined(__CUDA_ARCH__)
 constexpr float kLeast = 0x1p-100f, kMost = 0x1p21f;
 
-// Whether all are at least `least`, for numbers of which the bits have the sign bit 0; NaN passes.
+// Returns whether all lanes are at least `least`, for numbers whose sign bit is 0; NaN passes.
 template <int N>
 __device__ __forceinline__ bool all_from(float least, const Lanes<float, N>& a) {
   unsigned int lowest = __float_as_uint(a.x[0]);
@@ -183,7 +188,7 @@ __device__ __forceinline__ Lanes<float, N> operator/(const Lanes<float, N>& a, c
 #pragma unroll
   for (int j = 0; j < N; ++j) sure &= (nesterov_pp::absolute(a.x[j]) >= kLeast) | (a.x[j] == 0);
   const auto estimate = estimated_quotient(sure, a, b);
-  return each<N>(estimate.sure, [&](int j) { return a.x[j] == 0 ? a.x[j] : estimate.x[j]; });  // with its sign
+  return each<N>(estimate.sure, [&](int j) { return a.x[j] == 0 ? a.x[j] : estimate.x[j]; });  // a 0 keeps its sign
 }
 template <int N>
 __device__ __forceinline__ Lanes<float, N> operator/(float a, const Lanes<float, N>& b) {
@@ -193,7 +198,7 @@ __device__ __forceinline__ Lanes<float, N> operator/(float a, const Lanes<float,
   return all / b;
 }
 
-// What is not finite makes the new weight so.
+// The versions below have no case for infinite weights, which make the new weight infinite or NaN (see the note).
 template <int N>
 __device__ __forceinline__ Lanes<float, N> decay_of(const Scalars<float>& c, const Lanes<float, N>& w) {
   return c.decay * w;
@@ -209,7 +214,7 @@ __device__ __forceinline__ Lanes<float, N> overflowed(const Lanes<float, N>& v) 
   return result;
 }
 
-// Whether it is finite, and what CUDA's roots and divisions would have made of it.
+// Returns whether all lanes are finite and as CUDA's root and division would have made them.
 template <int N>
 __device__ __forceinline__ bool is_sure(const Lanes<float, N>& a) {
   bool sure = a.sure;

@@ -1,4 +1,4 @@
-// What one thread of a device does in a pass over many tensors. Free of CUDA calls, so that the host can run it too.
+// The work of one device thread in a pass over many tensors. Makes no CUDA calls, so that the host can run it too.
 #pragma once
 
 #include <cstdint>
@@ -11,37 +11,37 @@
 
 namespace nesterov_pp::device {
 
-// A row of a step as the device has it: the coefficients; the number of the step, counted from 1, 0 for no step; and,
-// if the pass corrects, the scalars of the correction.
+// Returns the size of a row of scalars on the device: the coefficients; the number of the step, counted from 1, or 0 to
+// skip the step; and, if the pass corrects, the scalars of the correction.
 NPP_HD constexpr int row_words(bool corrects) { return kCoefficients + 1 + (corrects ? kCorrections : 0); }
 
-// Everything that a launch is given, in the memory of the device but for the struct itself.
+// The arguments of a launch. All pointers are to device memory.
 struct Launch {
   Table table;
   const int64_t* chunks;
   int64_t chunk_count;
   const double* rows;    // row_words each
-  const double* factor;  // null, or what the gradients are multiplied by besides the rows' grad_scale
+  const double* factor;  // null, or a factor of the gradients in addition to the rows' grad_scale
   int32_t grads;         // ring slots
   int32_t source;
   int32_t target;
   Rule rule;
-  bool ring_predicts;  // the ring takes predicted weights, and the shadows are stepped
+  bool ring_predicts;  // the ring receives predicted weights, and the shadows are stepped
   RoundKeys keys;      // for stochastic rounding
 };
 
-// Elements that a thread takes at once: a vector of the smallest of the streams.
+// The number of elements that a thread takes at once: one vector of the smallest of the pass's dtypes.
 template <class P>
 constexpr int kSmallest = sizeof(typename P::G) < sizeof(typename P::M) ? sizeof(typename P::G) : sizeof(typename P::M);
 template <class P>
 constexpr int kVector = kVectorBytes / kSmallest<P>;
-// Elements that it computes with at once: fewer where they would not fit into its registers.
+// The number of elements that a thread computes with at once: fewer if they would not fit into its registers.
 template <class P>
 constexpr int kLanes = kSame<typename P::T, double>     ? 1
                        : P::kCorrects && P::kStochastic ? 2
                                                         : 4;
 
-// The address of element i, which is not negative: in one instruction on a device.
+// Returns the address of element i, where i is not negative, in one instruction on a device.
 template <class S>
 NPP_HD S* element(S* base, int i) {
 #if defined(__CUDA_ARCH__)
@@ -56,7 +56,7 @@ NPP_HD S* element(S* base, int i) {
 }
 
 #if defined(__CUDA_ARCH__)
-// What the intrinsics below move at once.
+// The types that the intrinsics below move at once.
 template <int kBytes>
 struct Word;
 template <>
@@ -79,8 +79,9 @@ template <class S>
 using WordOf = typename Word<sizeof(S) < kVectorBytes ? sizeof(S) : kVectorBytes>::type;
 #endif
 
-// N elements from and to global memory, 16 bytes at a time where there are so many. A device's compiler is told so by
-// intrinsics, since it cannot know what an address from the table points to; they also say that nothing is used twice.
+// Loads and stores of N elements in global memory, 16 bytes at a time if there are so many. The intrinsics tell a
+// device's compiler that an address from the table is one of global memory, which it cannot know otherwise, and that
+// the data is used only once.
 template <int N, class S>
 NPP_HD Pack<S, N> load(const S* base, int i) {
   const S* from = element(base, i);
@@ -110,23 +111,23 @@ NPP_HD void store(S* base, int i, const Pack<S, N>& pack) {
 #endif
 }
 
-// A step that the device found not to be taken.
+// Returns whether the device found that the step is to be skipped.
 NPP_HD bool is_skipped(const double* row) { return row[kCoefficients] == 0; }
 
-// What all elements of a chunk are stepped with.
+// The scalars and options of a step, the same for all elements of a chunk.
 template <class P>
 struct Constants {
   Scalars<typename P::T> c;
   CorrectionScalars<typename P::T> x;
   Rule rule;
-  // For stochastic rounding: the number of the chunk's first pair in its lower word, and what the rest of the counter
-  // makes of it. A chunk begins at a multiple of its size, so that nothing is carried into the upper word.
+  // For stochastic rounding: the lower word of the number of the chunk's first pair, and Philox for the rest of the
+  // counter. A chunk begins at a multiple of its size, so counting its pairs never carries into the upper word.
   unsigned int first_pair;
   PhiloxOfFirst philox;
   RoundKeys keys;
 };
 
-// Keeps a number in a register: a compiler short of them would convert it anew from a double for every element.
+// Keeps a number in a register; a compiler short of registers would convert it from double again for every element.
 template <class T>
 NPP_HD void keep(T& x) {
 #if defined(__CUDA_ARCH__)
@@ -137,8 +138,8 @@ NPP_HD void keep(T& x) {
 #endif
 }
 
-// The keys in registers: those in the memory of constants would be read anew for every few elements, unless each thread
-// of a warp reads one of them and hands it to the others.
+// Returns the keys in registers. Otherwise they would be read from constant memory again for every few elements. Each
+// thread of a warp reads one key and passes it to the others.
 NPP_HD RoundKeys held(const RoundKeys& keys) {
 #if defined(__CUDA_ARCH__)
   RoundKeys all;
@@ -181,7 +182,8 @@ NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span&
   return k;
 }
 
-// The case that most plain steps are, for a loop of its own without the questions: decoupled decay, and a long mean.
+// Returns whether a step is the usual case, which has its own loop without branches on these scalars: decoupled decay
+// without L2 decay, and a first moment with a long mean.
 template <class T>
 NPP_HD bool is_usual(const Scalars<T>& c) {
   return !c.has_l2 && c.has_decay && c.first.is_small;
@@ -194,8 +196,8 @@ NPP_HD Constants<P> usual(const Constants<P>& k) {
   return known;
 }
 
-// Null is what a pass does not have. `out` and `ahead` may be the same memory as `late`: the ring's oldest version
-// makes room for its newest.
+// The memory of a chunk; a pointer is null if the pass does not have it. `late` may be the same memory as `w`, or as
+// the one of `out`, `copy` and `ahead` that goes to the ring, whose newest version replaces its oldest.
 template <class P>
 struct Pointers {
   const typename P::W* w;
@@ -246,7 +248,7 @@ NPP_HD Pointers<P> pointers_of(const Launch& l, const Span& span) {
   return p;
 }
 
-// Random bits for L elements from element i + begin of a chunk on; both are even unless L is 1: see random.h.
+// Random bits for L elements, from element i + begin of a chunk on (random.h). i and begin are even unless L is 1.
 template <int L>
 struct Bits {
   Noise16 weight[L], m[L], v[L], mean[L];
@@ -272,7 +274,7 @@ NPP_HD Bits<L> random_bits(const Constants<P>& k, int i, int begin) {
   return bits;
 }
 
-// L elements from `begin` of a pack.
+// Returns L elements of a pack, from element `begin` on.
 template <int L, class T, class S, int N>
 NPP_HD Lanes<T, L> lanes_of(const Pack<S, N>& pack, int begin) {
   Lanes<T, L> lanes;
@@ -280,8 +282,8 @@ NPP_HD Lanes<T, L> lanes_of(const Pack<S, N>& pack, int begin) {
   return lanes;
 }
 
-// What a weight is as the dtype of gradients has it: late weights are compared with that, so that a master that has not
-// been stepped since is no distance apart.
+// Returns weights as they are compared with late weights: master weights are rounded to the gradients' dtype, so that
+// the difference is 0 if there was no step in between.
 template <class P, class T, int L>
 NPP_HD Lanes<T, L> seen(const Lanes<T, L>& w) {
   if constexpr (!P::kCopies) return w;
@@ -290,7 +292,7 @@ NPP_HD Lanes<T, L> seen(const Lanes<T, L>& w) {
   return lanes_of<L, T>(rounded, 0);
 }
 
-// Rounds L numbers into a pack, stochastically if the pass does, by `noise`.
+// Rounds L numbers into a pack, stochastically with `noise` if the pass does so.
 template <class P, int L, class T, class S, int N>
 NPP_HD void put(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16 (&noise)[L]) {
   if constexpr (P::kStochastic)
@@ -299,7 +301,7 @@ NPP_HD void put(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16
     put_nearest(pack, begin, values);
 }
 
-// Element i of the chunk, with exact roots and quotients.
+// Steps element i of the chunk, with roots and quotients that are correctly rounded in all cases.
 template <class P>
 NPP_HD void step_one(const Pointers<P>& p, int i, const Constants<P>& k) {
   using T = typename P::T;
@@ -333,8 +335,8 @@ NPP_HD void step_one(const Pointers<P>& p, int i, const Constants<P>& k) {
   if constexpr (P::kCopies) write(p.copy, next, bits.m, nearest);
 }
 
-// N elements from element i of the chunk on: all at once, or one by one if that cannot be sure of its roots and
-// quotients.
+// Steps N elements from element i of the chunk on: all at once, or one by one if their roots and quotients are not sure
+// (lanes.h).
 template <class P, int N>
 NPP_HD void step_vector(const Pointers<P>& p, int i, const Constants<P>& k) {
   using T = typename P::T;
@@ -361,7 +363,7 @@ NPP_HD void step_vector(const Pointers<P>& p, int i, const Constants<P>& k) {
     const auto next = update<P>(k.rule, k.c, k.x, wj, lanes_of<L, T>(grad, j), mj, vj, of);
     sure = is_sure(next);
     if (P::kCorrects) sure &= of.mean.sure & is_sure(of.ahead);
-    if (!sure) break;  // and a compiler keeps to the order of the elements, which takes fewer registers
+    if (!sure) break;  // also keeps the compiler to the order of the elements, which takes fewer registers
     Bits<L> bits{};
     if constexpr (P::kStochastic) bits = random_bits<L>(k, i, j);
     put<P>(m, j, mj.x, bits.m);
@@ -398,7 +400,7 @@ NPP_HD void carry(const Launch& l, const Span& span, int thread, int threads) {
   for (int i = whole + thread; i < span.count; i += threads) store(to, i, load<1>(from, i));
 }
 
-// One thread's part of a step, for a grid of `blocks` blocks of `threads` threads.
+// Runs one thread's part of a step, in a grid of `blocks` blocks of `threads` threads.
 template <class P>
 NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int thread, int threads) {
   constexpr int N = kVector<P>;
@@ -424,7 +426,7 @@ NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int thread, int
   }
 }
 
-// One thread's part of the sum of squares of one chunk's gradients, 0 for a tensor without one.
+// Returns one thread's part of the sum of squares of one chunk's gradients, 0 for a tensor without a gradient.
 template <class G>
 NPP_HD double squares(const Table& table, int64_t chunk, int thread, int threads) {
   using T = typename Compute<G>::type;
@@ -451,8 +453,9 @@ NPP_HD double squares(const Table& table, int64_t chunk, int thread, int threads
   return static_cast<double>(sum);
 }
 
-// What gradients are multiplied by besides the rows' grad_scale: 1 / loss scale, and min(1, limit / (norm + 1e-6))
-// where they are clipped (limit above 0), as torch.nn.utils.clip_grad_norm_ has it. A norm that is NaN makes it NaN.
+// Returns the factor of the gradients in addition to the rows' grad_scale: 1 / loss_scale, times
+// min(1, limit / (norm + 1e-6)) if they are clipped (limit above 0), as in torch.nn.utils.clip_grad_norm_. A norm of
+// NaN makes the factor NaN.
 NPP_HD double factor_of(double norm, double limit, double loss_scale) {
   const double unscaled = 1 / loss_scale;
   if (!(limit > 0)) return unscaled;

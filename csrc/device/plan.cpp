@@ -55,7 +55,7 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
               chunk_count_};
   const auto words = static_cast<int64_t>(group.host.all().size());
   group.table = group.kept = at::empty({words}, at::device(device_).dtype(at::kLong));
-  if (t_.steps.empty())  // else no graph can count
+  if (t_.steps.empty())  // otherwise the host counts steps, which a graph cannot do
     for (size_t s = 0; s < t_.slots.size(); ++s) group.unused.push_back(staging(words, at::kLong));
   chunk_count_ += static_cast<int64_t>(chunks.size());
   return group;
@@ -174,8 +174,7 @@ at::Tensor DevicePlan::send(const void* values, int64_t count, at::ScalarType dt
 }
 
 at::Tensor DevicePlan::staging(int64_t count, at::ScalarType dtype) const {
-  // The allocator of pinned memory waits for copies that were started from a block before it gives the block away
-  // again.
+  // The allocator of pinned memory waits for the copies started from a block before it gives the block out again.
   return at::empty({count}, at::device(at::kCPU).dtype(dtype).pinned_memory(device_.is_cuda()));
 }
 

@@ -8,13 +8,14 @@
 namespace nesterov_pp {
 namespace {
 
-// Whether both can be passed over side by side as flat runs.
+// Returns whether a pass can go over both side by side as flat runs.
 bool laid_out_alike(const at::Tensor& weight, const at::Tensor& other) {
   return other.layout() == at::kStrided && other.device() == weight.device() && other.sizes() == weight.sizes() &&
          (other.strides() == weight.strides() || weight.numel() <= 1);
 }
 
-// Whether all that was said of a tensor is true of its memory, and a version counter notes what is written to it.
+// Checks that a tensor is raw and, if it is written, that a version counter notes the write. Inference tensors have no
+// version counter; only inference mode may write them.
 void check_memory(const std::string& name, const char* what, const at::Tensor& t, bool written) {
   check_raw(what, name, t);
   if (!written || !t.is_inference() || c10::InferenceMode::is_enabled()) return;
@@ -59,10 +60,10 @@ void check_dtype(const std::string& name, const char* what, const at::Tensor& we
     fail("the ", what, " of ", name, " is ", other.scalar_type(), ", but the parameter is ", weight.scalar_type());
 }
 
-// The weights that are computed with.
+// Returns the weights that a step computes with.
 const at::Tensor& computed(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
 
-// Nothing where a dtype is none that passes take.
+// Returns nullopt if no pass takes one of the dtypes.
 std::optional<Spec> known_spec(const Item& item, Normaliser normaliser, bool stochastic) {
   const auto weight = known_dtype(computed(item)), grad = known_dtype(*item.weight),
              moment = known_dtype(*item.exp_avg);
@@ -70,7 +71,7 @@ std::optional<Spec> known_spec(const Item& item, Normaliser normaliser, bool sto
   return Spec{{*weight, *grad, *moment}, normaliser, item.late != nullptr, stochastic};
 }
 
-// The elements of a checked tensor, without the questions that data_ptr() asks of an unknown one.
+// Returns the elements of a checked tensor, without the checks of data_ptr().
 const void* elements(const at::Tensor& t) {
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
   return static_cast<const char*>(impl->unsafe_storage().data()) + impl->storage_offset() * impl->itemsize();
@@ -83,13 +84,13 @@ void* writable(const at::Tensor& t) {
 
 void check_dtypes(const Item& item, bool stochastic) {
   const auto spec = known_spec(item, Normaliser::kNone, false);
-  // The pass that most parameters take, without asking for it.
+  // Most parameters take this pass; it needs no lookup.
   if (spec && !stochastic && spec->dtypes.weight == spec->dtypes.grad && spec->dtypes.moment == spec->dtypes.grad)
     return;
   if (!spec || !supported(*spec))
     fail("the first moment of ", *item.name, " is ", item.exp_avg->scalar_type(), ", which does not go with a ",
          item.weight->scalar_type(),
-         " parameter; moments are in its dtype, Float or BFloat16 (Double with Double only)");
+         " parameter; use the parameter's dtype, Float or BFloat16 (for Double, only Double)");
   if (stochastic && !supported(*known_spec(item, Normaliser::kNone, true)))
     fail(*item.name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
 }
@@ -141,8 +142,8 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
            item.exp_avg->scalar_type());
   }
   if (item.late != nullptr) {
-    check_matches(name, "version of the gradient", weight, *item.late, /*written=*/false);
-    check_dtype(name, "version of the gradient", weight, *item.late);
+    check_matches(name, "weight version of the gradient", weight, *item.late, /*written=*/false);
+    check_dtype(name, "weight version of the gradient", weight, *item.late);
   }
   if (item.shadow != nullptr) {
     check_matches(name, "shadow", weight, *item.shadow);
@@ -176,7 +177,7 @@ Task task_of(const Item& item, const Rule& rule, bool stochastic) {
   if (item.exp_avg_sq != nullptr) run.exp_avg_sq = writable(*item.exp_avg_sq);
   if (item.late != nullptr) run.late = elements(*item.late);
   if (item.mean != nullptr) run.mean = writable(*item.mean);
-  // What is stepped lies in the ring, and its shadow has the prediction, or the other way round.
+  // Either the ring holds the stepped weights and the shadow the predicted ones, or the other way round.
   const bool swapped = item.ring_predicts;
   const at::Tensor* predicted = swapped ? item.next : item.shadow;
   if (predicted != nullptr) run.ahead = writable(*predicted);
@@ -194,7 +195,7 @@ Task task_of(const Item& item, const Rule& rule, bool stochastic) {
 
 void note_writes(const Item& item) {
   const auto note = [](const at::Tensor& t) {
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();  // one of these has no count
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();  // an inference tensor has no version counter
   };
   const bool steps = item.grad->defined();
   if (steps || moves(item)) note(*item.next);

@@ -36,7 +36,7 @@ double Counts::read(size_t i, const std::string& parameter) const {
   const float* number = place(i);
   if (number == nullptr && !is_number(t)) {
     if (!answers(t) || (t.device().is_cpu() && t.numel() == 1)) check_raw(what_, parameter, t);
-    fail("the ", what_, " of ", parameter, " must be one number in a tensor on the CPU, not of shape ", t.sizes(),
+    fail("the ", what_, " of ", parameter, " must be a CPU tensor with one number, not a tensor of shape ", t.sizes(),
          " on ", t.device());
   }
   double value = 0;
@@ -47,7 +47,7 @@ double Counts::read(size_t i, const std::string& parameter) const {
   else
     value = t.item().toDouble();
   if (!std::isfinite(value) || value < 0)
-    fail("the ", what_, " of ", parameter, " must be a finite number from 0 on, not ", value);
+    fail("the ", what_, " of ", parameter, " must be a finite number of at least 0, not ", value);
   return value;
 }
 

@@ -1,4 +1,4 @@
-// One sentence for what is wrong, made of its parts.
+// Errors whose message is put together from parts.
 #pragma once
 
 #include <sstream>

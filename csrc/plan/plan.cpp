@@ -14,8 +14,9 @@
 namespace nesterov_pp {
 namespace {
 
-// A gradient laid out in memory as its parameter is, so that both are passed over as flat runs; and with its values in
-// memory, if a bit of it changes them or it has none. Others are returned as they are, for `check` to refuse.
+// Returns the gradient laid out in memory like its parameter, so that a pass can go over both as flat runs. It is
+// copied if it is laid out differently, if a bit changes its values (negative, conjugate), or if it is a tensor of
+// zeros without memory. A gradient that cannot be copied in this way is returned as it is, for `check` to refuse.
 at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   if (!answers(weight) || !has_only(grad, kOrdinaryKeys | kResolvedKeys)) return grad;
   const bool resolved = has_only(grad, kOrdinaryKeys);
@@ -26,13 +27,13 @@ at::Tensor laid_out_as(const at::Tensor& weight, const at::Tensor& grad) {
   return at::empty_like(weight, grad.options()).copy_(grad);
 }
 
-// Below twice as many tensors waking the other threads costs more than it saves.
+// With fewer than twice as many tensors, waking the other threads costs more than it saves.
 constexpr int64_t kTensorsOfThread = 256;
 
-// Of a leaf; Tensor::grad() asks first whether it is one.
+// Returns the gradient of a leaf. Tensor::grad() would first check that the tensor is a leaf.
 const at::Tensor& grad_of(const at::Tensor& leaf) { return leaf.unsafeGetTensorImpl()->grad(); }
 
-// Calls `visit(i)` for all i below n, on torch's intra-op threads where they are many.
+// Calls `visit(i)` for all i below n, on torch's intra-op threads if n is large.
 template <class Visit>
 void for_each_tensor(size_t n, const Visit& visit) {
   at::parallel_for(0, static_cast<int64_t>(n), kTensorsOfThread, [&](int64_t begin, int64_t end) {
@@ -90,11 +91,11 @@ Item Plan::item(size_t i, const at::Tensor& grad) const {
           t_.ring_predicts};
 }
 
-// [note: memory before it is needed]
-// What a step reads of its tensors besides their elements, some 20 cache lines each, lies all over the memory behind
-// two or three pointers one after the other. A loop that met them one by one would spend most of the step waiting, if
-// the tensors are many and small; so each of these is asked for a few tensors ahead, pointers before what they point
-// to.
+// [note: prefetching]
+// Besides the elements, a step reads some 20 cache lines for each parameter. They are scattered over the memory, behind
+// chains of two or three pointers. If the tensors are many and small, a loop that read these lines one after the other
+// would spend most of the step waiting. So each line is prefetched a few parameters ahead, a pointer before the memory
+// it points to.
 void Plan::prefetch(size_t i) const {
   constexpr size_t kApart = 4;
   const size_t n = t_.names.size(), near = i + kApart, middle = near + kApart, far = middle + kApart;
@@ -137,7 +138,7 @@ std::vector<StepClass> Plan::collect(const StepSlots& slots) {
       for_each_tensor(n, gather);
     } catch (const std::invalid_argument&) {
       for (size_t i = 0; i < n; ++i)
-        gather(i);  // throws for the first tensor at fault, whichever thread met its own first
+        gather(i);  // throws for the first invalid tensor, whichever thread found one first
     }
   } catch (...) {
     forget();
@@ -188,7 +189,7 @@ std::string Plan::nonfinite_parameter() const {
 }
 
 bool Plan::note_written(size_t i) const {
-  // A count of versions is behind its tensor, and increments wait for each other where reads do not.
+  // A version counter lies behind a pointer. Increments wait for each other, reads do not: so counters are read ahead.
   constexpr size_t kAhead = 8;
   const auto touch = [](const at::Tensor& t) {
     if (!t.is_inference()) (void)t.unsafeGetTensorImpl()->version_counter().current_version();

@@ -16,12 +16,12 @@ bool has_strided_memory(const at::Tensor& t) {
 
 std::string why_not_raw(const at::Tensor& t) {
   const auto keys = t.unsafeGetTensorImpl()->key_set();
-  if (keys.has(c10::DispatchKey::Python)) return "is of a tensor subclass that keeps its elements elsewhere";
+  if (keys.has(c10::DispatchKey::Python)) return "is a tensor subclass that keeps its elements elsewhere";
   if (keys.has(c10::DispatchKey::ZeroTensor)) return "is a tensor of zeros without memory; materialise it with clone()";
   if (keys.has(c10::DispatchKey::Negative)) return "is negated lazily; materialise it with resolve_neg()";
   if (keys.has(c10::DispatchKey::Conjugate)) return "is conjugated lazily; materialise it with resolve_conj()";
   if (has_only(t, kOrdinaryKeys)) return "has a storage smaller than its shape (resized, or freed)";
-  return "is no ordinary tensor (" + c10::toString(keys) + ")";
+  return "is not an ordinary tensor (" + c10::toString(keys) + ")";
 }
 
 void check_raw(const char* what, const std::string& name, const at::Tensor& dense) {

@@ -1,4 +1,4 @@
-// One tensor's share of a step, for any device: where it lies, and which pass it takes. Free of torch.
+// One tensor's share of a step, for any device: its memory and its pass. Independent of torch.
 #pragma once
 
 #include "../random.h"
@@ -6,18 +6,19 @@
 
 namespace nesterov_pp {
 
-// One contiguous run of elements. `weight_out` may be `weight` itself, and `ahead` may be `late`; no other two pointers
-// overlap. Null is what a pass does not have.
+// One contiguous run of elements; a pointer is null if the pass does not have it. `weight_out` may be `weight`. `late`
+// may be `weight`, or the one of `weight_out`, `copy` and `ahead` that goes to the ring, whose newest version replaces
+// its oldest. No other pointers overlap.
 struct Run {
   const void* weight;
   void* weight_out;
   const void* grad;
-  const void* late;  // the weights of the gradient, in its dtype
+  const void* late;  // the weights that the gradient was computed with, in its dtype
   void* exp_avg;
   void* exp_avg_sq;
-  void* mean;   // of a correction, in the moments' dtype
-  void* copy;   // takes the new weight in the gradient's dtype, where the two differ
-  void* ahead;  // takes the predicted weight in the gradient's dtype
+  void* mean;   // the running mean of a correction, in the moments' dtype
+  void* copy;   // receives the new weight in the gradient's dtype, if the two dtypes differ
+  void* ahead;  // receives the predicted weight in the gradient's dtype
   long long count;
   Rule rule;
   Noise noise;
@@ -29,10 +30,10 @@ constexpr long long kCarried = -1;
 struct Task {
   Run run;
   Spec spec;
-  long long row;  // of the step's scalars
+  long long row;  // index into the step's rows of scalars, or kCarried
 };
 
-// The scalars of a step; `correction` is read by passes that correct.
+// The scalars of a step; only passes that correct read `correction`.
 struct StepRow {
   Coefficients<double> coefficients;
   Correction<double> correction;

@@ -1,4 +1,4 @@
-// The tensors of one optimizer, and what a step does with them.
+// The tensors of one optimizer, and the slots and scalars of a step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +13,16 @@
 
 namespace nesterov_pp {
 
-// Every list runs over the parameters. slots[s][i] is parameter i in ring slot s (one slot for an optimizer without a
-// ring), in the place where its owner has it: another reference would keep torch.utils.swap_tensors from exchanging
-// what is there, which `module.to()` may do. `owners` keeps these places. `exp_avg_sqs` is empty where the rule has no
-// second moment, `mu_products` where it has no momentum schedule, `means` where a correction has no running mean;
-// `steps` and `mu_products` where the caller counts: then every parameter has a row of its own. A master is undefined
-// where the parameter has none. `shadows` are copies outside the ring: they are stepped while the slots take
-// predictions, or take the predictions; empty where nothing is predicted.
+// The tensors of one optimizer; every list runs over its parameters.
+//
+// slots[s][i] points to parameter i in ring slot s (one slot without a ring), in the place where its owner keeps it: a
+// second reference would stop torch.utils.swap_tensors, which `module.to()` may call, from exchanging the tensor there.
+// `owners` keeps these places alive. `exp_avg_sqs` is empty if the rule has no second moment, `mu_products` if it has
+// no momentum schedule, and `means` if the correction has no running mean. `steps` and `mu_products` are empty if the
+// caller counts the steps; then every parameter has its own row of scalars. masters[i] is undefined if parameter i has
+// no master weights. `shadows` are copies of the weights outside the ring, and empty if nothing is predicted: with
+// `ring_predicts`, the shadows are stepped and the slots receive the predicted weights; otherwise the shadows receive
+// the predicted weights.
 struct Tensors {
   std::vector<std::string> names;
   std::vector<int64_t> numbers;
@@ -28,11 +31,11 @@ struct Tensors {
   std::shared_ptr<const void> owners;
   std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products, means, shadows;
   Rule rule;
-  bool corrects = false;       // a step takes a correction, or writes predicted weights
-  bool ring_predicts = false;  // the slots take predicted weights, and the shadows are stepped
+  bool corrects = false;       // whether a step takes a correction or writes predicted weights
+  bool ring_predicts = false;  // whether the slots receive predicted weights, and the shadows are stepped
 };
 
-// The ring slots of a step: those of the gradients, of the weights read, and of the weights written.
+// The ring slots of a step: the slot of the gradients, of the weights read, and of the weights written.
 struct StepSlots {
   size_t grads = 0, source = 0, target = 0;
 };

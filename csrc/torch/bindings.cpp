@@ -27,8 +27,8 @@ using nesterov_pp::Tensors;
 
 namespace {
 
-// Whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order, then the
-// dict of every parameter's state followed by its values. Compares pointers; looks nothing up.
+// Returns whether the parameter groups and the state hold exactly the objects of `known`: every parameter in order,
+// then the dict of every parameter's state followed by its values. Compares pointers, without looking up any parameter.
 bool holds(const py::list& groups, const py::dict& state, const py::list& known) {
   const Py_ssize_t size = PyList_GET_SIZE(known.ptr());
   Py_ssize_t next = 0;
@@ -43,7 +43,7 @@ bool holds(const py::list& groups, const py::dict& state, const py::list& known)
   Py_ssize_t entry = 0;
   PyObject *key, *values;
   while (PyDict_Next(state.ptr(), &entry, &key, &values)) {
-    if (!THPVariable_Check(key)) continue;  // a user's own
+    if (!THPVariable_Check(key)) continue;  // an entry that the user added
     if (!is_next(values) || !PyDict_Check(values)) return false;
     Py_ssize_t position = 0;
     PyObject *name, *value;
@@ -66,13 +66,13 @@ const char* name_of(Dtype dtype) {
   }
 }
 
-// The parameters of every slot where Python's objects have them, and what keeps these objects.
+// Sets the places of every slot's parameters inside their Python objects, and keeps these objects alive.
 void hold(Tensors& tensors, const std::vector<std::vector<py::object>>& slots) {
   auto owners = std::make_shared<std::vector<py::object>>();
   for (const auto& slot : slots) {
     auto& places = tensors.slots.emplace_back();
     for (const py::object& p : slot) {
-      if (!THPVariable_Check(p.ptr())) throw py::type_error("a slot of a plan is a list of tensors");
+      if (!THPVariable_Check(p.ptr())) throw py::type_error("a slot of a plan must be a list of tensors");
       places.push_back(&THPVariable_Unpack(p.ptr()));
       owners->push_back(p);
     }
@@ -86,7 +86,7 @@ struct Launch {
   std::array<const char*, 3> dtypes;
 };
 
-// Leaves the launches to a function: that of the kernels which Triton compiles.
+// A plan that leaves the launches to a function, which launches the kernels compiled by Triton.
 class CallingPlan : public nesterov_pp::device::DevicePlan {
  public:
   using Function = std::function<void(at::Tensor rows, std::array<size_t, 3> slots)>;
@@ -117,8 +117,8 @@ class CallingPlan : public nesterov_pp::device::DevicePlan {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The one-pass optimizer step in C++.";
-  m.def("isa", &nesterov_pp::cpu::isa, "The instruction set the CPU kernels run with.");
-  m.def("isas", &nesterov_pp::cpu::isas, "The instruction sets this processor offers, narrowest first.");
+  m.def("isa", &nesterov_pp::cpu::isa, "Return the instruction set that the CPU kernels use.");
+  m.def("isas", &nesterov_pp::cpu::isas, "Return the instruction sets that this processor offers, narrowest first.");
   m.def("set_isa", &nesterov_pp::cpu::set_isa, py::arg("name"));
 
   m.def("zeros_like", &nesterov_pp::zeros_like, py::arg("tensors"), py::arg("dtype"));
@@ -179,14 +179,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<Tensors, std::optional<uint64_t>>(), py::arg("tensors"), py::arg("seed"))
       .def("gradient_norm", &CpuPlan::gradient_norm, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<Launch>(m, "Launch", "What a kernel is launched with for the tensors that agree in dtypes.")
+  py::class_<Launch>(m, "Launch", "The arguments of one kernel launch, for the tensors that have the same dtypes.")
       .def_readonly("table", &Launch::table)
       .def_readonly("chunks", &Launch::chunks)
       .def_readonly("tensors", &Launch::tensors)
-      .def_readonly("dtypes", &Launch::dtypes, "of the weights computed with, the gradients and the moments");
+      .def_readonly("dtypes", &Launch::dtypes, "dtypes of weights (masters if any), gradients and moments");
 
   py::class_<CallingPlan, Plan>(m, "DevicePlan",
-                                "A plan whose pass is `launch(rows, slots)`, in a graph if `captures()`.")
+                                "A plan whose pass calls `launch(rows, slots)`, in a graph if `captures()`.")
       .def(py::init<Tensors, std::optional<uint64_t>, CallingPlan::Function, std::function<bool()>>(),
            py::arg("tensors"), py::arg("seed"), py::arg("launch"), py::arg("captures"))
       .def("apply_rows", &CallingPlan::apply_rows, py::arg("rows"))

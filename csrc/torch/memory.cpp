@@ -21,7 +21,7 @@ constexpr size_t kLarge = 16 * kPage;
 size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 #if defined(__linux__)
-// Zeroed pages, of which the first lies at a multiple of the huge page size.
+// A region of zeroed pages that begins at a multiple of the huge page size.
 class Region {
  public:
   explicit Region(size_t bytes) : mapped_(bytes + kHugePage) {
@@ -30,7 +30,7 @@ class Region {
     start_ = start;
     const auto address = reinterpret_cast<size_t>(start);
     data_ = static_cast<char*>(start) + (kHugePage - address % kHugePage) % kHugePage;
-    madvise(data_, bytes, MADV_HUGEPAGE);  // a refusal leaves ordinary pages
+    madvise(data_, bytes, MADV_HUGEPAGE);  // if this fails, the pages are ordinary ones
   }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
@@ -39,7 +39,7 @@ class Region {
   }
   char* data() const { return data_; }
 
-  // Gives the pages back that lie between these bytes altogether; zeros come in their place.
+  // Gives the pages that lie completely within these bytes back to the system; they read as zeros afterwards.
   void give_back(size_t begin, size_t bytes) const {
     const size_t first = rounded_up(begin, kPage), end = (begin + bytes) / kPage * kPage;
     if (first < end) madvise(data_ + first, end - first, MADV_DONTNEED);
@@ -53,13 +53,14 @@ class Region {
 #endif
 
 // [note: where a tensor lies within its page]
-// A processor tells whether a load waits for an earlier store by the low twelve bits of their addresses first. A pass
-// over element i stores there and then loads element i + 1, so lists that lie a line or two apart within their pages
-// make every load wait: measured, 1.4 to 2.6 times the time of a pass with streaming stores. Lists that lie alike never
-// do, whence each large tensor starts where the one that it is like starts within its page. Small ones lie densely.
+// To decide whether a load has to wait for an earlier store, a processor first compares the low twelve bits of their
+// addresses, the places within their pages. A pass stores element i of each tensor and then loads element i + 1. If two
+// tensors start a cache line or two apart within their pages, every load waits; this was measured to make a pass with
+// streaming stores take 1.4 to 2.6 times as long. If all start at the same place within their pages, no load waits. So
+// each large tensor starts at the same place within its page as the tensor that it is like. Small tensors lie densely.
 class Layout {
  public:
-  // Where the next tensor begins, in bytes from the start of the region, which is at a page's start.
+  // Returns where the next tensor begins, in bytes from the start of the region, which is the start of a page.
   size_t place(const at::Tensor& like, at::ScalarType dtype) {
     const size_t bytes = static_cast<size_t>(like.numel()) * c10::elementSize(dtype);
     if (bytes >= kLarge) {

@@ -1,4 +1,4 @@
-// The step as torch operators: what torch.compile, fake tensors and other languages see.
+// The step as torch operators, for torch.compile, fake tensors and other languages.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -42,7 +42,7 @@ void step_into(at::TensorList weights, at::TensorList weights_out, at::TensorLis
   for (size_t i = 0; i < n; ++i) {
     names[i] = "parameter " + std::to_string(i);
     if (row_of[i] < 0 || row_of[i] >= static_cast<int64_t>(rows.size()))
-      throw std::invalid_argument(names[i] + " takes row " + std::to_string(row_of[i]) + " of " +
+      throw std::invalid_argument(names[i] + " takes row " + std::to_string(row_of[i]) + ", but there are " +
                                   std::to_string(rows.size()) + " rows of coefficients");
     items.push_back(
         {&names[i], &weights[i], &weights_out[i], &grads[i], &exp_avgs[i], adaptive ? &exp_avg_sqs[i] : nullptr});

@@ -327,7 +327,7 @@ def _check_plain(what: str, t: Tensor) -> None:
     if is_subclass(t):
         raise ValueError(f"{what} {why_not_raw(t)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
-        raise ValueError(f"{what} {why_not_raw(t)}, and the parameter does not")
+        raise ValueError(f"{what} {why_not_raw(t)}, but the parameter does not")
 
 
 def _check_memory(what: str, t: Tensor, *, written: bool) -> None:
@@ -356,9 +356,10 @@ def _check_memory(what: str, t: Tensor, *, written: bool) -> None:
 def _scalar(name: str, what: str, t: Tensor) -> float:
     if t.numel() != 1 or t.device.type == "meta":
         raise ValueError(
-            f"the {what} of {name} must be one number in a tensor, not of shape {tuple(t.shape)} on {t.device}"
+            f"the {what} of {name} must be a tensor with one number, not a tensor of shape {tuple(t.shape)} "
+            f"on {t.device}"
         )
     value = float(t.detach())
     if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError(f"the {what} of {name} must be a finite number from 0 on, not {value:g}")
+        raise ValueError(f"the {what} of {name} must be a finite number of at least 0, not {value:g}")
     return value

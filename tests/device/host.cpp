@@ -66,7 +66,7 @@ int is_supported(int weight, int grad, int moment, int normaliser, int corrects,
       {{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0});
 }
 
-// Runs a pass, and returns whether there is such a pass.
+// Runs the pass of these options, and returns whether there is one.
 int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
                  const double* factor, int grads, int source, int target, int kind, int ring_predicts, uint64_t seed,
                  int weight, int grad, int moment, int normaliser, int corrects, int stochastic, int64_t blocks,
@@ -107,8 +107,8 @@ double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int
   return sum;
 }
 
-// Counts how many of `count` roots and quotients are not the nearest numbers, given inverses that are `off` units in
-// the last place away from the nearest ones. A quotient that overflows may become anything that is not finite.
+// Count how many of `count` roots and quotients are not correctly rounded, given inverses that are `off` units in the
+// last place away from correctly rounded ones. A quotient of 2^126 or more may become infinite or NaN.
 int64_t wrong_roots(const float* squares, int64_t count, int off) {
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {

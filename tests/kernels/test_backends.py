@@ -148,7 +148,7 @@ def test_operators_refuse_what_does_not_fit_and_write_nothing():
         ({"weights": [t["weights"][0], torch.zeros(1).expand(4)]}, rows, "dense tensors without overlap"),
         ({"exp_avgs": t["exp_avgs"][:1]}, rows, "differ in length"),
         ({}, rows.float(), "float64 CPU tensor of shape"),
-        ({}, rows[:0], "takes row 0 of 0 rows"),
+        ({}, rows[:0], "takes row 0, but there are 0 rows of coefficients"),
     ]
     before = t["weights"][0].clone()
     for changed, coefficients, sentence in cases:

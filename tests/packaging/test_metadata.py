@@ -43,7 +43,7 @@ def test_a_build_environment_without_torch_is_told_in_one_sentence_what_to_do() 
     result = python("-c", "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')")
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
-        "nesterov_pp builds against the torch it will run with, and this build environment has none: "
+        "nesterov_pp builds against the torch it will run with, but this build environment has none: "
         "install torch first, then run `pip install --no-build-isolation .`"
     ]
 

@@ -14,12 +14,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import triton
 import triton.language as tl
 from nesterov_pp.triton_kernels import kernels
 from nesterov_pp.triton_kernels.plan import SQUARES, Shape, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks.main_loop import branch_target, code_of, operation
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
@@ -59,11 +63,14 @@ def compiled(fn, signature: dict[str, str], constants: dict[str, object], capabi
     )
 
 
-def described(name: str, kernel) -> dict[str, object]:
+def described(name: str, kernel, threads: int, block: int) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         sass = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
@@ -76,7 +83,24 @@ def described(name: str, kernel) -> dict[str, object]:
         "stores_128": sum(n for op, n in counts.items() if op.startswith("STG") and ".128" in op),
         "spills": sum(n for op, n in counts.items() if op[:3] in ("LDL", "STL")),
         "fused": kernel.asm["ptx"].count("fma."),
+        "loop": longest_wide_loop(listing) * threads / block,
     }
+
+
+def longest_wide_loop(listing: str) -> int:
+    """Return the number of instructions in the longest loop that loads 128 bits at a time; 0 if there is none.
+
+    It has no loop inside. CUDA's slow ways of roots and quotients are calls to code outside of it.
+    """
+    code = code_of(listing)
+    lengths = [0]
+    for last, text in code:
+        first = branch_target(text)
+        if first is not None and first <= last:
+            body = [t for address, t in code if first <= address <= last and operation(t)]
+            if any(operation(t).startswith("LDG") and ".128" in t for t in body):
+                lengths.append(len(body))
+    return max(lengths)
 
 
 def main(capability: int) -> list[dict[str, object]]:
@@ -99,18 +123,19 @@ def main(capability: int) -> list[dict[str, object]]:
         signature = dict.fromkeys(("table", "chunks"), "*i64")
         signature |= {"rows": "*fp64", "factor": "*fp64"}
         signature |= dict.fromkeys(("tensors", "grads", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
-        found.append(described(name, compiled(kernels.step_kernel, signature, constants, capability, shape)))
+        kernel = compiled(kernels.step_kernel, signature, constants, capability, shape)
+        found.append(described(name, kernel, 32 * shape.warps, shape.block))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
-    found.append(described("squares", compiled(kernels.squares_kernel, signature, constants, capability, SQUARES)))
+    kernel = compiled(kernels.squares_kernel, signature, constants, capability, SQUARES)
+    found.append(described("squares", kernel, 32 * SQUARES.warps, SQUARES.block))
     signature = dict.fromkeys(("partials", "scale", "limit", "result"), "*fp64") | {
         "count": "i32",
         "grad_scale": "*fp32",
     }
     constants = {"UNSCALES": True, "BLOCK": 1024}
-    found.append(
-        described("scaling", compiled(kernels.scaling_kernel, signature, constants, capability, Shape(1024, 4)))
-    )
+    kernel = compiled(kernels.scaling_kernel, signature, constants, capability, Shape(1024, 4))
+    found.append(described("scaling", kernel, 128, 1024))
     return found
 
 

@@ -16,6 +16,15 @@ HERE = Path(__file__).parent
 
 
 CAPABILITIES = [80, 90, 100]
+# Instructions of the main loop per parameter.
+INSTRUCTIONS = {
+    "float32": 58,
+    "float32, no second moment": 19,
+    "bfloat16": 63,
+    "bfloat16, rounded stochastically": 94,
+    "float16": 63,
+    "float32 masters of bfloat16": 62,
+}
 ONE_MOMENT = {"float32, no second moment", "float32, sign"}
 
 
@@ -46,10 +55,14 @@ def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
         assert kernel["spills"] == 0, name
         assert kernel["stack"] == 0, name
         assert kernel["fused"] == 0, name
-        assert kernel["registers"] <= (144 if "corrected" in name and "stochastic" in name else 128), name
+        # 152: three blocks of 128 threads on a multiprocessor, as with 144
+        assert kernel["registers"] <= (152 if "corrected" in name and "stochastic" in name else 128), name
         if name != "scaling":
             assert kernel["loads_128"] > 0, name
     for name in kernels.keys() - {"scaling", "squares"}:
         assert kernels[name]["stores_128"] >= (2 if name in ONE_MOMENT else 3), name
     assert kernels["float32"]["loads_128"] >= 4
+    if capability == 90:
+        for name, most in INSTRUCTIONS.items():
+            assert 0 < kernels[name]["loop"] <= most, name
     assert kernels["corrected: gap"]["loads_128"] >= 6
