@@ -3,9 +3,21 @@
 # In the order in which methods are listed.
 # isort: off
 from nesterov_pp.methods.nesterov import NESTEROV, NESTEROV_HORIZON, NESTEROV_NO_STASH, NESTEROV_SGD
+from nesterov_pp.methods.rotated import NESTEROV_ROTATED, PIPEDREAM_ROTATED
 from nesterov_pp.methods.pipedream import PIPEDREAM, PIPEDREAM_LR
-from nesterov_pp.methods.synchronous import GPIPE, GPIPE_1
 from nesterov_pp.methods.two_versions import ONE_STEP_EF, ONE_STEP_EF_MUON, ONE_STEP_EF_NADAM, PIPEDREAM_2BW
+from nesterov_pp.methods.synchronous import (
+    GPIPE,
+    GPIPE_1,
+    GPIPE_1_MUON,
+    GPIPE_1_NADAM,
+    GPIPE_1_ROTATED,
+    GPIPE_1_ROTATED_NADAM,
+    GPIPE_MUON,
+    GPIPE_NADAM,
+    GPIPE_ROTATED,
+    GPIPE_ROTATED_NADAM,
+)
 from nesterov_pp.methods.pipemare import PIPEMARE
 from nesterov_pp.methods.prediction import LWP, SPECTRAIN, XPIPE
 from nesterov_pp.methods.compensation import DC_ASGD, GAP_AWARE, LR_SECOND_ORDER, STALENESS_AWARE
@@ -28,11 +40,20 @@ __all__ = [
     "GBA",
     "GPIPE",
     "GPIPE_1",
+    "GPIPE_1_MUON",
+    "GPIPE_1_NADAM",
+    "GPIPE_1_ROTATED",
+    "GPIPE_1_ROTATED_NADAM",
+    "GPIPE_MUON",
+    "GPIPE_NADAM",
+    "GPIPE_ROTATED",
+    "GPIPE_ROTATED_NADAM",
     "LR_SECOND_ORDER",
     "LWP",
     "NESTEROV",
     "NESTEROV_HORIZON",
     "NESTEROV_NO_STASH",
+    "NESTEROV_ROTATED",
     "NESTEROV_SGD",
     "ONE_STEP_EF",
     "ONE_STEP_EF_MUON",
@@ -41,6 +62,7 @@ __all__ = [
     "PIPEDREAM",
     "PIPEDREAM_2BW",
     "PIPEDREAM_LR",
+    "PIPEDREAM_ROTATED",
     "PIPEMARE",
     "POLY_FORECAST",
     "SPECTRAIN",

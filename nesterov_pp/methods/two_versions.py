@@ -12,6 +12,8 @@ from nesterov_pp.optim.wrapped import StepsCopies
 from nesterov_pp.pipeline.delay_models import Delays, Fixed
 from nesterov_pp.pipeline.recipe import Recipe, register
 
+MUON = {"base": "muon", "momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
 
 def one_update_late(stages: int, _microbatches_per_update: int) -> Delays:
     """Return a delay of 1 on every stage; 0 if there is only one stage."""
@@ -60,6 +62,6 @@ ONE_STEP_EF_MUON = register(
         name="one-step-ef-muon",
         summary="one-step-ef with torch.optim.Muon for matrices and AdamW for the rest; plain torch",
         rule=StepsCopies,
-        options={"base": "muon", "momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+        options=MUON,
     )
 )

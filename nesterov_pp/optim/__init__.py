@@ -6,6 +6,7 @@ from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAwa
 from nesterov_pp.optim.lion import Lion
 from nesterov_pp.optim.nadam import NAdam
 from nesterov_pp.optim.nag import NAG, convex_schedule
+from nesterov_pp.optim.rotated import RotatedAdamW, RotatedNAdam
 
 __all__ = [
     "NAG",
@@ -17,5 +18,7 @@ __all__ = [
     "Lion",
     "NAdam",
     "Prediction",
+    "RotatedAdamW",
+    "RotatedNAdam",
     "convex_schedule",
 ]

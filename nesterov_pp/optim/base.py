@@ -224,7 +224,8 @@ class FusedOptimizer(StatefulOptimizer):
             (counts.to_devices if on_device else counts.to_host)(self._states())
             self._prepared = self._plan_of(self.param_groups)
             self.backend = self._prepared.backend
-        return self._prepared
+        prepared: Prepared = self._prepared
+        return prepared
 
     def _plan_of(self, groups: list[dict[str, Any]]) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()

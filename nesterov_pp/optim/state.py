@@ -18,7 +18,6 @@ from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.device_counts import needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_state
 from nesterov_pp.optim.options import Options
-from nesterov_pp.optim.prepared import Prepared
 
 
 class States(defaultdict[Any, Any]):
@@ -77,7 +76,7 @@ class StatefulOptimizer(Optimizer):
         self.fused = bool(fused)
         self.backend = options.backend
         self._lock = RLock()  # one thread at a time steps, or changes the tensors that a step goes over
-        self._prepared: Prepared | None = None
+        self._prepared: Any = None
         super().__init__(params, defaults)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -376,6 +376,50 @@ class Rotated(Adam):
         return self.lr * self.decay * self.w + size * turned
 
 
+class RotatedMean(NAdam):
+    """NAdam of W in the eigenbases of both covariances, which keeps the mean of the rotated gradients; NAdam for b."""
+
+    beta2 = 0.99
+    matrix = slice(0, WIDTH * WIDTH)
+
+    def __init__(self, w: Array, tau: int, lr: float) -> None:
+        super().__init__(w, tau, lr)
+        self.left, self.right = np.zeros((WIDTH, WIDTH)), np.zeros((WIDTH, WIDTH))
+
+    def step(self, g: Array, late: Array, delay: int) -> Array:
+        grad = g[self.matrix].reshape(WIDTH, WIDTH)
+        self.left = self.beta2 * self.left + (1 - self.beta2) * grad @ grad.T
+        self.right = self.beta2 * self.right + (1 - self.beta2) * grad.T @ grad
+        first, second = (t[self.matrix].reshape(WIDTH, WIDTH) for t in (self.m, self.v))
+        if self.t == 1:
+            self.p = np.linalg.eigh(self.left)[1][:, ::-1]
+            self.q = np.linalg.eigh(self.right)[1][:, ::-1]
+        elif self.t % 10 == 0:
+            plain = self.p @ first @ self.q.T
+            order = np.argsort(-np.diag(self.p.T @ self.left @ self.p))
+            second, self.p = second[order], np.linalg.qr(self.left @ self.p[:, order])[0]
+            order = np.argsort(-np.diag(self.q.T @ self.right @ self.q))
+            second, self.q = second[:, order], np.linalg.qr(self.right @ self.q[:, order])[0]
+            first = self.p.T @ plain @ self.q
+        self.m[self.matrix], self.v[self.matrix] = first.ravel(), second.ravel()
+        rotated = g.copy()
+        rotated[self.matrix] = (self.p.T @ grad @ self.q).ravel()
+        self.m = self.beta1 * self.m + (1 - self.beta1) * rotated
+        self.v = self.beta2 * self.v + (1 - self.beta2) * rotated**2
+        turned = self.direction(rotated)
+        turned[self.matrix] = (self.p @ turned[self.matrix].reshape(WIDTH, WIDTH) @ self.q.T).ravel()
+        return self.lr * self.decay * self.w + self.lr * turned
+
+
+class RotatedAdamMean(RotatedMean):
+    """The same with Adam."""
+
+    beta1 = 0.9
+
+    def direction(self, g: Array) -> Array:
+        return Adam.direction(self, g)
+
+
 class RotatedLight(Adam):
     """Basis rotation of only the columns of W, by the singular vectors of the momentum."""
 

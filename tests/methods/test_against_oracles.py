@@ -18,6 +18,8 @@ from nesterov_pp.pipeline import Recipe, VirtualPipeline, find_recipe, recipes
 STAGES, UPDATES, LR = 4, 60, 1e-2
 CASES: dict[str, tuple[type[oracles.Stage], dict[str, Any]]] = {
     "nesterov": (oracles.NAdam, {}),
+    "nesterov-rotated": (oracles.RotatedMean, {}),
+    "pipedream-rotated": (oracles.RotatedAdamMean, {}),
     "nesterov-sgd": (oracles.Nesterov, {"lr": 1.0}),
     "nesterov-horizon": (oracles.GrowingHorizon, {"correction_updates": 20}),
     "pipedream": (oracles.Adam, {}),

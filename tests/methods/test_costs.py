@@ -105,7 +105,15 @@ def test_what_is_no_single_pass_says_so():
         "basis-rotation",
         "basis-rotation-1st-uni",
         "fft-forecast",
+        "gpipe-1-muon",
+        "gpipe-1-rotated",
+        "gpipe-1-rotated-nadam",
+        "gpipe-muon",
+        "gpipe-rotated",
+        "gpipe-rotated-nadam",
+        "nesterov-rotated",
         "one-step-ef-muon",
+        "pipedream-rotated",
         "poly-forecast",
     }
     assert npp.methods.NESTEROV.distributed

@@ -1,0 +1,65 @@
+"""Eigenbases of gradient covariances, for stacks of matrices of one shape.
+
+A gradient G (m x n) has the covariances ``L = E[G G^T]`` and ``R = E[G^T G]``, and is rotated to ``U^T G V`` by bases U
+of L and V of R. All functions take stacks: tensors of shape ``[count, m, n]``, and ``[count, side, side]`` for side 0
+(of length m) and side 1 (of length n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Bases = Mapping[int, Tensor]
+"""The bases by side; a side without one is not rotated."""
+
+
+def rotate(t: Tensor, bases: Bases, out: Tensor | None = None) -> Tensor:
+    """Return ``U^T t V``."""
+    last = max(bases)
+    if 0 in bases:
+        t = torch.bmm(bases[0].mT, t, out=out if last == 0 else None)
+    return torch.bmm(t, bases[1], out=out) if 1 in bases else t
+
+
+def rotate_columns_back(t: Tensor, bases: Bases) -> Tensor:
+    """Return ``t V^T``: what is left to do of ``U t V^T`` is one product for each matrix."""
+    return torch.bmm(t, bases[1].mT) if 1 in bases else t
+
+
+def add_covariance(covariance: Tensor, gradients: Tensor, side: int, beta: float) -> None:
+    """Replace L by ``beta L + (1 - beta) G G^T``, or R by the same of ``G^T G``, in place."""
+    g = gradients if side == 0 else gradients.mT
+    covariance.baddbmm_(g, g.mT, beta=beta, alpha=1.0 - beta)
+
+
+def first_basis(covariance: Tensor) -> Tensor:
+    """Return the eigenvectors as columns, those of the largest eigenvalues first."""
+    vectors: Tensor = torch.linalg.eigh(covariance).eigenvectors
+    return vectors.flip(-1)
+
+
+def next_basis(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step of power iteration, ``QR(C U)``, with columns in the order of ``diag(U^T C U)``.
+
+    Returns:
+        the new basis, and the order ``[count, side]`` in which the old columns were taken.
+    """
+    image = torch.bmm(covariance, basis)
+    order = (basis * image).sum(1).argsort(dim=1, descending=True, stable=True)
+    image = image.gather(2, order.unsqueeze(1).expand_as(image))
+    return torch.linalg.qr(image).Q, order
+
+
+def permuted(t: Tensor, order: Tensor, side: int) -> Tensor:
+    """Return a stack of rotated tensors with rows (side 0) or columns (side 1) in another order."""
+    index = order.unsqueeze(2) if side == 0 else order.unsqueeze(1)
+    return t.gather(1 + side, index.expand_as(t))
+
+
+def changed(t: Tensor, old: Tensor, new: Tensor, side: int) -> Tensor:
+    """Return a stack of tensors rotated by ``old`` on one side as rotated by ``new``."""
+    between = torch.bmm(new.mT, old)
+    return torch.bmm(between, t) if side == 0 else torch.bmm(t, between.mT)

@@ -1,0 +1,461 @@
+"""NAdam and AdamW in the eigenbasis of each matrix's gradient covariances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from nesterov_pp.kernels import Coefficients, StepSlots, Tensors, choose_backend, make_plan
+from nesterov_pp.optim import bases, coefficients, counts
+from nesterov_pp.optim.local import is_dtensor
+from nesterov_pp.optim.options import LOW_PRECISION, Options, check_hyperparameters, learning_rate, two_betas
+from nesterov_pp.optim.prepared import Snapshot
+from nesterov_pp.optim.state import StatefulOptimizer, unique
+from nesterov_pp.optim.uninterrupted import uninterrupted
+from nesterov_pp.stash import WeightStash
+
+
+class _Float32State(Options):
+    def moment_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+
+    def check_parameter(self, p: Tensor) -> None:
+        super().check_parameter(p)
+        if is_dtensor(p) or p.is_complex():
+            kind = "a DTensor" if is_dtensor(p) else "complex"
+            raise ValueError(f"a parameter is {kind}; rotated optimizers only step real, unsharded parameters")
+
+
+@dataclass
+class _Stack:
+    """Matrices of one group, shape and dtype: their numbers among the parameters, and what is kept side by side.
+
+    ``step`` receives what the pass takes from zeros, and ``gradients`` are the rotated gradients that the pass reads.
+    """
+
+    group: int
+    numbers: list[int]
+    covariances: dict[int, Tensor]
+    bases: dict[int, Tensor]
+    step: Tensor
+    gradients: Tensor
+
+    def part(self, chosen: list[int]) -> _Stack:
+        """Return some of the matrices: the stack itself if they are all, else one of them."""
+        if len(chosen) == len(self.numbers):
+            return self
+        (i,) = chosen
+        one = slice(i, i + 1)
+        return _Stack(
+            self.group,
+            self.numbers[one],
+            {side: t[one] for side, t in self.covariances.items()},
+            {side: t[one] for side, t in self.bases.items()},
+            self.step[one],
+            self.gradients[one],
+        )
+
+
+class RotatedOptimizer(StatefulOptimizer):
+    """A one-pass rule in the eigenbasis of each matrix's gradient covariances.
+
+    Subclasses turn a parameter group and a step count into ``Coefficients``, as those of ``FusedOptimizer`` do.
+    """
+
+    _no_sparse = "rotated optimizers do not support sparse gradients"
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        for name in ("refresh_every", "largest_side"):
+            if not isinstance(defaults[name], int) or defaults[name] < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {defaults[name]!r}")
+        self.last_grad_norm: Tensor | None = None
+        super().__init__(params, defaults, options)
+        stash = options.stash
+        if stash is not None:
+            stash.leaves(self._parameters())
+            stash.attach(self)
+        self.backend = choose_backend(options.backend, [p for p in self._parameters() if p.requires_grad])
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = ..., *, version: int | None = ..., microbatches: int = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float], *, version: int | None = ..., microbatches: int = ...) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], float] | None = None, *, version: int | None = None, microbatches: int = 1
+    ) -> float | None:
+        """Perform one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in ``torch.optim``.
+            version, microbatches: as for ``NAdam.step``.
+
+        Raises:
+            ValueError: a tensor, a version or a hyper-parameter does not fit; nothing has been changed.
+        """
+        if not isinstance(microbatches, int) or microbatches < 1:
+            raise ValueError(f"microbatches must be a whole number of at least 1, not {microbatches}")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._lock:
+            self._locked_step(version, microbatches)
+        return loss
+
+    def _locked_step(self, version: int | None, microbatches: int) -> None:
+        stash, slots = self.options.stash, StepSlots()
+        if stash is not None:
+            slots = StepSlots(*stash.begin_step(version, microbatches))
+        elif version is not None:
+            raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
+        prepared = self._prepare()
+        prepared.tell(slots.grads)
+        classes = prepared.plan.collect(slots)
+        scale = self._scale(prepared, slots.grads, microbatches)
+        rows, products = [], []
+        for number, steps, mu_product in classes:
+            group, rotated = self.param_groups[number // 2], number % 2 == 1
+            sign = -1.0 if group["maximize"] else 1.0
+            row, product = self._coefficients(group, int(steps) + 1, mu_product, sign * (1.0 if rotated else scale))
+            rows.append(row._replace(decay=0.0, l2=0.0) if rotated else row)
+            products.append(product)
+        parts = [part for stack in prepared.stacks for part in self._parts(stack, prepared, slots.grads)]
+        with uninterrupted():
+            for part in parts:
+                self._rotate(part, prepared, slots.grads, scale)
+            prepared.plan.apply(rows, products)
+            for stack in prepared.stacks:
+                self._add(stack, prepared, slots)
+            if stash is not None:
+                stash.end_step(version, microbatches)
+
+    def _scale(self, prepared: _Prepared, slot: int, microbatches: int) -> float:
+        """Return the factor of the gradients: their mean over microbatches, and clipping by their global norm."""
+        limit, scale = self.options.max_grad_norm, 1.0 / microbatches
+        if limit is None:
+            return scale
+        norm = torch.nn.utils.get_total_norm([p.grad for p in prepared.leaves[slot] if p.grad is not None]) * scale
+        self.last_grad_norm = norm.double().cpu()
+        factor = limit / (float(norm) + 1e-6)
+        return scale if factor >= 1.0 else scale * factor
+
+    def _parts(self, stack: _Stack, prepared: _Prepared, slot: int) -> list[_Stack]:
+        """Return the stack, or its matrices one by one if not all have gradients or have been stepped as often."""
+        with_gradient = [i for i, n in enumerate(stack.numbers) if prepared.leaves[slot][n].grad is not None]
+        steps = {float(self.state[prepared.parameters[stack.numbers[i]]]["step"]) for i in with_gradient}
+        if len(with_gradient) == len(stack.numbers) and len(steps) == 1:
+            return [stack]
+        return [stack.part([i]) for i in with_gradient]
+
+    def _rotate(self, stack: _Stack, prepared: _Prepared, slot: int, scale: float) -> None:
+        """Update covariances and bases, and rotate the gradients for the pass."""
+        group = self.param_groups[stack.group]
+        states = [self.state[prepared.parameters[n]] for n in stack.numbers]
+        grads = torch.stack([prepared.leaves[slot][n].grad for n in stack.numbers]).to(stack.step.dtype)  # type: ignore[misc]
+        if scale != 1.0:
+            grads.mul_(scale)
+        t = int(states[0]["step"]) + 1
+        for side in stack.bases:
+            bases.add_covariance(stack.covariances[side], grads, side, two_betas(group["betas"])[1])
+        if t == 1:
+            for side, basis in stack.bases.items():
+                basis.copy_(bases.first_basis(stack.covariances[side]))
+        elif t % group["refresh_every"] == 0:
+            _refresh(stack, states)
+        bases.rotate(grads, stack.bases, out=stack.gradients)
+
+    def _add(self, stack: _Stack, prepared: _Prepared, slots: StepSlots) -> None:
+        """Rotate the step back and add it to the weights, decayed: ``(1 - lr wd) W + U step V^T``."""
+        group = self.param_groups[stack.group]
+        kept = 1.0 - learning_rate(group["lr"], 1) * group["weight_decay"]
+        moves = bases.rotate_columns_back(stack.step, stack.bases)
+        for i, n in enumerate(stack.numbers):
+            old, new = prepared.leaves[slots.source][n], prepared.leaves[slots.target][n]
+            if prepared.leaves[slots.grads][n].grad is None:
+                if slots.source != slots.target:
+                    new.copy_(old)
+                continue
+            wide = old.to(moves.dtype)
+            if 0 in stack.bases and new.dtype == moves.dtype:
+                torch.addmm(wide, stack.bases[0][i], moves[i], beta=kept, out=new.detach())
+                torch.autograd.graph.increment_version(new)
+            else:
+                move = stack.bases[0][i] @ moves[i] if 0 in stack.bases else moves[i]
+                new.copy_(torch.add(move, wide, alpha=kept))
+        stack.step.zero_()
+
+    # ------------------------------------------------------------------ what a step goes over
+
+    def _prepare(self) -> _Prepared:
+        if self._prepared is None or not self._prepared.snapshot.holds(self.param_groups, self.state):
+            self._prepared = None
+            self._follow_parameters()
+            missing = [p for p in unique(self._parameters()) if p.requires_grad and not self.state.get(p)]
+            for p in missing:
+                self.options.check_parameter(p)
+            self._init_state(missing)
+            counts.to_host(self._states())
+            self._prepared = _Prepared(self)
+            self.backend = self._prepared.backend
+        prepared: _Prepared = self._prepared
+        return prepared
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        raise NotImplementedError
+
+
+class _Prepared:
+    """The parameters that have state, as the pass and the products take them."""
+
+    def __init__(self, optimizer: RotatedOptimizer) -> None:
+        groups, state, options = optimizer.param_groups, optimizer.state, optimizer.options
+        self.parameters = [p for group in groups for p in group["params"] if state.get(p)]
+        group_of = [k for k, group in enumerate(groups) for p in group["params"] if state.get(p)]
+        stash = options.stash
+        self.leaves = [self.parameters] if stash is None else stash.leaves(self.parameters)
+        self.stacks = _stacks(self.parameters, group_of, groups, state)
+        passed = [[p.detach() for p in slot] for slot in self.leaves]
+        self._gradients: dict[int, Tensor] = {}
+        rotated = set()
+        for stack in self.stacks:
+            for i, n in enumerate(stack.numbers):
+                rotated.add(n)
+                self._gradients[n] = stack.gradients[i]
+                step = stack.step[i].detach()
+                for slot in passed:
+                    slot[n] = step
+        self._passed = passed
+        states = [state[p] for p in self.parameters]
+        self.backend = choose_backend(options.backend, [p.detach() for p in self.parameters])
+        tensors = Tensors(
+            names=[f"parameter {n}" for n in range(len(states))],
+            numbers=list(range(len(states))),
+            groups=[2 * k + (n in rotated) for n, k in enumerate(group_of)],
+            slots=passed,
+            exp_avgs=[s["exp_avg"] for s in states],
+            exp_avg_sqs=[s["exp_avg_sq"] for s in states],
+            masters=[None] * len(states),
+            steps=[s["step"] for s in states],
+            mu_products=[s["mu_product"] for s in states] if optimizer._has_mu_product else [],
+            max_exp_avg_sqs=[None] * len(states),
+        )
+        self.plan = make_plan(self.backend, tensors)
+        self.snapshot = Snapshot(groups, state, [p for slot in self.leaves for p in slot])
+
+    def tell(self, slot: int) -> None:
+        """Give the plan the gradients of a slot, and the rotated ones where the parameters have one."""
+        for n, p in enumerate(self.leaves[slot]):
+            rotated = self._gradients.get(n)
+            self._passed[slot][n].grad = p.grad if rotated is None or p.grad is None else rotated
+
+
+def _stacks(
+    parameters: list[Tensor], group_of: list[int], groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]
+) -> list[_Stack]:
+    alike: dict[Any, list[int]] = {}
+    for n, (p, k) in enumerate(zip(parameters, group_of, strict=True)):
+        sides = _sides(p, groups[k]["largest_side"])
+        if sides:
+            alike.setdefault((k, p.shape, p.device, state[p]["exp_avg"].dtype, sides), []).append(n)
+    stacks = []
+    for (k, shape, device, dtype, sides), numbers in alike.items():
+        kept: dict[str, dict[int, Tensor]] = {"covariance": {}, "basis": {}}
+        for name, by_side in kept.items():
+            for side in sides:
+                states = [state[parameters[n]] for n in numbers]
+                by_side[side] = _side_by_side(states, f"{name}_{side}", shape[side], dtype, device)
+        step = torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
+        stacks.append(_Stack(k, numbers, kept["covariance"], kept["basis"], step, torch.zeros_like(step)))
+    return stacks
+
+
+def _side_by_side(
+    states: list[dict[str, Any]], name: str, side: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Lay an entry of several states out in one stack, zeros where there is none, and return the stack."""
+    stack = torch.zeros(len(states), side, side, dtype=dtype, device=device)
+    for i, entries in enumerate(states):
+        if name in entries:
+            stack[i].copy_(entries[name])
+        entries[name] = stack[i]
+    return stack
+
+
+def _sides(p: Tensor, largest: int) -> tuple[int, ...]:
+    """Return the sides of a matrix that are rotated; none for other tensors."""
+    return tuple(side for side in (0, 1) if 1 < p.shape[side] <= largest) if p.dim() == 2 else ()
+
+
+def _refresh(stack: _Stack, states: list[dict[str, Any]]) -> None:
+    """Take new bases: the second moments go with their columns, the first ones are rotated to the new bases."""
+    m = torch.stack([s["exp_avg"] for s in states])
+    v = torch.stack([s["exp_avg_sq"] for s in states])
+    for side, basis in stack.bases.items():
+        new, order = bases.next_basis(stack.covariances[side], basis)
+        v = bases.permuted(v, order, side)
+        m = bases.changed(m, basis, new, side)
+        basis.copy_(new)
+    for i, s in enumerate(states):
+        s["exp_avg"].copy_(m[i])
+        s["exp_avg_sq"].copy_(v[i])
+
+
+class RotatedNAdam(RotatedOptimizer):
+    """NAdam's look-ahead in the eigenbasis of each matrix's gradient covariances (arXiv 2505.01099 in the basis of
+    arXiv 2602.03515). For a matrix W (m x n) with gradient G, and NAdam's ``mu_t`` and ``Pi_t`` (see ``NAdam``)::
+
+        L = beta2 L + (1 - beta2) G G^T        R = beta2 R + (1 - beta2) G^T G
+        at the first step, and every refresh_every steps, new U and V (below)
+        G' = U^T G V        M = beta1 M + (1 - beta1) G'        V2 = beta2 V2 + (1 - beta2) G'^2
+        D = sqrt(V2 / (1 - beta2^t)) + eps
+        W = (1 - lr wd) W - lr U [ ((1 - mu_t) / (1 - Pi_t) G' + mu_{t+1} / (1 - Pi_{t+1}) M) / D ] V^T
+
+    U holds the eigenvectors of L and V those of R: at first from ``eigh``, then from one step of power iteration,
+    ``QR(L U)``, with the columns sorted by ``diag(U^T L U)``. At a refresh V2 is permuted like the columns, and M is
+    rotated to the new bases, so it is the rotated mean of the gradients.
+
+    Tensors that are not matrices are stepped by plain NAdam; a side longer than ``largest_side`` is not rotated.
+
+    Args:
+        params: parameters, named parameters or parameter groups.
+        lr: learning rate (default: 3e-3).
+        betas: decay rates of the two moments; the second one also of the covariances (default: (0.99, 0.99)).
+        eps: term added to the denominator (default: 1e-8).
+        weight_decay: rate of the decoupled weight decay (default: 1e-2).
+        momentum_decay: psi of NAdam (default: 4e-3).
+        refresh_every: steps between new bases (default: 10).
+        largest_side: longest side that is rotated (default: 1024).
+        maximize: ascend instead of descend (default: False).
+        stash: ring of weight versions to read from and write to (default: None, the parameters are updated in place).
+        max_grad_norm: clip the gradients to this global norm (default: None, no clipping). ``last_grad_norm`` holds the
+            last norm.
+        backend: of the element-wise pass, as for ``NAdam`` (default: "auto").
+
+    A group's ``"horizon"`` is the number of updates that the look-ahead reaches ahead (default: 1). The state of
+    float16 and bfloat16 parameters is float32. Beside the moments it holds ``2 (m^2 + n^2)`` numbers for each matrix.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, a parameter is complex or a ``DTensor``, the backend cannot be
+            used, or the parameters are not those of the stash.
+    """
+
+    _has_mu_product: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.99, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        momentum_decay: float = 4e-3,
+        *,
+        refresh_every: int = 10,
+        largest_side: int = 1024,
+        maximize: bool = False,
+        stash: WeightStash | None = None,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "refresh_every": refresh_every,
+            "largest_side": largest_side,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        beta1, beta2 = two_betas(group["betas"])
+        return coefficients.nadam(
+            t,
+            mu_product,
+            lr=learning_rate(group["lr"], t),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum_decay=group["momentum_decay"],
+            decoupled=True,
+            horizon=float(group.get("horizon", 1.0)),
+            scale=scale,
+        )
+
+
+class RotatedAdamW(RotatedOptimizer):
+    """AdamW in the eigenbasis of each matrix's gradient covariances: basis rotation (arXiv 2602.03515, "2nd", "bi").
+
+    The bases are those of ``RotatedNAdam``, and so are its other arguments. With ``V2`` and M as there::
+
+        W = (1 - lr wd) W - lr U [ M / (1 - beta1^t) / (sqrt(V2 / (1 - beta2^t)) + eps) ] V^T
+
+    Args:
+        betas: decay rates of the two moments; the second one also of the covariances (default: (0.9, 0.999)).
+        lr: learning rate (default: 1e-3).
+        params, eps, weight_decay, refresh_every, largest_side, maximize, stash, max_grad_norm, backend: see
+            ``RotatedNAdam``.
+
+    Raises:
+        ValueError: in the same cases as ``RotatedNAdam``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        refresh_every: int = 10,
+        largest_side: int = 1024,
+        maximize: bool = False,
+        stash: WeightStash | None = None,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "refresh_every": refresh_every,
+            "largest_side": largest_side,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))
+
+    def _coefficients(
+        self, group: dict[str, Any], t: int, mu_product: float, scale: float
+    ) -> tuple[Coefficients, float]:
+        beta1, beta2 = two_betas(group["betas"])
+        row = coefficients.adamw(
+            t,
+            lr=learning_rate(group["lr"], t),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=scale,
+        )
+        return row, mu_product

@@ -1,0 +1,217 @@
+"""The rotated optimizers as torch optimizers; their equations are tested with the recipes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tolerances import MANY_STEPS
+from torch import nn
+
+import nesterov_pp as npp
+from nesterov_pp.optim import bases
+
+F64 = torch.float64
+RULES = [npp.RotatedNAdam, npp.RotatedAdamW]
+WIDTH = 6
+
+
+def net(dtype: torch.dtype = F64, seed: int = 0) -> nn.Sequential:
+    """Return layers with square and long matrices, two of one shape, vectors, and a convolution's tensor."""
+    torch.manual_seed(seed)
+    layers = [
+        nn.Linear(WIDTH, WIDTH),
+        nn.Linear(WIDTH, 4 * WIDTH),
+        nn.Linear(4 * WIDTH, WIDTH),
+        nn.Linear(WIDTH, WIDTH),
+    ]
+    model = nn.Sequential(*layers).to(dtype)
+    model.register_parameter("conv", nn.Parameter(torch.randn(2, 3, 2, 2, dtype=dtype)))
+    return model
+
+
+def gradients(model: nn.Module, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=F64).to(p.dtype)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for k in steps:
+        gradients(model, k)
+        optimizer.step()
+
+
+def assert_same(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **tolerance or {"rtol": 0.0, "atol": 0.0})
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", ["no side is short enough", "every basis is the identity"])
+def test_without_a_rotation_it_is_the_plain_rule(rule: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "every basis is the identity":
+        monkeypatch.setattr(bases, "first_basis", lambda c: torch.eye(c.shape[-1], dtype=c.dtype).expand_as(c))
+        options = {"refresh_every": 100}
+    else:
+        options = {"largest_side": 1}
+    a, b = net(), net()
+    same = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    plain: Any = npp.NAdam if rule is npp.RotatedNAdam else npp.AdamW
+    decoupled = {"decoupled_weight_decay": True} if plain is npp.NAdam else {}
+    train(a, rule(a.parameters(), **same, **options), range(30))
+    train(b, plain(b.parameters(), **same, **decoupled), range(30))
+    assert_same(a, b, **MANY_STEPS[F64])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rotated_problem_is_stepped_alike(rule: Any) -> None:
+    """With weights and gradients turned by orthogonal matrices, the steps are turned too; a plain rule's are not."""
+    torch.manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q for n in (5, 5))
+    w = torch.randn(5, 5, dtype=F64)
+    a, b = nn.Parameter(w.clone()), nn.Parameter(left @ w @ right)
+    first, second = (rule([p], lr=1e-2, refresh_every=3) for p in (a, b))
+    for k in range(12):
+        g = torch.randn(5, 5, generator=torch.Generator().manual_seed(k), dtype=F64)
+        a.grad, b.grad = g.clone(), left @ g @ right
+        first.step()
+        second.step()
+    torch.testing.assert_close(left @ a @ right, b, rtol=1e-6, atol=1e-8)
+    assert (a - w).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_matrices_of_one_shape_are_stepped_as_each_alone(rule: Any) -> None:
+    a, b = net(), net()
+    train(a, rule(a.parameters(), refresh_every=4), range(13))
+    alone = [rule([p], refresh_every=4) for p in b.parameters()]
+    for k in range(13):
+        gradients(b, k)
+        for optimizer in alone:
+            optimizer.step()
+    assert_same(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_parameter_without_a_gradient_stays_and_is_not_counted(rule: Any) -> None:
+    a, b = net(), net()
+    one, other = (rule(m.parameters(), refresh_every=3) for m in (a, b))
+    still = a[3].weight.detach().clone()
+    for k in range(8):
+        gradients(a, k)
+        gradients(b, k)
+        a[3].weight.grad = b[3].weight.grad = None
+        if k % 2:
+            a[0].weight.grad = None
+            b[0].weight.grad = None
+        one.step()
+        other.step()
+    assert torch.equal(a[3].weight, still)
+    assert float(one.state[a[3].weight]["step"]) == 0
+    assert float(one.state[a[0].weight]["step"]) == 4
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("at", [5, 6, 7])
+def test_a_checkpoint_goes_on_bit_for_bit(rule: Any, at: int, tmp_path: Any) -> None:
+    whole, model = net(torch.float32), net(torch.float32)
+    train(whole, rule(whole.parameters(), refresh_every=3, max_grad_norm=1.0), range(20))
+    optimizer = rule(model.parameters(), refresh_every=3, max_grad_norm=1.0)
+    train(model, optimizer, range(at))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    again = net(torch.float32, seed=9)
+    again.load_state_dict(saved["model"])
+    resumed = rule(again.parameters(), refresh_every=3, max_grad_norm=1.0)
+    resumed.load_state_dict(saved["optimizer"])
+    train(again, resumed, range(at, 20))
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_late_steps_in_a_ring_are_those_of_one_copy(rule: Any) -> None:
+    """The step reads the newest slot, writes the next one, and takes the gradient of an older one."""
+    module, plain = net(torch.float32), net(torch.float32)
+    stash = npp.WeightStash(module, 3)
+    ringed = rule(module.parameters(), stash=stash, refresh_every=4, max_grad_norm=2.0)
+    single = rule(plain.parameters(), refresh_every=4, max_grad_norm=2.0)
+    for k in range(11):
+        late = max(0, stash.newest - 2)
+        gradients(plain, k)
+        for leaf, p in zip(stash.parameters(late).values(), plain.parameters(), strict=True):
+            leaf.grad = None if p.grad is None else 2.0 * p.grad
+        ringed.step(version=late, microbatches=2)
+        single.step()
+    for ours, p in zip(stash.weights().values(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, **MANY_STEPS[torch.float32])
+    assert ringed.last_grad_norm == pytest.approx(float(single.last_grad_norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_have_a_float32_state(dtype: torch.dtype) -> None:
+    low, wide = net(dtype), net(dtype).float()
+    optimizer = npp.RotatedNAdam(low.parameters(), lr=1e-2)
+    train(low, optimizer, range(5))
+    train(wide, npp.RotatedNAdam(wide.parameters(), lr=1e-2), range(5))
+    assert {t.dtype for s in optimizer.state.values() for n, t in s.items() if n != "step"} <= {torch.float32, F64}
+    for p, q in zip(low.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(p.float(), q, rtol=5e-2, atol=5e-2)
+
+
+def test_groups_have_their_own_hyper_parameters() -> None:
+    a, b = net(), net()
+    ours = npp.RotatedNAdam(
+        [{"params": a[0].parameters(), "lr": 1e-3}, {"params": a[3].parameters(), "betas": (0.5, 0.9)}]
+    )
+    train(a, ours, range(9))
+    train(b, npp.RotatedNAdam(b[0].parameters(), lr=1e-3), range(9))
+    train(b, npp.RotatedNAdam(b[3].parameters(), betas=(0.5, 0.9)), range(9))
+    assert_same(a[0], b[0], rtol=1e-9, atol=1e-11)
+    assert_same(a[3], b[3], rtol=1e-9, atol=1e-11)
+
+
+def test_a_horizon_looks_further_ahead_and_maximize_goes_the_other_way() -> None:
+    a, b, c = net(), net(), net()
+    train(a, npp.RotatedNAdam(a.parameters(), weight_decay=0.0), range(4))
+    further = npp.RotatedNAdam(b.parameters(), weight_decay=0.0)
+    for group in further.param_groups:
+        group["horizon"] = 4.0
+    train(b, further, range(4))
+    assert not torch.allclose(a[0].weight, b[0].weight)
+    train(c, npp.RotatedNAdam(c.parameters(), weight_decay=0.0, maximize=True), range(4))
+    torch.testing.assert_close(c[0].weight - net()[0].weight, net()[0].weight - a[0].weight, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"refresh_every": 0}, "refresh_every must be a whole number of at least 1, not 0"),
+        ({"largest_side": 2.5}, "largest_side must be a whole number of at least 1, not 2.5"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot be used"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+    ],
+)
+def test_bad_hyper_parameters(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        npp.RotatedNAdam(net().parameters(), **options)
+    assert sentence in str(error.value)
+
+
+def test_bad_steps_change_nothing() -> None:
+    model = net()
+    optimizer = npp.RotatedNAdam(model.parameters())
+    train(model, optimizer, range(2))
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    gradients(model, 2)
+    for step in (lambda: optimizer.step(version=0), lambda: optimizer.step(microbatches=0)):
+        with pytest.raises(ValueError):
+            step()
+    after = [model.state_dict(), optimizer.state_dict()["state"]]
+    torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
+    with pytest.raises(ValueError, match="a parameter is complex; rotated optimizers only step real, unsharded"):
+        npp.RotatedNAdam([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
