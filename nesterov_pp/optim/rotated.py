@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nesterov_pp.kernels import Coefficients, StepSlots, Tensors, choose_backend, make_plan
+from nesterov_pp.kernels import Coefficients, StepSlots, choose_backend
 from nesterov_pp.optim import bases, coefficients, counts
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.options import LOW_PRECISION, Options, check_hyperparameters, learning_rate, two_betas
-from nesterov_pp.optim.prepared import Snapshot
+from nesterov_pp.optim.stacks import RotatedTensors, Stack, refresh
 from nesterov_pp.optim.state import StatefulOptimizer, unique
 from nesterov_pp.optim.uninterrupted import uninterrupted
 from nesterov_pp.stash import WeightStash
@@ -29,36 +28,6 @@ class _Float32State(Options):
         if is_dtensor(p) or p.is_complex():
             kind = "a DTensor" if is_dtensor(p) else "complex"
             raise ValueError(f"a parameter is {kind}; rotated optimizers only step real, unsharded parameters")
-
-
-@dataclass
-class _Stack:
-    """Matrices of one group, shape and dtype: their numbers among the parameters, and what is kept side by side.
-
-    ``step`` receives what the pass takes from zeros, and ``gradients`` are the rotated gradients that the pass reads.
-    """
-
-    group: int
-    numbers: list[int]
-    covariances: dict[int, Tensor]
-    bases: dict[int, Tensor]
-    step: Tensor
-    gradients: Tensor
-
-    def part(self, chosen: list[int]) -> _Stack:
-        """Return some of the matrices: the stack itself if they are all, else one of them."""
-        if len(chosen) == len(self.numbers):
-            return self
-        (i,) = chosen
-        one = slice(i, i + 1)
-        return _Stack(
-            self.group,
-            self.numbers[one],
-            {side: t[one] for side, t in self.covariances.items()},
-            {side: t[one] for side, t in self.bases.items()},
-            self.step[one],
-            self.gradients[one],
-        )
 
 
 class RotatedOptimizer(StatefulOptimizer):
@@ -139,7 +108,7 @@ class RotatedOptimizer(StatefulOptimizer):
             if stash is not None:
                 stash.end_step(version, microbatches)
 
-    def _scale(self, prepared: _Prepared, slot: int, microbatches: int) -> float:
+    def _scale(self, prepared: RotatedTensors, slot: int, microbatches: int) -> float:
         """Return the factor of the gradients: their mean over microbatches, and clipping by their global norm."""
         limit, scale = self.options.max_grad_norm, 1.0 / microbatches
         if limit is None:
@@ -149,7 +118,7 @@ class RotatedOptimizer(StatefulOptimizer):
         factor = limit / (float(norm) + 1e-6)
         return scale if factor >= 1.0 else scale * factor
 
-    def _parts(self, stack: _Stack, prepared: _Prepared, slot: int) -> list[_Stack]:
+    def _parts(self, stack: Stack, prepared: RotatedTensors, slot: int) -> list[Stack]:
         """Return the stack, or its matrices one by one if not all have gradients or have been stepped as often."""
         with_gradient = [i for i, n in enumerate(stack.numbers) if prepared.leaves[slot][n].grad is not None]
         steps = {float(self.state[prepared.parameters[stack.numbers[i]]]["step"]) for i in with_gradient}
@@ -157,7 +126,7 @@ class RotatedOptimizer(StatefulOptimizer):
             return [stack]
         return [stack.part([i]) for i in with_gradient]
 
-    def _rotate(self, stack: _Stack, prepared: _Prepared, slot: int, scale: float) -> None:
+    def _rotate(self, stack: Stack, prepared: RotatedTensors, slot: int, scale: float) -> None:
         """Update covariances and bases, and rotate the gradients for the pass."""
         group = self.param_groups[stack.group]
         states = [self.state[prepared.parameters[n]] for n in stack.numbers]
@@ -171,10 +140,10 @@ class RotatedOptimizer(StatefulOptimizer):
             for side, basis in stack.bases.items():
                 basis.copy_(bases.first_basis(stack.covariances[side]))
         elif t % group["refresh_every"] == 0:
-            _refresh(stack, states)
+            refresh(stack, states)
         bases.rotate(grads, stack.bases, out=stack.gradients)
 
-    def _add(self, stack: _Stack, prepared: _Prepared, slots: StepSlots) -> None:
+    def _add(self, stack: Stack, prepared: RotatedTensors, slots: StepSlots) -> None:
         """Rotate the step back and add it to the weights, decayed: ``(1 - lr wd) W + U step V^T``."""
         group = self.param_groups[stack.group]
         kept = 1.0 - learning_rate(group["lr"], 1) * group["weight_decay"]
@@ -196,7 +165,7 @@ class RotatedOptimizer(StatefulOptimizer):
 
     # ------------------------------------------------------------------ what a step goes over
 
-    def _prepare(self) -> _Prepared:
+    def _prepare(self) -> RotatedTensors:
         if self._prepared is None or not self._prepared.snapshot.holds(self.param_groups, self.state):
             self._prepared = None
             self._follow_parameters()
@@ -205,111 +174,17 @@ class RotatedOptimizer(StatefulOptimizer):
                 self.options.check_parameter(p)
             self._init_state(missing)
             counts.to_host(self._states())
-            self._prepared = _Prepared(self)
+            self._prepared = RotatedTensors(
+                self.param_groups, self.state, self.options, has_mu_product=self._has_mu_product
+            )
             self.backend = self._prepared.backend
-        prepared: _Prepared = self._prepared
+        prepared: RotatedTensors = self._prepared
         return prepared
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
         raise NotImplementedError
-
-
-class _Prepared:
-    """The parameters that have state, as the pass and the products take them."""
-
-    def __init__(self, optimizer: RotatedOptimizer) -> None:
-        groups, state, options = optimizer.param_groups, optimizer.state, optimizer.options
-        self.parameters = [p for group in groups for p in group["params"] if state.get(p)]
-        group_of = [k for k, group in enumerate(groups) for p in group["params"] if state.get(p)]
-        stash = options.stash
-        self.leaves = [self.parameters] if stash is None else stash.leaves(self.parameters)
-        self.stacks = _stacks(self.parameters, group_of, groups, state)
-        passed = [[p.detach() for p in slot] for slot in self.leaves]
-        self._gradients: dict[int, Tensor] = {}
-        rotated = set()
-        for stack in self.stacks:
-            for i, n in enumerate(stack.numbers):
-                rotated.add(n)
-                self._gradients[n] = stack.gradients[i]
-                step = stack.step[i].detach()
-                for slot in passed:
-                    slot[n] = step
-        self._passed = passed
-        states = [state[p] for p in self.parameters]
-        self.backend = choose_backend(options.backend, [p.detach() for p in self.parameters])
-        tensors = Tensors(
-            names=[f"parameter {n}" for n in range(len(states))],
-            numbers=list(range(len(states))),
-            groups=[2 * k + (n in rotated) for n, k in enumerate(group_of)],
-            slots=passed,
-            exp_avgs=[s["exp_avg"] for s in states],
-            exp_avg_sqs=[s["exp_avg_sq"] for s in states],
-            masters=[None] * len(states),
-            steps=[s["step"] for s in states],
-            mu_products=[s["mu_product"] for s in states] if optimizer._has_mu_product else [],
-            max_exp_avg_sqs=[None] * len(states),
-        )
-        self.plan = make_plan(self.backend, tensors)
-        self.snapshot = Snapshot(groups, state, [p for slot in self.leaves for p in slot])
-
-    def tell(self, slot: int) -> None:
-        """Give the plan the gradients of a slot, and the rotated ones where the parameters have one."""
-        for n, p in enumerate(self.leaves[slot]):
-            rotated = self._gradients.get(n)
-            self._passed[slot][n].grad = p.grad if rotated is None or p.grad is None else rotated
-
-
-def _stacks(
-    parameters: list[Tensor], group_of: list[int], groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]
-) -> list[_Stack]:
-    alike: dict[Any, list[int]] = {}
-    for n, (p, k) in enumerate(zip(parameters, group_of, strict=True)):
-        sides = _sides(p, groups[k]["largest_side"])
-        if sides:
-            alike.setdefault((k, p.shape, p.device, state[p]["exp_avg"].dtype, sides), []).append(n)
-    stacks = []
-    for (k, shape, device, dtype, sides), numbers in alike.items():
-        kept: dict[str, dict[int, Tensor]] = {"covariance": {}, "basis": {}}
-        for name, by_side in kept.items():
-            for side in sides:
-                states = [state[parameters[n]] for n in numbers]
-                by_side[side] = _side_by_side(states, f"{name}_{side}", shape[side], dtype, device)
-        step = torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
-        stacks.append(_Stack(k, numbers, kept["covariance"], kept["basis"], step, torch.zeros_like(step)))
-    return stacks
-
-
-def _side_by_side(
-    states: list[dict[str, Any]], name: str, side: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Lay an entry of several states out in one stack, zeros where there is none, and return the stack."""
-    stack = torch.zeros(len(states), side, side, dtype=dtype, device=device)
-    for i, entries in enumerate(states):
-        if name in entries:
-            stack[i].copy_(entries[name])
-        entries[name] = stack[i]
-    return stack
-
-
-def _sides(p: Tensor, largest: int) -> tuple[int, ...]:
-    """Return the sides of a matrix that are rotated; none for other tensors."""
-    return tuple(side for side in (0, 1) if 1 < p.shape[side] <= largest) if p.dim() == 2 else ()
-
-
-def _refresh(stack: _Stack, states: list[dict[str, Any]]) -> None:
-    """Take new bases: the second moments go with their columns, the first ones are rotated to the new bases."""
-    m = torch.stack([s["exp_avg"] for s in states])
-    v = torch.stack([s["exp_avg_sq"] for s in states])
-    for side, basis in stack.bases.items():
-        new, order = bases.next_basis(stack.covariances[side], basis)
-        v = bases.permuted(v, order, side)
-        m = bases.changed(m, basis, new, side)
-        basis.copy_(new)
-    for i, s in enumerate(states):
-        s["exp_avg"].copy_(m[i])
-        s["exp_avg_sq"].copy_(v[i])
 
 
 class RotatedNAdam(RotatedOptimizer):
