@@ -1,7 +1,7 @@
 """Write the measured tables of the README and of docs/ from the committed results: ``python -m benchmarks.tables``.
 
-``--demo runs/demo``, ``--small runs/small``, ``--long DIR`` and ``--depth DIR`` first copy the results of the demo, of
-``make compare-small``, of a longer comparison, or of a comparison by depth.
+``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR`` and ``--rotated DIR`` first copy the results
+of the demo, of ``make compare-small``, of a longer comparison, of a comparison by depth, or of the rotated rules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import tasks
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
 from benchmarks.summary import table as summary_table
-from nesterov_pp.training.results import depth_markdown, markdown
+from nesterov_pp.training.results import depth_markdown, family_of, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +30,7 @@ TAKEN = {
     "small": ("compare-small.json", "compare-small.png"),
     "long": ("compare-long.json", "compare-long.png"),
     "depth": ("compare-depth.json", "compare-depth.png"),
+    "rotated": ("compare-rotated.json", "compare-rotated.png"),
 }
 """The files of each finished comparison, in the results and in docs/, by the flag that names its folder."""
 
@@ -61,14 +62,19 @@ def ranking(found: dict[str, Any]) -> str:
     lines = [
         found["conditions"],
         "",
-        "| method | lr | validation loss | each seed | at the other rate | slowdown | recovered |",
-        "|---|--:|--:|---|--:|--:|--:|",
+        "| method | rule | lr | validation loss | each seed | first seed at other rates | slowdown | recovered |",
+        "|---|---|--:|--:|---|---|--:|--:|",
     ]
     for row in sorted(found["methods"], key=lambda row: row["validation_loss"]):
         others = ", ".join(f"{loss:.3f}" for lr, loss in row["by_lr"].items() if lr != str(row["lr"]))
         each = " ".join(f"{loss:.3f}" for loss in row["validation_losses"])
-        cells = [row["method"], f"{row['lr']:g}", f"{row['validation_loss']:.3f}", each, others]
-        lines.append(f"| {' | '.join(cells)} | {row['slowdown']:.2f}x | {100 * row['recovered']:.0f} % |")
+        rule = family_of(row["method"])
+        cells = [row["method"], rule, f"{row['lr']:g}", f"{row['validation_loss']:.3f}", each, others]
+        # Results from before the rules were told apart compare all methods with those of AdamW.
+        within = row.get("rule", "adam") == rule and row["slowdown"] is not None
+        cells.append(f"{row['slowdown']:.2f}x" if within else "-")
+        cells.append(f"{100 * row['recovered']:.0f} %" if within and row["recovered"] is not None else "-")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,7 +100,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def sections() -> dict[str, dict[str, str]]:
     """Return the generated parts of each page by the name of their markers."""
-    made = {name: (TAKEN[name][0], ranking) for name in ("small", "long")}
+    made = {name: (TAKEN[name][0], ranking) for name in ("small", "long", "rotated")}
     made["depth"] = (TAKEN["depth"][0], depth_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}

@@ -37,6 +37,7 @@ class FusedOptimizer(StatefulOptimizer):
     _step_supports_amp_scaling = False
     _ready = False  # True once the constructor has added all its groups
     _warned = False
+    family: ClassVar[str] = "adam"
     _no_sparse: ClassVar[str] = "NAG does not support sparse gradients"
 
     def __init__(

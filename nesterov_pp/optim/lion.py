@@ -39,6 +39,7 @@ class Lion(FusedOptimizer):
         ValueError: in the same cases as ``NAdam``.
     """
 
+    family = "sign"
     _normaliser = Normaliser.SIGN
     _no_sparse = "Lion does not support sparse gradients"
 

@@ -55,6 +55,7 @@ class NAG(FusedOptimizer):
         ValueError: in the same cases as ``NAdam``, or if a schedule returns a gamma outside [0, 1).
     """
 
+    family = "sgd"
     _normaliser = Normaliser.NONE
 
     def __init__(

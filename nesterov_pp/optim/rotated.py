@@ -36,6 +36,7 @@ class RotatedOptimizer(StatefulOptimizer):
     Subclasses turn a parameter group and a step count into ``Coefficients``, as those of ``FusedOptimizer`` do.
     """
 
+    family: ClassVar[str] = "rotated"
     _no_sparse = "rotated optimizers do not support sparse gradients"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:

@@ -143,6 +143,12 @@ class Recipe:
             )
 
     @property
+    def family(self) -> str:
+        """The family of the rule. Only methods of one family show what a delay costs; others compare rules as well."""
+        found: str = _FAMILY_OF_BASE.get(self.options.get("base", ""), getattr(self.rule, "family", "other"))
+        return found
+
+    @property
     def shadow(self) -> Shadow | None:
         """The shadow that a stage's ``WeightStash`` keeps outside the ring; None without one."""
         owner = self.options.get("prediction", self.rule)
@@ -177,6 +183,7 @@ class Recipe:
         return replace(self, options={**self.options, **options}, stage_options=overridden, **changed)
 
 
+_FAMILY_OF_BASE = {"muon": "muon", "basis-rotation": "rotated"}
 _OWN = ("correction_updates", "horizon", "synchronous_updates", "max_staleness")
 
 

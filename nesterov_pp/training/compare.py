@@ -133,7 +133,7 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
         end = f"-{depth}-stages" if len(depths) > 1 else ""
         rows, curves = _judged([job for job in finished if job.config.stages == depth])
         checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves))
-        sentence = results.sentence(rows)
+        sentence = " ".join([results.sentence(rows), *results.edges(rows)]).strip()
         checkpoint.write_text(out / f"compare{end}.md", results.markdown(rows, sentence))
         console.print(results.table(rows, f"{depth} stages" if end else "Comparison"))
         by_depth[depth] = rows

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
+from nesterov_pp.pipeline import recipes
 from nesterov_pp.training.metrics import Curves
 from nesterov_pp.training.report import perplexity, size
 
-UNDELAYED, UNCORRECTED = "gpipe-1", "pipedream"
-"""The two methods between which the others are measured."""
+UNCORRECTED = {"adam": "pipedream", "rotated": "pipedream-rotated"}
+"""For each family of rules, the method that takes late gradients as they come."""
 
 _HEADINGS = (
     "Method",
@@ -25,7 +26,7 @@ _HEADINGS = (
     "Optimizer time",
     "Peak memory",
 )
-_RELATIVE = ("Slowdown", "Recovered")
+_RELATIVE = ("Rule", "Slowdown", "Recovered", "Ahead of gpipe")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -71,23 +72,60 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
-    """Return the rows with ``slowdown`` and ``recovered``, None where the methods that they compare with are missing.
+    """Return the rows with ``rule`` and what follows from methods of the same family of rules, None without these.
 
     ``slowdown``: tokens of the method over tokens of the undelayed run to the lowest loss that both have reached.
-    ``recovered``: (pipedream - method) / (pipedream - undelayed), in final losses.
+    ``recovered``: (uncorrected - method) / (uncorrected - undelayed), in final losses.
+    ``ahead``: how far the method's final loss is below that of the pipeline that waits.
+
+    The undelayed run and the waiting one are the best of their family, with whichever of its rules.
     """
     final = {row["method"]: row["validation_loss"] for row in rows}
-    undelayed, uncorrected = final.get(UNDELAYED), final.get(UNCORRECTED)
     related = []
     for row in rows:
+        family = family_of(row["method"])
+        undelayed = _best(final, family, "gpipe-1")
+        waiting = _best({m: loss for m, loss in final.items() if not _is(m, "gpipe-1")}, family, "gpipe")
+        uncorrected = final.get(UNCORRECTED.get(family, ""))
         slowdown = recovered = None
         if undelayed is not None:
-            level = max(min(loss for _, loss in curves[name]) for name in (row["method"], UNDELAYED))
-            slowdown = first_reaching(curves[row["method"]], level) / first_reaching(curves[UNDELAYED], level)
-        if undelayed is not None and uncorrected is not None and uncorrected != undelayed:
-            recovered = (uncorrected - row["validation_loss"]) / (uncorrected - undelayed)
-        related.append({**row, "slowdown": slowdown, "recovered": recovered})
+            level = max(min(loss for _, loss in curves[name]) for name in (row["method"], undelayed))
+            slowdown = first_reaching(curves[row["method"]], level) / first_reaching(curves[undelayed], level)
+        if undelayed is not None and uncorrected is not None and uncorrected != final[undelayed]:
+            recovered = (uncorrected - row["validation_loss"]) / (uncorrected - final[undelayed])
+        ahead = None if waiting is None else final[waiting] - row["validation_loss"]
+        related.append({**row, "rule": family, "slowdown": slowdown, "recovered": recovered, "ahead": ahead})
     return related
+
+
+def family_of(method: str) -> str:
+    """Return the family of a method's rule; that of a name that is no recipe is "adam"."""
+    recipe = recipes().get(method)
+    return "adam" if recipe is None else recipe.family
+
+
+def _best(final: Mapping[str, float], family: str, schedule: str) -> str | None:
+    """Return the method of a family and a synchronous schedule that has the lowest loss, or None."""
+    found = [m for m in final if _is(m, schedule) and family_of(m) == family]
+    return min(found, key=lambda m: final[m], default=None)
+
+
+def _is(method: str, schedule: str) -> bool:
+    return method == schedule or method.startswith(f"{schedule}-")
+
+
+def edges(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each method whose best learning rate lies at the edge of those tried."""
+    found = []
+    for row in rows:
+        tried = sorted(map(float, row.get("by_lr", ())))
+        if len(tried) > 1 and row["lr"] in (tried[0], tried[-1]):
+            side = "smaller" if row["lr"] == tried[0] else "larger"
+            found.append(
+                f"The best learning rate of {row['method']}, {row['lr']:g}, lies at the edge of those tried; "
+                f"a {side} one may be better."
+            )
+    return found
 
 
 def first_reaching(curve: Sequence[tuple[int, float]], level: float) -> float:
@@ -182,6 +220,11 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
     if _several_rates(rows):
         cells.insert(1, f"{row['lr']:g}")
     if _are_related(rows):
-        recovered = row["recovered"]
-        cells += [f"{row['slowdown']:.2f}x", "-" if recovered is None else f"{100.0 * recovered:.0f} %"]
+        slowdown, recovered, ahead = row["slowdown"], row["recovered"], row["ahead"]
+        cells += [
+            row["rule"],
+            "-" if slowdown is None else f"{slowdown:.2f}x",
+            "-" if recovered is None else f"{100.0 * recovered:.0f} %",
+            "-" if ahead is None else f"{ahead:+.3f}",
+        ]
     return cells

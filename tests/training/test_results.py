@@ -31,7 +31,42 @@ def test_slowdown_and_recovered_share():
 def test_nothing_is_related_to_methods_that_are_not_there():
     curves = {"nesterov": [(1, 2.0)]}
     (alone,) = results.relate([row("nesterov", 2.0)], curves)
-    assert (alone["slowdown"], alone["recovered"]) == (None, None)
+    assert (alone["slowdown"], alone["recovered"], alone["ahead"]) == (None, None, None)
+
+
+def test_methods_are_related_within_one_family_of_rules():
+    losses = {
+        "gpipe-1": 2.0,
+        "gpipe": 2.2,
+        "pipedream": 3.0,
+        "nesterov": 2.5,
+        "gpipe-nadam": 2.1,
+        "gpipe-1-rotated": 1.0,
+        "gpipe-1-rotated-nadam": 1.1,
+        "gpipe-rotated": 1.4,
+        "pipedream-rotated": 2.0,
+        "nesterov-rotated": 1.2,
+        "nesterov-sgd": 4.0,
+    }
+    curves = {m: [(100, 5.0), (200, loss)] for m, loss in losses.items()}
+    related = {r["method"]: r for r in results.relate([row(m, loss) for m, loss in losses.items()], curves)}
+    assert related["nesterov"]["recovered"] == pytest.approx(0.5)
+    assert related["nesterov"]["ahead"] == pytest.approx(2.1 - 2.5)
+    assert related["nesterov-rotated"]["recovered"] == pytest.approx(0.8)
+    assert related["nesterov-rotated"]["ahead"] == pytest.approx(1.4 - 1.2)
+    assert related["nesterov-rotated"]["rule"] == "rotated"
+    assert {related["nesterov-sgd"][n] for n in ("slowdown", "recovered", "ahead")} == {None}
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_named():
+    rows = [
+        {"method": m, "lr": lr, "by_lr": {"0.1": 1.0, "0.2": 1.0, "0.4": 1.0}}
+        for m, lr in (("a", 0.1), ("b", 0.2), ("c", 0.4))
+    ]
+    small, large = results.edges(rows)
+    assert small == "The best learning rate of a, 0.1, lies at the edge of those tried; a smaller one may be better."
+    assert large.endswith("of c, 0.4, lies at the edge of those tried; a larger one may be better.")
+    assert results.edges([{"method": "a", "lr": 0.1}, {"method": "b", "lr": 0.1, "by_lr": {"0.1": 1.0}}]) == []
 
 
 def test_the_best_rate_of_each_method():
