@@ -124,9 +124,9 @@ def load_stages(terms: Terms, stages: Mapping[int, StageState], saved: object) -
     """
     whole = as_saved_now(saved)
     terms.check(whole["terms"])
-    missing = [i + 1 for i in stages if i not in whole["stages"]]
+    missing = [i for i in stages if i not in whole["stages"]]
     if missing:
-        there = ", ".join(str(i + 1) for i in sorted(whole["stages"])) or "none"
+        there = ", ".join(map(str, sorted(whole["stages"]))) or "none"
         raise ValueError(f"the saved pipeline has no stage {missing[0]}; it has {there}")
     for i, stage in stages.items():
         stage.check(whole["stages"][i])

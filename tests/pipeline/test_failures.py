@@ -81,7 +81,7 @@ def test_bad_arguments() -> None:
             "1 layers cannot be cut into 3 stages",
             "tied parameters must be in one stage",
             "the saved pipeline has method 'other', this one 'gpipe-1'",
-            f"the saved pipeline has no stage {rank + 1}; it has none",
+            f"the saved pipeline has no stage {rank}; it has none",
             "the saved pipeline has delays [9], this one [0, 0, 0]",
             "load_state_dict takes what a pipeline's state_dict() returned",
             "the run of 3 microbatches is over",

@@ -96,7 +96,7 @@ def broken(change: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("stage", "the saved pipeline has no stage 2; it has 1, 3"),
+        ("stage", "the saved pipeline has no stage 1; it has 0, 2"),
         ("optimizer", "the saved parameter group 0 has no 'betas'; it was saved by another optimizer"),
         ("no optimizer", "only one of the saved stage and this stage has trainable parameters"),
         ("ring", "0.up.weight was saved as torch.float32 of shape (1,), but is torch.float32 of shape (12, 12) here"),

@@ -20,7 +20,6 @@ T = TypeVar("T")
 TIMEOUT = 60.0
 """Default number of seconds that processes wait for each other."""
 
-_ANSWER = 10.0  # seconds to ask the store why a neighbour is gone
 _POLL = 0.02
 
 
