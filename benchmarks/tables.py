@@ -1,7 +1,8 @@
 """Write the measured tables of the README and of docs/ from the committed results: ``python -m benchmarks.tables``.
 
-``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR`` and ``--rotated DIR`` first copy the results
-of the demo, of ``make compare-small``, of a longer comparison, of a comparison by depth, or of the rotated rules.
+``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR`` and ``--rotated DIR`` first copy the
+results of the demo, of ``make compare-small``, of a longer comparison, of a comparison by depth, or of the rotated
+rules.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class VirtualWorkers:
 
     theta are the server's weights, s the weights that the worker was sent, g its gradient at s, gamma the momentum::
 
-        asgd             theta -= lr g                                             sends theta, as do all but dana-zero and dana-dc
+        asgd             theta -= lr g                                             sends theta; others: below
         nag-asgd         v = gamma v + g                theta -= lr (gamma v + g)
         staleness-aware  theta -= lr / max(1, tau) g                               arXiv 1511.05950 (recalled)
         dc-asgd          theta -= lr (g + lambda g g (theta - s))                  arXiv 1609.08326
