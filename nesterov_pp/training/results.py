@@ -26,6 +26,7 @@ _HEADINGS = (
     "Optimizer time",
     "Peak memory",
 )
+_LEFT_OUT = ("Perplexity", "Train loss", "Optimizer time", "Peak memory")
 _RELATIVE = ("Rule", "Slowdown", "Recovered", "Ahead of gpipe")
 
 
@@ -162,14 +163,19 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table:
-    """Return the table for the terminal."""
+    """Return the table for the terminal, without the columns that a line has no room for."""
+    headings = _headings(rows)
+    left_out = _LEFT_OUT if _are_related(rows) else ()
+    shown = [i for i, heading in enumerate(headings) if heading not in left_out]
     result = Table(title=title)
-    for heading in _headings(rows):
+    for i in shown:
+        heading = headings[i]
         result.add_column(
             heading, justify="left" if heading == "Method" else "right", no_wrap=heading in ("Method", "Each seed")
         )
     for row in rows:
-        result.add_row(*_cells(row, rows))
+        cells = _cells(row, rows)
+        result.add_row(*(cells[i] for i in shown))
     return result
 
 
