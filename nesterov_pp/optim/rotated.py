@@ -71,6 +71,8 @@ class RotatedOptimizer(StatefulOptimizer):
 
         Raises:
             ValueError: a tensor, a version or a hyper-parameter does not fit; nothing has been changed.
+            FloatingPointError: the first gradient of a matrix is not finite; nothing has been changed.
+            RuntimeError: a gradient is sparse; nothing has been changed.
         """
         if not isinstance(microbatches, int) or microbatches < 1:
             raise ValueError(f"microbatches must be a whole number of at least 1, not {microbatches}")
@@ -89,6 +91,7 @@ class RotatedOptimizer(StatefulOptimizer):
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         prepared = self._prepare()
+        self._check_gradients(prepared, slots.grads)
         prepared.tell(slots.grads)
         classes = prepared.plan.collect(slots)
         scale = self._scale(prepared, slots.grads, microbatches)
@@ -108,6 +111,20 @@ class RotatedOptimizer(StatefulOptimizer):
                 self._add(stack, prepared, slots)
             if stash is not None:
                 stash.end_step(version, microbatches)
+
+    def _check_gradients(self, prepared: RotatedTensors, slot: int) -> None:
+        """Refuse gradients that the products could not take, before anything is written."""
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in prepared.leaves[slot]):
+            raise RuntimeError(self._no_sparse)
+        for n in (n for stack in prepared.stacks for n in stack.numbers):
+            grad = prepared.leaves[slot][n].grad
+            if grad is None or float(self.state[prepared.parameters[n]]["step"]) > 0:
+                continue
+            if not bool(torch.isfinite(grad).all()):
+                raise FloatingPointError(
+                    f"the first gradient of parameter {n} is not finite, so it has no eigenbasis; "
+                    "nothing has been updated"
+                )
 
     def _scale(self, prepared: RotatedTensors, slot: int, microbatches: int) -> float:
         """Return the factor of the gradients: their mean over microbatches, and clipping by their global norm."""
@@ -157,8 +174,7 @@ class RotatedOptimizer(StatefulOptimizer):
                 continue
             wide = old.to(moves.dtype)
             if 0 in stack.bases and new.dtype == moves.dtype:
-                torch.addmm(wide, stack.bases[0][i], moves[i], beta=kept, out=new.detach())
-                torch.autograd.graph.increment_version(new)
+                torch.addmm(wide, stack.bases[0][i], moves[i], beta=kept, out=new)
             else:
                 move = stack.bases[0][i] @ moves[i] if 0 in stack.bases else moves[i]
                 new.copy_(torch.add(move, wide, alpha=kept))

@@ -211,7 +211,24 @@ def test_bad_steps_change_nothing() -> None:
     for step in (lambda: optimizer.step(version=0), lambda: optimizer.step(microbatches=0)):
         with pytest.raises(ValueError):
             step()
+    model[1].weight.grad = model[1].weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="rotated optimizers do not support sparse gradients"):
+        optimizer.step()
     after = [model.state_dict(), optimizer.state_dict()["state"]]
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
+
+
+def test_a_first_gradient_without_an_eigenbasis_is_refused() -> None:
+    model = net()
+    optimizer = npp.RotatedNAdam(model.parameters())
+    gradients(model, 0)
+    model[2].weight.grad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the first gradient of parameter 5 is not finite"):
+        optimizer.step()
+    assert_same(model, net())
+    assert all(float(s["step"]) == 0 and not s["exp_avg"].any() for s in optimizer.state.values())
+
+
+def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="a parameter is complex; rotated optimizers only step real, unsharded"):
         npp.RotatedNAdam([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
