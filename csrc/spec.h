@@ -34,6 +34,7 @@ struct Pass {
   using T = typename Compute<W>::type;
   static constexpr bool kCorrects = form == Form::kCorrected;
   static constexpr bool kMayHaveSecond = form == Form::kRms || kCorrects;
+  static constexpr bool kMayBeSign = form == Form::kSign || kCorrects;
   static constexpr bool kStochastic = stochastic;
   static constexpr bool kCopies = !kSame<W, G>;  // master weights, which are copied to the parameters
   static constexpr bool kHalfMoments = kSame<M, Half>;

@@ -56,8 +56,13 @@ struct Narrow<BFloat16> {
     const auto u = bits_of<unsigned int>(x);
     return rounded(u, 0x7fffU + ((u >> 16) & 1U));
   }
-  // Rounds up with the probability that makes the result correct on average, given 16 random bits.
-  static NPP_HD BFloat16 stochastic(float x, unsigned int noise) { return rounded(bits_of<unsigned int>(x), noise); }
+  // Rounds a number that is `roundable` up with the probability that makes the result correct on average, given 16
+  // random bits. Only a host calls this; a NaN that is not roundable is what a device makes of it.
+  static NPP_HD BFloat16 stochastic(float x, unsigned int noise) {
+    unsigned int u = bits_of<unsigned int>(x);
+    if (x != x && u != 0x7fc00000U) u = 0x7fffffffU;
+    return {static_cast<unsigned short>((u + noise) >> 16)};
+  }
 
   static NPP_HD BFloat16 rounded(unsigned int u, unsigned int increment) {
     if ((u & 0x7fffffffU) > 0x7f800000U) return {0x7fc0};
@@ -99,7 +104,7 @@ NPP_HD float roundable(float value) {
 #if defined(__CUDA_ARCH__)
   return __int_as_float(min(__float_as_int(value), 0x7fc00000));
 #else
-  return value;
+  return value == value ? value : bits_of<float>(0x7fc00000U);
 #endif
 }
 

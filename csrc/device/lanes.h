@@ -133,6 +133,14 @@ template <class T, int N>
 NPP_HD bool is_sure(const Lanes<T, N>& a) {
   return a.sure;
 }
+// Returns whether all lanes are finite and as CUDA's root and division would have made them.
+template <int N>
+NPP_HD bool is_sure(const Lanes<float, N>& a) {
+  bool sure = a.sure;
+  NPP_UNROLL
+  for (int j = 0; j < N; ++j) sure &= nesterov_pp::absolute(a.x[j]) < __builtin_inff();
+  return sure;
+}
 
 #if defined(__CUDA_ARCH__)
 constexpr float kLeast = 0x1p-100f, kMost = 0x1p21f;
@@ -212,15 +220,6 @@ __device__ __forceinline__ Lanes<float, N> overflowed(const Lanes<float, N>& v) 
   Lanes<float, N> result = v;
   result.sure = v.sure & all_to(65519.0f, v);
   return result;
-}
-
-// Returns whether all lanes are finite and as CUDA's root and division would have made them.
-template <int N>
-__device__ __forceinline__ bool is_sure(const Lanes<float, N>& a) {
-  bool sure = a.sure;
-#pragma unroll
-  for (int j = 0; j < N; ++j) sure &= nesterov_pp::absolute(a.x[j]) < __builtin_inff();
-  return sure;
 }
 #endif
 

@@ -363,6 +363,8 @@ NPP_HD void step_vector(const Pointers<P>& p, int i, const Constants<P>& k) {
     const auto next = update<P>(k.rule, k.c, k.x, wj, lanes_of<L, T>(grad, j), mj, vj, of);
     sure = is_sure(next);
     if (P::kCorrects) sure &= of.mean.sure & is_sure(of.ahead);
+    // A sign is finite also where the new moment is NaN, which is not roundable.
+    if (P::kStochastic && P::kMayBeSign) sure &= is_sure(mj);
     if (!sure) break;  // also keeps the compiler to the order of the elements, which takes fewer registers
     Bits<L> bits{};
     if constexpr (P::kStochastic) bits = random_bits<L>(k, i, j);

@@ -285,6 +285,32 @@ def test_stochastic_rounding_takes_the_bits_of_every_backend(lib, dtypes, offset
     assert_as_expected(problem, expected)
 
 
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize("kind", [None, CorrectionKind.GAP, CorrectionKind.DISCREPANCY])
+@pytest.mark.parametrize("normaliser", list(Normaliser))
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, BF16, BF16)], ids=str)
+def test_what_is_not_finite_is_as_on_the_cpu(lib, dtypes, normaliser, kind, seed):
+    """An infinite moment and a finite gradient make a moment NaN whose sign was finite: it stays NaN when rounded."""
+    problem = Problem(lib, dtypes, [1000, 31, 7], slots=2, normaliser=normaliser, kind=kind, shadows=kind is not None)
+    inf = float("inf")
+    strange = torch.tensor([0.0, -0.0, inf, -inf, float("nan"), 1e30, -1e-30, 0.5])
+    generator = torch.Generator().manual_seed(4)
+    masters = [t for t in problem.masters if t is not None]
+    signed, squares = [*problem.slots, problem.grads, problem.m, masters], [problem.v, problem.means]
+    for t in (t for tensors in signed + squares for t in tensors):
+        drawn = strange[torch.randint(len(strange), t.shape, generator=generator)]
+        t[torch.rand(t.shape, generator=generator) < 0.3] = 0.5
+        t.copy_(torch.where(torch.rand(t.shape, generator=generator) < 0.3, drawn.to(t.dtype), t))
+    for t in (t for tensors in squares for t in tensors):
+        t.abs_()
+    expected = problem.expected((0, 0, 1), seed=seed)
+    problem.step(rows(C, correction=None if kind is None else X), (0, 0, 1), seed=seed)
+    for name, tensors in problem.left().items():
+        for ours, theirs in zip(tensors, expected[name], strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan()), name
+            torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_the_factor(lib):
     problem = Problem(lib, (F32, F32, F32), SIZES)
     expected = problem.expected(c=C._replace(grad_scale=C.grad_scale * 0.25))
