@@ -23,6 +23,20 @@ from nesterov_pp.optim.options import (
 from nesterov_pp.stash import WeightStash
 
 
+def adamw_coefficients(group: dict[str, Any], t: int, *, scale: float) -> Coefficients:
+    """Return the coefficients of AdamW's step ``t`` for a parameter group."""
+    beta1, beta2 = two_betas(group["betas"])
+    return coefficients.adamw(
+        t,
+        lr=learning_rate(group["lr"], t),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        scale=scale,
+    )
+
+
 class AdamW(FusedOptimizer):
     """``torch.optim.AdamW`` (arXiv 1711.05101) in one pass over all tensors::
 
@@ -121,14 +135,4 @@ class AdamW(FusedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = two_betas(group["betas"])
-        row = coefficients.adamw(
-            t,
-            lr=learning_rate(group["lr"], t),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            scale=scale,
-        )
-        return row, mu_product
+        return adamw_coefficients(group, t, scale=scale), mu_product

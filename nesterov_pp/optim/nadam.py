@@ -17,6 +17,26 @@ from nesterov_pp.optim.options import Options, check_hyperparameters, learning_r
 from nesterov_pp.stash import WeightStash
 
 
+def nadam_coefficients(
+    group: dict[str, Any], t: int, mu_product: float, *, decoupled: bool, horizon: float, scale: float
+) -> tuple[Coefficients, float]:
+    """Return the coefficients of NAdam's step ``t`` for a parameter group, and the new product of the mu."""
+    beta1, beta2 = two_betas(group["betas"])
+    return coefficients.nadam(
+        t,
+        mu_product,
+        lr=learning_rate(group["lr"], t),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        momentum_decay=group["momentum_decay"],
+        decoupled=decoupled,
+        horizon=horizon,
+        scale=scale,
+    )
+
+
 class NAdam(FusedOptimizer):
     """``torch.optim.NAdam`` in one pass over all tensors. With ``betas=(0.99, 0.999)``, this is the delay-corrected
     method of "Nesterov Method for Asynchronous Pipeline Parallel Optimization" (arXiv 2505.01099).
@@ -139,17 +159,7 @@ class NAdam(FusedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = two_betas(group["betas"])
-        return coefficients.nadam(
-            t,
-            mu_product,
-            lr=learning_rate(group["lr"], t),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            momentum_decay=group["momentum_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            horizon=1.0 if self.options.prediction is not None else float(group.get("horizon", 1.0)),
-            scale=scale,
+        horizon = 1.0 if self.options.prediction is not None else float(group.get("horizon", 1.0))
+        return nadam_coefficients(
+            group, t, mu_product, decoupled=group["decoupled_weight_decay"], horizon=horizon, scale=scale
         )

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from nesterov_pp.kernels import Coefficients, StepSlots, choose_backend
-from nesterov_pp.optim import bases, coefficients, counts
+from nesterov_pp.optim import bases, counts
+from nesterov_pp.optim.adamw import adamw_coefficients
 from nesterov_pp.optim.local import is_dtensor
+from nesterov_pp.optim.nadam import nadam_coefficients
 from nesterov_pp.optim.options import LOW_PRECISION, Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.optim.stacks import RotatedTensors, Stack, refresh
 from nesterov_pp.optim.state import StatefulOptimizer, unique
@@ -277,20 +279,8 @@ class RotatedNAdam(RotatedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = two_betas(group["betas"])
-        return coefficients.nadam(
-            t,
-            mu_product,
-            lr=learning_rate(group["lr"], t),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            momentum_decay=group["momentum_decay"],
-            decoupled=True,
-            horizon=float(group.get("horizon", 1.0)),
-            scale=scale,
-        )
+        horizon = float(group.get("horizon", 1.0))
+        return nadam_coefficients(group, t, mu_product, decoupled=True, horizon=horizon, scale=scale)
 
 
 class RotatedAdamW(RotatedOptimizer):
@@ -340,14 +330,4 @@ class RotatedAdamW(RotatedOptimizer):
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
     ) -> tuple[Coefficients, float]:
-        beta1, beta2 = two_betas(group["betas"])
-        row = coefficients.adamw(
-            t,
-            lr=learning_rate(group["lr"], t),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            scale=scale,
-        )
-        return row, mu_product
+        return adamw_coefficients(group, t, scale=scale), mu_product
