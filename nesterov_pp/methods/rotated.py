@@ -7,7 +7,14 @@ from dataclasses import replace
 from nesterov_pp.optim import RotatedAdamW, RotatedNAdam
 from nesterov_pp.pipeline.recipe import Recipe, register
 
-ROTATED_ADAMW = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01, "refresh_every": 10, "largest_side": 1024}
+ROTATED_ADAMW = {
+    "betas": (0.9, 0.99),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "refresh_every": 20,
+    "block_size": 128,
+    "covariance_every": 4,
+}
 ROTATED_NADAM = {**ROTATED_ADAMW, "betas": (0.99, 0.99), "momentum_decay": 0.004}
 
 NESTEROV_ROTATED = register(

@@ -16,23 +16,31 @@ Bases = Mapping[int, Tensor]
 """The bases by side; a side without one is not rotated."""
 
 
-def rotate(t: Tensor, bases: Bases, out: Tensor | None = None) -> Tensor:
-    """Return ``U^T t V``."""
-    last = max(bases)
-    if 0 in bases:
-        t = torch.bmm(bases[0].mT, t, out=out if last == 0 else None)
-    return torch.bmm(t, bases[1], out=out) if 1 in bases else t
+def rotate(t: Tensor, bases: Bases, out: Tensor) -> None:
+    """Write ``U^T t V`` to ``out``, which may be ``t`` itself."""
+    if 0 in bases and 1 in bases:
+        torch.bmm(torch.bmm(bases[0].mT, t), bases[1], out=out)
+    else:
+        out.copy_(torch.bmm(bases[0].mT, t) if 0 in bases else torch.bmm(t, bases[1]))
 
 
-def rotate_columns_back(t: Tensor, bases: Bases) -> Tensor:
-    """Return ``t V^T``: what is left to do of ``U t V^T`` is one product for each matrix."""
-    return torch.bmm(t, bases[1].mT) if 1 in bases else t
+def rotate_back(t: Tensor, bases: Bases, out: Tensor) -> None:
+    """Write ``U t V^T`` to ``out``, which may be ``t`` itself."""
+    rotate(t, {side: basis.mT for side, basis in bases.items()}, out)
 
 
 def add_covariance(covariance: Tensor, gradients: Tensor, side: int, beta: float) -> None:
     """Replace L by ``beta L + (1 - beta) G G^T``, or R by the same of ``G^T G``, in place."""
     g = gradients if side == 0 else gradients.mT
     covariance.baddbmm_(g, g.mT, beta=beta, alpha=1.0 - beta)
+
+
+def is_refreshed(t: int, every: int) -> bool:
+    """Return whether step ``t`` takes new bases: one in ``every`` does, and more of the first ``10 every``.
+
+    Gradients change fastest at the beginning, so the steps between new bases are a tenth of those before.
+    """
+    return t % max(1, min(every, t // 10)) == 0
 
 
 def first_basis(covariance: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class RotatedOptimizer(StatefulOptimizer):
     _no_sparse = "rotated optimizers do not support sparse gradients"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
-        for name in ("refresh_every", "largest_side"):
+        for name in ("refresh_every", "covariance_every", "block_size"):
             if not isinstance(defaults[name], int) or defaults[name] < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {defaults[name]!r}")
         self.last_grad_norm: Tensor | None = None
@@ -118,7 +118,7 @@ class RotatedOptimizer(StatefulOptimizer):
         """Refuse gradients that the products could not take, before anything is written."""
         if any(p.grad is not None and p.grad.layout != torch.strided for p in prepared.leaves[slot]):
             raise RuntimeError(self._no_sparse)
-        for n in (n for stack in prepared.stacks for n in stack.numbers):
+        for n in (matrix.number for stack in prepared.stacks for matrix in stack.matrices):
             grad = prepared.leaves[slot][n].grad
             if grad is None or float(self.state[prepared.parameters[n]]["step"]) > 0:
                 continue
@@ -140,46 +140,48 @@ class RotatedOptimizer(StatefulOptimizer):
 
     def _parts(self, stack: Stack, prepared: RotatedTensors, slot: int) -> list[Stack]:
         """Return the stack, or its matrices one by one if not all have gradients or have been stepped as often."""
-        with_gradient = [i for i, n in enumerate(stack.numbers) if prepared.leaves[slot][n].grad is not None]
-        steps = {float(self.state[prepared.parameters[stack.numbers[i]]]["step"]) for i in with_gradient}
-        if len(with_gradient) == len(stack.numbers) and len(steps) == 1:
+        with_gradient = [m for m in stack.matrices if prepared.leaves[slot][m.number].grad is not None]
+        steps = {float(self.state[prepared.parameters[m.number]]["step"]) for m in with_gradient}
+        if len(with_gradient) == len(stack.matrices) and len(steps) == 1:
             return [stack]
-        return [stack.part([i]) for i in with_gradient]
+        return [stack.part(m) for m in with_gradient]
 
     def _rotate(self, stack: Stack, prepared: RotatedTensors, slot: int, scale: float) -> None:
         """Update covariances and bases, and rotate the gradients for the pass."""
         group = self.param_groups[stack.group]
-        states = [self.state[prepared.parameters[n]] for n in stack.numbers]
-        grads = torch.stack([prepared.leaves[slot][n].grad for n in stack.numbers]).to(stack.step.dtype)  # type: ignore[misc]
+        states = [self.state[prepared.parameters[m.number]] for m in stack.matrices]
+        leaves = prepared.leaves[slot]
+        torch._foreach_copy_(stack.cut_gradients, [m.cut(leaves[m.number].grad) for m in stack.matrices])  # type: ignore[arg-type]
+        grads = stack.gradients
         if scale != 1.0:
             grads.mul_(scale)
-        t = int(states[0]["step"]) + 1
-        for side in stack.bases:
-            bases.add_covariance(stack.covariances[side], grads, side, two_betas(group["betas"])[1])
+        t, every = int(states[0]["step"]) + 1, group["covariance_every"]
+        if t == 1 or t % every == 0:
+            beta2 = two_betas(group["betas"])[1]
+            for side, covariance in stack.covariances.items():
+                bases.add_covariance(covariance, grads, side, beta2**every)
         if t == 1:
             for side, basis in stack.bases.items():
                 basis.copy_(bases.first_basis(stack.covariances[side]))
-        elif t % group["refresh_every"] == 0:
+        elif bases.is_refreshed(t, group["refresh_every"]):
             refresh(stack, states)
-        bases.rotate(grads, stack.bases, out=stack.gradients)
+        bases.rotate(grads, stack.bases, out=grads)
 
     def _add(self, stack: Stack, prepared: RotatedTensors, slots: StepSlots) -> None:
         """Rotate the step back and add it to the weights, decayed: ``(1 - lr wd) W + U step V^T``."""
         group = self.param_groups[stack.group]
         kept = 1.0 - learning_rate(group["lr"], 1) * group["weight_decay"]
-        moves = bases.rotate_columns_back(stack.step, stack.bases)
-        for i, n in enumerate(stack.numbers):
-            old, new = prepared.leaves[slots.source][n], prepared.leaves[slots.target][n]
-            if prepared.leaves[slots.grads][n].grad is None:
+        bases.rotate_back(stack.step, stack.bases, out=stack.gradients)
+        source, target = prepared.cut_weights[slots.source], prepared.cut_weights[slots.target]
+        for matrix, move in zip(stack.matrices, stack.cut_gradients, strict=True):
+            old, new = source[matrix.number], target[matrix.number]
+            if prepared.leaves[slots.grads][matrix.number].grad is None:
                 if slots.source != slots.target:
                     new.copy_(old)
-                continue
-            wide = old.to(moves.dtype)
-            if 0 in stack.bases and new.dtype == moves.dtype:
-                torch.addmm(wide, stack.bases[0][i], moves[i], beta=kept, out=new)
+            elif new.dtype == move.dtype:
+                torch.add(move, old, alpha=kept, out=new)
             else:
-                move = stack.bases[0][i] @ moves[i] if 0 in stack.bases else moves[i]
-                new.copy_(torch.add(move, wide, alpha=kept))
+                new.copy_(torch.add(move, old, alpha=kept))
         stack.step.zero_()
 
     # ------------------------------------------------------------------ what a step goes over
@@ -220,7 +222,7 @@ class RotatedNAdam(RotatedOptimizer):
     ``QR(L U)``, with the columns sorted by ``diag(U^T L U)``. At a refresh V2 is permuted like the columns, and M is
     rotated to the new bases, so it is the rotated mean of the gradients.
 
-    Tensors that are not matrices are stepped by plain NAdam; a side longer than ``largest_side`` is not rotated.
+    Tensors that are not matrices are stepped by plain NAdam; a side longer than ``block_size`` is not rotated.
 
     Args:
         params: parameters, named parameters or parameter groups.
@@ -230,7 +232,7 @@ class RotatedNAdam(RotatedOptimizer):
         weight_decay: rate of the decoupled weight decay (default: 1e-2).
         momentum_decay: psi of NAdam (default: 4e-3).
         refresh_every: steps between new bases (default: 10).
-        largest_side: longest side that is rotated (default: 1024).
+        block_size: longest side that is rotated (default: 1024).
         maximize: ascend instead of descend (default: False).
         stash: ring of weight versions to read from and write to (default: None, the parameters are updated in place).
         max_grad_norm: clip the gradients to this global norm (default: None, no clipping). ``last_grad_norm`` holds the
@@ -257,7 +259,8 @@ class RotatedNAdam(RotatedOptimizer):
         momentum_decay: float = 4e-3,
         *,
         refresh_every: int = 10,
-        largest_side: int = 1024,
+        covariance_every: int = 1,
+        block_size: int = 1024,
         maximize: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
@@ -271,7 +274,8 @@ class RotatedNAdam(RotatedOptimizer):
             "weight_decay": weight_decay,
             "momentum_decay": momentum_decay,
             "refresh_every": refresh_every,
-            "largest_side": largest_side,
+            "covariance_every": covariance_every,
+            "block_size": block_size,
             "maximize": maximize,
         }
         super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))
@@ -293,7 +297,7 @@ class RotatedAdamW(RotatedOptimizer):
     Args:
         betas: decay rates of the two moments; the second one also of the covariances (default: (0.9, 0.999)).
         lr: learning rate (default: 1e-3).
-        params, eps, weight_decay, refresh_every, largest_side, maximize, stash, max_grad_norm, backend: see
+        params, eps, weight_decay, refresh_every, block_size, maximize, stash, max_grad_norm, backend: see
             ``RotatedNAdam``.
 
     Raises:
@@ -309,7 +313,8 @@ class RotatedAdamW(RotatedOptimizer):
         weight_decay: float = 1e-2,
         *,
         refresh_every: int = 10,
-        largest_side: int = 1024,
+        covariance_every: int = 1,
+        block_size: int = 1024,
         maximize: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
@@ -322,7 +327,8 @@ class RotatedAdamW(RotatedOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "refresh_every": refresh_every,
-            "largest_side": largest_side,
+            "covariance_every": covariance_every,
+            "block_size": block_size,
             "maximize": maximize,
         }
         super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))

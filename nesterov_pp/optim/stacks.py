@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,33 +14,55 @@ from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Snapshot
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in a stack: its number among the parameters, and where its ``rows x columns`` blocks lie."""
+
+    number: int
+    first: int
+    rows: int
+    columns: int
+
+    @property
+    def blocks(self) -> slice:
+        return slice(self.first, self.first + self.rows * self.columns)
+
+    def cut(self, t: Tensor) -> Tensor:
+        """Return a matrix's blocks, ``[rows, columns, m, n]``, as a view."""
+        m, n = t.shape
+        return t.view(self.rows, m // self.rows, self.columns, n // self.columns).transpose(1, 2)
+
+
 @dataclass
 class Stack:
-    """Matrices of one group, shape and dtype: their numbers among the parameters, and what is kept side by side.
+    """The blocks of matrices that have one group, block shape and dtype, and what is kept side by side for them.
 
-    ``step`` receives what the pass takes from zeros, and ``gradients`` are the rotated gradients that the pass reads.
+    ``step`` receives what the pass takes from zeros, and ``gradients`` are the rotated gradients that the pass reads,
+    then the step in the weights' coordinates. ``cut_gradients`` are its blocks by matrix, as ``Matrix.cut`` returns
+    them.
     """
 
     group: int
-    numbers: list[int]
+    matrices: list[Matrix]
     covariances: dict[int, Tensor]
     bases: dict[int, Tensor]
     step: Tensor
     gradients: Tensor
+    cut_gradients: list[Tensor] = field(init=False)
 
-    def part(self, chosen: list[int]) -> Stack:
-        """Return some of the matrices: the stack itself if they are all, else one of them."""
-        if len(chosen) == len(self.numbers):
-            return self
-        (i,) = chosen
-        one = slice(i, i + 1)
+    def __post_init__(self) -> None:
+        shape = self.gradients.shape[1:]
+        self.cut_gradients = [self.gradients[m.blocks].view(m.rows, m.columns, *shape) for m in self.matrices]
+
+    def part(self, matrix: Matrix) -> Stack:
+        """Return one of the matrices."""
         return Stack(
             self.group,
-            self.numbers[one],
-            {side: t[one] for side, t in self.covariances.items()},
-            {side: t[one] for side, t in self.bases.items()},
-            self.step[one],
-            self.gradients[one],
+            [replace(matrix, first=0)],
+            {side: t[matrix.blocks] for side, t in self.covariances.items()},
+            {side: t[matrix.blocks] for side, t in self.bases.items()},
+            self.step[matrix.blocks],
+            self.gradients[matrix.blocks],
         )
 
 
@@ -64,13 +86,18 @@ class RotatedTensors:
         self._gradients: dict[int, Tensor] = {}
         rotated = set()
         for stack in self.stacks:
-            for i, n in enumerate(stack.numbers):
+            for matrix in stack.matrices:
+                n = matrix.number
                 rotated.add(n)
-                self._gradients[n] = stack.gradients[i]
-                step = stack.step[i].detach()
+                self._gradients[n] = stack.gradients[matrix.blocks].view(self.parameters[n].shape)
+                step = stack.step[matrix.blocks].view(self.parameters[n].shape).detach()
                 for slot in passed:
                     slot[n] = step
         self._passed = passed
+        self.cut_weights = [
+            {m.number: m.cut(slot[m.number].detach()) for stack in self.stacks for m in stack.matrices}
+            for slot in self.leaves
+        ]
         states = [state[p] for p in self.parameters]
         self.backend = choose_backend(options.backend, [p.detach() for p in self.parameters])
         tensors = Tensors(
@@ -100,47 +127,58 @@ def _stacks(
 ) -> list[Stack]:
     alike: dict[Any, list[int]] = {}
     for n, (p, k) in enumerate(zip(parameters, group_of, strict=True)):
-        sides = _sides(p, groups[k]["largest_side"])
+        if p.dim() != 2:
+            continue
+        shape = tuple(block_side(length, groups[k]["block_size"]) for length in p.shape)
+        sides = tuple(side for side in (0, 1) if 1 < shape[side] <= groups[k]["block_size"])
         if sides:
-            alike.setdefault((k, p.shape, p.device, state[p]["exp_avg"].dtype, sides), []).append(n)
+            alike.setdefault((k, shape, p.device, state[p]["exp_avg"].dtype, sides), []).append(n)
     stacks = []
     for (k, shape, device, dtype, sides), numbers in alike.items():
+        matrices, count = [], 0
+        for n in numbers:
+            rows, columns = (length // side for length, side in zip(parameters[n].shape, shape, strict=True))
+            matrices.append(Matrix(n, count, rows, columns))
+            count += rows * columns
         kept: dict[str, dict[int, Tensor]] = {"covariance": {}, "basis": {}}
         for name, by_side in kept.items():
             for side in sides:
-                states = [state[parameters[n]] for n in numbers]
-                by_side[side] = _side_by_side(states, f"{name}_{side}", shape[side], dtype, device)
-        step = torch.zeros(len(numbers), *shape, dtype=dtype, device=device)
-        stacks.append(Stack(k, numbers, kept["covariance"], kept["basis"], step, torch.zeros_like(step)))
+                by_side[side] = torch.zeros(count, shape[side], shape[side], dtype=dtype, device=device)
+                for matrix in matrices:
+                    _move(state[parameters[matrix.number]], f"{name}_{side}", by_side[side][matrix.blocks])
+        step = torch.zeros(count, *shape, dtype=dtype, device=device)
+        stacks.append(Stack(k, matrices, kept["covariance"], kept["basis"], step, torch.zeros_like(step)))
     return stacks
 
 
-def _side_by_side(
-    states: list[dict[str, Any]], name: str, side: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Lay an entry of several states out in one stack, zeros where there is none, and return the stack."""
-    stack = torch.zeros(len(states), side, side, dtype=dtype, device=device)
-    for i, entries in enumerate(states):
-        if name in entries:
-            stack[i].copy_(entries[name])
-        entries[name] = stack[i]
-    return stack
+def _move(entries: dict[str, Any], name: str, to: Tensor) -> None:
+    """Move an entry of a state to its place in a stack."""
+    place = to if len(to) > 1 else to[0]
+    if name in entries:
+        place.copy_(entries[name])
+    entries[name] = place
 
 
-def _sides(p: Tensor, largest: int) -> tuple[int, ...]:
-    """Return the sides of a matrix that are rotated; none for other tensors."""
-    return tuple(side for side in (0, 1) if 1 < p.shape[side] <= largest) if p.dim() == 2 else ()
+def block_side(length: int, largest: int) -> int:
+    """Return the side of the blocks: the greatest divisor of ``length`` from half of ``largest`` to ``largest``.
+
+    If there is none, the side is not cut (and not rotated either, if it is longer than ``largest``).
+    """
+    return next(
+        (length // k for k in range(-(-length // largest), 2 * length // largest + 1) if length % k == 0), length
+    )
 
 
 def refresh(stack: Stack, states: list[dict[str, Any]]) -> None:
     """Take new bases: the second moments go with their columns, the first ones are rotated to the new bases."""
-    m = torch.stack([s["exp_avg"] for s in states])
-    v = torch.stack([s["exp_avg_sq"] for s in states])
+    shape = (-1, *stack.step.shape[1:])
+    m = torch.cat([s["exp_avg"].view(shape) for s in states])
+    v = torch.cat([s["exp_avg_sq"].view(shape) for s in states])
     for side, basis in stack.bases.items():
         new, order = bases.next_basis(stack.covariances[side], basis)
         v = bases.permuted(v, order, side)
         m = bases.changed(m, basis, new, side)
         basis.copy_(new)
-    for i, s in enumerate(states):
-        s["exp_avg"].copy_(m[i])
-        s["exp_avg_sq"].copy_(v[i])
+    for s, matrix in zip(states, stack.matrices, strict=True):
+        s["exp_avg"].view(shape).copy_(m[matrix.blocks])
+        s["exp_avg_sq"].view(shape).copy_(v[matrix.blocks])

@@ -15,7 +15,7 @@ from nesterov_pp.pipeline.delay_models import (
 from nesterov_pp.pipeline.distributed import AsyncPipeline, Links, PipelineError, World, connect
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
-from nesterov_pp.pipeline.stage import microbatch_seed
+from nesterov_pp.pipeline.stage import ParamGroups, microbatch_seed
 from nesterov_pp.pipeline.swarm import Swarm
 from nesterov_pp.pipeline.virtual import VirtualPipeline
 from nesterov_pp.pipeline.workers import VirtualWorkers
@@ -28,6 +28,7 @@ __all__ = [
     "Geometric",
     "Links",
     "LocalAccumulation",
+    "ParamGroups",
     "PipelineError",
     "Placement",
     "Recipe",

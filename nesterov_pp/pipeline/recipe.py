@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -218,11 +219,34 @@ def recipes() -> dict[str, Recipe]:
 def find_recipe(method: str | Recipe) -> Recipe:
     """Return the recipe with a name; a ``Recipe`` is returned as it is.
 
+    A name may be followed by hyper-parameters: ``"nesterov:beta1=0.98:weight_decay=0"``. ``beta1`` and ``beta2`` are
+    the entries of ``betas``.
+
     Raises:
-        ValueError: no recipe has that name.
+        ValueError: no recipe has that name, or it does not have one of the hyper-parameters.
     """
     if isinstance(method, Recipe):
         return method
-    if method not in _recipes:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(_recipes)}")
-    return _recipes[method]
+    name, *settings = method.split(":")
+    if name not in _recipes:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(_recipes)}")
+    recipe = _recipes[name]
+    return replace(recipe.override(_overrides(recipe, settings)), name=method) if settings else recipe
+
+
+def _overrides(recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        try:
+            value = literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        if not (key and equals and text):
+            raise ValueError(f"after a method's name comes :hyper-parameter=value, not :{setting}")
+        if key in ("beta1", "beta2") and "betas" in recipe.options:
+            betas = list(overrides.get("betas", recipe.options["betas"]))
+            betas[int(key[-1]) - 1] = value
+            key, value = "betas", tuple(betas)
+        overrides[key] = value
+    return overrides

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import nn
 from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
 from nesterov_pp.pipeline.tensors import device_of
 from nesterov_pp.stash import WeightStash
+
+ParamGroups = Callable[[nn.Module], Sequence[dict[str, Any]]]
+"""``(stage) -> groups`` for the optimizer of a stage, with every trainable parameter in one of them.
+
+A group's ``"lr_scale"`` multiplies the learning rate of the run; its other entries are options of the rule.
+"""
 
 
 def build_stash(recipe: Recipe, module: nn.Module, versions: int) -> WeightStash:
@@ -28,20 +35,41 @@ def build_optimizer(
     lr: float,
     max_grad_norm: float | None,
     backend: str,
+    param_groups: ParamGroups | None = None,
 ) -> StageOptimizer | None:
-    """Return the recipe's optimizer for a stage's trainable parameters; None if there are none."""
+    """Return the recipe's optimizer for a stage's trainable parameters; None if there are none.
+
+    Raises:
+        ValueError: the groups do not hold every trainable parameter once, or the recipe's rule takes no groups.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
         return None
     options = {**recipe.options, **recipe.stage_options(placement)}
-    return recipe.rule(trainable, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
+    parameters: Sequence[Any] = trainable if param_groups is None else _groups(recipe, module, param_groups)
+    return recipe.rule(parameters, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
+
+
+def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups) -> list[dict[str, Any]]:
+    if not getattr(recipe.rule, "takes_groups", True):
+        raise ValueError(f"method {recipe.name!r} takes no param_groups; its rule groups the parameters itself")
+    groups = [{**group, "params": list(group["params"])} for group in param_groups(module)]
+    times = Counter(id(p) for group in groups for p in group["params"])
+    for name, p in module.named_parameters():
+        if times[id(p)] != int(p.requires_grad):
+            found = "trainable and in" if p.requires_grad else "frozen, but in"
+            raise ValueError(
+                f"param_groups must hold every trainable parameter of a stage once, and no other; {name} is {found} "
+                f"{times[id(p)]} of them"
+            )
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
-    """Set the learning rate of every group for an update on a stage with the given delay."""
+    """Set the learning rate of every group for an update on a stage with the given delay, times its ``"lr_scale"``."""
     factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
     for group in optimizer.param_groups:
-        group["lr"] = lr * factor
+        group["lr"] = lr * factor * group.get("lr_scale", 1.0)
 
 
 def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, update: int) -> None:

@@ -16,6 +16,7 @@ from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, StageOptimi
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
+    ParamGroups,
     autocasting,
     build_optimizer,
     build_stash,
@@ -51,6 +52,9 @@ class VirtualPipeline:
         flush_every: drain the pipeline after every ``flush_every`` updates and continue with all versions equal, as
             the paper's released code does every 1,000 updates (default: never).
         max_grad_norm: clip the gradient norm of each stage to this value (default: no clipping).
+        param_groups: ``(stage module) -> groups`` for its optimizer, which hold every trainable parameter once. A
+            group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule, such as
+            ``"weight_decay"`` (default: one group).
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone (default: the global generator).
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
@@ -79,6 +83,7 @@ class VirtualPipeline:
         delays: Delays | Sequence[int] | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        param_groups: ParamGroups | None = None,
         seed: int | None = None,
         backend: str = "auto",
         recompute: bool = False,
@@ -111,7 +116,16 @@ class VirtualPipeline:
         self._autocast = autocast
         self.places = [Placement(i, len(self.stages), tau) for i, tau in enumerate(self.delays, start=1)]
         self.optimizers: list[StageOptimizer | None] = [
-            build_optimizer(recipe, module, stash, place, lr=lr, max_grad_norm=max_grad_norm, backend=backend)
+            build_optimizer(
+                recipe,
+                module,
+                stash,
+                place,
+                lr=lr,
+                max_grad_norm=max_grad_norm,
+                backend=backend,
+                param_groups=param_groups,
+            )
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]

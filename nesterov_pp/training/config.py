@@ -111,6 +111,7 @@ class Config:
     batch: int = _option(8, _whole(1), "number of sequences in a microbatch")
     dropout: float = _option(0.0, _probability, "dropout probability")
     lr: float = _option(1e-3, _positive, "peak learning rate")
+    embedding_lr: float = _option(1.0, _positive, "factor of --lr for the token and position embeddings")
     warmup: int = _option(
         100, _whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
     )

@@ -15,7 +15,7 @@ from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError
 from nesterov_pp.training.delay_words import read_delays
 from nesterov_pp.training.diagnostics import Diagnostics
-from nesterov_pp.training.model import build_stages, next_token_loss
+from nesterov_pp.training.model import build_stages, next_token_loss, scaled_embeddings
 from nesterov_pp.training.signals import StopRequest
 
 T = TypeVar("T")
@@ -208,6 +208,7 @@ def pipeline_options(config: Config) -> dict[str, Any]:
         "lr": config.lr,
         "flush_every": config.flush_every,
         "max_grad_norm": config.max_grad_norm,
+        "param_groups": None if config.embedding_lr == 1.0 else scaled_embeddings(config.embedding_lr),
         "seed": config.seed,
         "backend": config.backend,
         "recompute": config.recompute,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nesterov_pp.pipeline import ParamGroups
 from nesterov_pp.training.config import derived_seed
 
 INIT_STD = 0.02
@@ -89,6 +91,18 @@ def build_stages(
             parts = [*parts, head]
         result.append(nn.Sequential(*parts))
     return result
+
+
+def scaled_embeddings(scale: float) -> ParamGroups:
+    """Return parameter groups in which the learning rate of the token and position embeddings is ``scale`` times."""
+
+    def groups(stage: nn.Module) -> list[dict[str, Any]]:
+        embedded = [p for m in stage.modules() if isinstance(m, Embedding) for p in m.parameters()]
+        known = {id(p) for p in embedded}
+        others = [p for p in stage.parameters() if id(p) not in known]
+        return [{"params": others}, {"params": embedded, "lr_scale": scale}]
+
+    return groups
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[i
 
 def family_of(method: str) -> str:
     """Return the family of a method's rule; that of a name that is no recipe is "adam"."""
-    recipe = recipes().get(method)
+    recipe = recipes().get(method.partition(":")[0])
     return "adam" if recipe is None else recipe.family
 
 

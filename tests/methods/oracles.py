@@ -379,7 +379,7 @@ class Rotated(Adam):
 class RotatedMean(NAdam):
     """NAdam of W in the eigenbases of both covariances, which keeps the mean of the rotated gradients; NAdam for b."""
 
-    beta2 = 0.99
+    beta2, covariance_every, refresh_every = 0.99, 4, 20
     matrix = slice(0, WIDTH * WIDTH)
 
     def __init__(self, w: Array, tau: int, lr: float) -> None:
@@ -388,13 +388,15 @@ class RotatedMean(NAdam):
 
     def step(self, g: Array, late: Array, delay: int) -> Array:
         grad = g[self.matrix].reshape(WIDTH, WIDTH)
-        self.left = self.beta2 * self.left + (1 - self.beta2) * grad @ grad.T
-        self.right = self.beta2 * self.right + (1 - self.beta2) * grad.T @ grad
+        if self.t == 1 or self.t % self.covariance_every == 0:
+            beta = self.beta2**self.covariance_every
+            self.left = beta * self.left + (1 - beta) * grad @ grad.T
+            self.right = beta * self.right + (1 - beta) * grad.T @ grad
         first, second = (t[self.matrix].reshape(WIDTH, WIDTH) for t in (self.m, self.v))
         if self.t == 1:
             self.p = np.linalg.eigh(self.left)[1][:, ::-1]
             self.q = np.linalg.eigh(self.right)[1][:, ::-1]
-        elif self.t % 10 == 0:
+        elif self.t % max(1, min(self.refresh_every, self.t // 10)) == 0:
             plain = self.p @ first @ self.q.T
             order = np.argsort(-np.diag(self.p.T @ self.left @ self.p))
             second, self.p = second[order], np.linalg.qr(self.left @ self.p[:, order])[0]

@@ -50,6 +50,7 @@ class StepsCopies:
     """
 
     shadow: ClassVar[Shadow] = "stepped"
+    takes_groups: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.stage import (
+    ParamGroups,
     autocasting,
     build_optimizer,
     build_stash,
@@ -50,8 +51,8 @@ class AsyncPipeline:
             tensors of the same shapes and dtypes for every m. Only the first and the last stage call it. With R
             replicas, replica r calls it with the numbers ``m R + r``.
         microbatches: length of the run; nothing is sent for microbatches after it.
-        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, backend, overrides: as for
-            ``VirtualPipeline``.
+        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, param_groups, backend, overrides: as
+            for ``VirtualPipeline``.
         world: the ``World`` that ``connect`` yields.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone.
         replicas: R processes for each stage, whose gradients are averaged. The world has ``P R`` processes, and
@@ -91,6 +92,7 @@ class AsyncPipeline:
         microbatches_per_update: int | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        param_groups: ParamGroups | None = None,
         seed: int = 0,
         backend: str = "auto",
         replicas: int = 1,
@@ -152,6 +154,7 @@ class AsyncPipeline:
             lr=lr,
             max_grad_norm=max_grad_norm,
             backend=backend,
+            param_groups=param_groups,
         )
         self.device = torch.device(device) if device is not None else device_of(self.module)
         self._links = links(world, replicas)
