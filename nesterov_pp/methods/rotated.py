@@ -12,7 +12,7 @@ ROTATED_ADAMW = {
     "eps": 1e-8,
     "weight_decay": 0.01,
     "refresh_every": 20,
-    "block_size": 128,
+    "block_size": 64,
     "covariance_every": 4,
 }
 ROTATED_NADAM = {**ROTATED_ADAMW, "betas": (0.99, 0.99), "momentum_decay": 0.004}
