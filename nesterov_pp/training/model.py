@@ -94,13 +94,16 @@ def build_stages(
 
 
 def scaled_embeddings(scale: float) -> ParamGroups:
-    """Return parameter groups in which the learning rate of the token and position embeddings is ``scale`` times."""
+    """Return parameter groups in which the learning rate of the token and position embeddings is ``scale`` times.
+
+    The groups hold the parameters in the order of ``stage.parameters()``, on which regrouping checkpoints relies.
+    """
 
     def groups(stage: nn.Module) -> list[dict[str, Any]]:
         embedded = [p for m in stage.modules() if isinstance(m, Embedding) for p in m.parameters()]
         known = {id(p) for p in embedded}
         others = [p for p in stage.parameters() if id(p) not in known]
-        return [{"params": others}, {"params": embedded, "lr_scale": scale}]
+        return [{"params": embedded, "lr_scale": scale}, {"params": others}]
 
     return groups
 

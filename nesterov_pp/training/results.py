@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -85,9 +85,10 @@ def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[i
     related = []
     for row in rows:
         family = family_of(row["method"])
-        undelayed = _best(final, family, "gpipe-1")
-        waiting = _best({m: loss for m, loss in final.items() if not _is(m, "gpipe-1")}, family, "gpipe")
-        uncorrected = final.get(UNCORRECTED.get(family, ""))
+        undelayed = _best(final, family, lambda name: _is(name, "gpipe-1"))
+        waiting = _best(final, family, lambda name: _is(name, "gpipe") and not _is(name, "gpipe-1"))
+        baseline = _best(final, family, UNCORRECTED.get(family, "").__eq__)
+        uncorrected = None if baseline is None else final[baseline]
         slowdown = recovered = None
         if undelayed is not None:
             level = max(min(loss for _, loss in curves[name]) for name in (row["method"], undelayed))
@@ -101,18 +102,23 @@ def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[i
 
 def family_of(method: str) -> str:
     """Return the family of a method's rule; that of a name that is no recipe is "adam"."""
-    recipe = recipes().get(method.partition(":")[0])
+    recipe = recipes().get(_name(method))
     return "adam" if recipe is None else recipe.family
 
 
-def _best(final: Mapping[str, float], family: str, schedule: str) -> str | None:
-    """Return the method of a family and a synchronous schedule that has the lowest loss, or None."""
-    found = [m for m in final if _is(m, schedule) and family_of(m) == family]
+def _best(final: Mapping[str, float], family: str, chosen: Callable[[str], bool]) -> str | None:
+    """Return the method with the lowest loss of those in a family whose name is chosen, or None."""
+    found = [m for m in final if chosen(_name(m)) and family_of(m) == family]
     return min(found, key=lambda m: final[m], default=None)
 
 
-def _is(method: str, schedule: str) -> bool:
-    return method == schedule or method.startswith(f"{schedule}-")
+def _name(method: str) -> str:
+    """Return the name of a method without the hyper-parameters that follow it."""
+    return method.partition(":")[0]
+
+
+def _is(name: str, schedule: str) -> bool:
+    return name == schedule or name.startswith(f"{schedule}-")
 
 
 def edges(rows: Sequence[Mapping[str, Any]]) -> list[str]:

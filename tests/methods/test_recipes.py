@@ -75,6 +75,29 @@ def test_rate_by_delay():
         assert discount_by_delay(tau, 10 * horizon, horizon) == 1.0
 
 
+def test_a_name_with_hyper_parameters():
+    recipe = find_recipe("nesterov:beta1=0.9:weight_decay=0")
+    assert recipe.name == "nesterov:beta1=0.9:weight_decay=0"
+    assert recipe.options["betas"] == (0.9, find_recipe("nesterov").options["betas"][1])
+    assert recipe.options["weight_decay"] == 0
+    assert find_recipe("pipedream-lr:correction_updates=7").correction_updates == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nester:beta1=0.9", "unknown method 'nester'; choose one of nesterov"),
+        ("nesterov:beta3=0.9", "method 'nesterov' has no hyper-parameter 'beta3'; it has "),
+        ("nesterov:beta1", "after a method's name comes :hyper-parameter=value, not :beta1"),
+        ("nesterov:", "after a method's name comes :hyper-parameter=value, not :"),
+    ],
+)
+def test_bad_names(name: str, sentence: str):
+    with pytest.raises(ValueError) as error:
+        find_recipe(name)
+    assert str(error.value).startswith(sentence)
+
+
 def test_overrides():
     recipe = find_recipe("nesterov-no-stash").override({"betas": (0.5, 0.9), "correction_updates": 10})
     assert recipe.options["betas"] == (0.5, 0.9)

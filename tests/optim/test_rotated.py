@@ -204,7 +204,9 @@ def test_low_precision_weights_have_a_float32_state(dtype: torch.dtype) -> None:
         other.step()
     assert {t.dtype for s in optimizer.state.values() for n, t in s.items() if n != "step"} <= {torch.float32, F64}
     for p, q in zip(low.parameters(), wide.parameters(), strict=True):
-        torch.testing.assert_close(p.float(), q, rtol=0.0, atol=5 * torch.finfo(dtype).eps * float(q.detach().abs().max()))
+        torch.testing.assert_close(
+            p.float(), q, rtol=0.0, atol=5 * torch.finfo(dtype).eps * float(q.detach().abs().max())
+        )
 
 
 def test_groups_have_their_own_hyper_parameters() -> None:

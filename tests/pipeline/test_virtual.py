@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,27 @@ def test_one_stage_is_ordinary_training_bit_for_bit(name, dtype):
         loss.backward()
         optimizer.step()
         assert torch.equal(loss, losses[m])
+    assert all(torch.equal(p, q) for p, q in zip(ordinary.parameters(), piped[0].parameters(), strict=True))
+
+
+def halves(stage: nn.Module) -> list[dict[str, Any]]:
+    matrices, vectors = ([p for p in stage.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    return [{"params": matrices, "lr_scale": 3.0}, {"params": vectors, "weight_decay": 0.5}]
+
+
+def test_groups_have_their_own_options_and_share_of_the_learning_rate():
+    ordinary, piped = model(1)[0], model(1)
+    pipe = VirtualPipeline(piped, F.cross_entropy, method="pipedream", lr=1.0, param_groups=halves)
+    options = dict(recipes()["pipedream"].options)
+    matrices, vectors = ({"params": g["params"]} for g in halves(ordinary))
+    optimizer = npp.AdamW([{**matrices, "lr": 3e-3 * 3.0}, {**vectors, "lr": 3e-3, "weight_decay": 0.5}], **options)
+    pipe.lr = 3e-3
+    for m in range(5):
+        x, y = microbatch(m)
+        pipe.step(x, y)
+        optimizer.zero_grad()
+        F.cross_entropy(ordinary(x), y).backward()
+        optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(ordinary.parameters(), piped[0].parameters(), strict=True))
 
 
@@ -351,6 +373,15 @@ def tied() -> list[nn.Module]:
         (lambda: VirtualPipeline(nn.Sequential(nn.Tanh()), F.mse_loss, partition=[0, 1]), "positive sizes"),
         (lambda: VirtualPipeline(model(2), F.mse_loss, flush_every=0), "flush_every must be at least 1"),
         (lambda: VirtualPipeline(model(2), F.mse_loss, microbatches_per_update=0), "must be at least 1, not 2 and 0"),
+        (
+            lambda: VirtualPipeline(model(2), F.mse_loss, param_groups=lambda stage: []),
+            "param_groups must hold every trainable parameter of a stage once, and no other; 0.weight is trainable and "
+            "in 0 of them",
+        ),
+        (
+            lambda: VirtualPipeline(model(2), F.mse_loss, method="basis-rotation", param_groups=halves),
+            "method 'basis-rotation' takes no param_groups; its rule groups the parameters itself",
+        ),
     ],
 )
 def test_bad_arguments(build, sentence):

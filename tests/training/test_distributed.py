@@ -28,10 +28,21 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def run(text_file: Path) -> list[str]:
-    """Return the flags of a run with everything that could break a replay: dropout, clipping, drains."""
+    """Return the flags of a run with all that could break a replay: dropout, clipping, drains, parameter groups."""
     model = ["--layers", "4", "--width", "16", "--heads", "2", "--context", "16", "--batch", "4", "--dropout", "0.1"]
     rest = ["--warmup", "5", "--eval-every", "50", "--eval-batches", "2", "--sample-length", "8", "--timeout", "30"]
-    return ["--data", str(text_file), *model, *rest, "--max-grad-norm", "1", "--flush-every", "70"]
+    return [
+        "--data",
+        str(text_file),
+        *model,
+        *rest,
+        "--max-grad-norm",
+        "1",
+        "--flush-every",
+        "70",
+        "--embedding-lr",
+        "3",
+    ]
 
 
 @pytest.fixture

@@ -28,10 +28,14 @@ def half_way(text_file: Path, out: Path, stages: int, method: str, **more: Any) 
     (out / "summary.json").unlink()
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 5), (5, 2), (2, 3)])
-def test_without_delay_the_losses_do_not_change(text_file: Path, tmp_path: Path, old: int, new: int) -> None:
-    train(given(text_file, old, "gpipe-1"), tmp_path / "whole")
-    half_way(text_file, tmp_path / "old", old, "gpipe-1")
+@pytest.mark.parametrize(
+    ("old", "new", "method"), [(1, 5, "gpipe-1"), (5, 2, "gpipe-1"), (2, 3, "gpipe-1"), (5, 2, "gpipe-1-rotated-nadam")]
+)
+def test_without_delay_the_losses_do_not_change(
+    text_file: Path, tmp_path: Path, old: int, new: int, method: str
+) -> None:
+    train(given(text_file, old, method, embedding_lr=3.0), tmp_path / "whole")
+    half_way(text_file, tmp_path / "old", old, method, embedding_lr=3.0)
     arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", str(new), "--out", str(tmp_path / "new")]
     assert main([*arguments, "--one-process"]) == 0
     assert main(["train", "--resume", "--out", str(tmp_path / "new")]) == 0

@@ -58,6 +58,13 @@ def test_methods_are_related_within_one_family_of_rules():
     assert {related["nesterov-sgd"][n] for n in ("slowdown", "recovered", "ahead")} == {None}
 
 
+def test_methods_with_hyper_parameters_are_related_like_their_names():
+    losses = {"gpipe-1:eps=1e-6": 2.0, "gpipe:eps=1e-6": 2.2, "pipedream:eps=1e-6": 3.0, "pipedream:eps=1e-4": 3.5}
+    curves = {m: [(100, 5.0), (200, loss)] for m, loss in (losses | {"nesterov:beta1=0.9": 2.5}).items()}
+    *_, ours = results.relate([row(m, points[-1][1]) for m, points in curves.items()], curves)
+    assert (ours["recovered"], ours["ahead"], ours["rule"]) == (pytest.approx(0.5), pytest.approx(-0.3), "adam")
+
+
 def test_a_best_rate_at_the_edge_of_the_grid_is_named():
     rows = [
         {"method": m, "lr": lr, "by_lr": {"0.1": 1.0, "0.2": 1.0, "0.4": 1.0}}
