@@ -322,7 +322,7 @@ def _methods(_: dict[str, Any]) -> None:
             str(recipe.microbatches_per_update or "P"),
             extra_versions(recipe),
             str(cost.state) if cost else "more",
-            str(cost.traffic) if cost else "more",
+            str(cost.traffic) if cost and cost.traffic else "more",
             delays_taken(recipe),
             "both" if recipe.distributed else "virtual",
         )

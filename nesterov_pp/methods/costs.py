@@ -6,16 +6,20 @@ from typing import NamedTuple
 
 from nesterov_pp.kernels import Normaliser
 from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, GapAware, Prediction
+from nesterov_pp.optim.rotated import RotatedOptimizer
 from nesterov_pp.pipeline.recipe import Recipe
 
 _BYTES = 4
 
 
 class Cost(NamedTuple):
-    """Bytes per parameter: ``state`` besides the ring's weights and the gradient, and ``traffic`` of one step."""
+    """Bytes per parameter: ``state`` besides the ring's weights and the gradient, and ``traffic`` of one step.
+
+    The traffic of a step with matrix products, which is no single pass, is None.
+    """
 
     state: int
-    traffic: int
+    traffic: int | None
 
 
 def one_pass(
@@ -37,8 +41,15 @@ def one_pass(
 
 
 def of_step(recipe: Recipe) -> Cost | None:
-    """Return the cost of the recipe's one-pass step; None if the step is not a single pass."""
-    if not (isinstance(recipe.rule, type) and issubclass(recipe.rule, FusedOptimizer)) or recipe.forecast is not None:
+    """Return the cost of the recipe's step; None if it is neither a single pass nor a rotated one.
+
+    Rotated rules keep two moments for each number of a square block, and four numbers of covariances and bases.
+    """
+    if not isinstance(recipe.rule, type) or recipe.forecast is not None:
+        return None
+    if issubclass(recipe.rule, RotatedOptimizer):
+        return Cost(_BYTES * (2 + 4), None)
+    if not issubclass(recipe.rule, FusedOptimizer):
         return None
     return one_pass(
         adaptive=recipe.rule._normaliser == Normaliser.RMS,

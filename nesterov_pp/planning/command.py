@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
+from nesterov_pp.methods.costs import of_step
+from nesterov_pp.pipeline import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.delay_models import stage_delays
 from nesterov_pp.planning.layers import LayerCost, measure_layers, stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
@@ -31,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
     def add(name: str, parse: Callable[[str], Any], metavar: str, help_text: str) -> None:
         parser.add_argument(name, type=typed(parse), metavar=metavar, help=help_text)
 
+    add("--method", str, "X", "method whose optimizer steps, in every schedule (default: nesterov)")
     add("--devices", _counts, "P[,...]", "numbers of stages to compare, with one device per stage (default: 2,4,8)")
     add("--per-update", _count, "N", "microbatches per update of gpipe and 1f1b (default: 4)")
     add("--latency", _at_least_0, "MS", "latency of a link between neighbours, in milliseconds (default: 0)")
@@ -43,6 +48,7 @@ def plan(
     console: Console,
     model: dict[str, Any],
     *,
+    method: str = "nesterov",
     devices: Sequence[int] = (2, 4, 8),
     per_update: int = 4,
     latency: float = 0.0,
@@ -53,14 +59,18 @@ def plan(
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
     Raises:
-        ValueError: there are more devices than layers.
+        ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
     """
     from nesterov_pp.training.config import Config
 
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
         raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
-    layers = _measured(settings)
+    recipe = find_recipe(method)
+    cost = of_step(recipe)
+    if cost is None:
+        raise ValueError(f"plan cannot count {method}, whose step is neither a single pass nor a rotated one")
+    layers, stash = _measured(settings, recipe), recipe.linearise_at == "version"
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
     rows = []
@@ -70,7 +80,7 @@ def plan(
         for schedule in SCHEDULES:
             k = 1 if schedule == "async" else per_update
             found = simulate(schedule, costs, network, run, k)
-            held = max(memory_per_stage(schedule, costs, k))
+            held = max(memory_per_stage(schedule, costs, k, stash=stash, moments=cost.state // 4))
             rows.append((count, schedule, found, held, stage_delays(count, k) if schedule == "async" else [0]))
     console.print(_table(rows, tokens, memory * _GIB, per_update))
     fitting = [row for row in rows if row[3] <= memory * _GIB]
@@ -89,7 +99,7 @@ def plan(
     )
 
 
-def _measured(settings: dict[str, Any]) -> list[LayerCost]:
+def _measured(settings: dict[str, Any], recipe: Recipe) -> list[LayerCost]:
     from nesterov_pp.training.model import build_stages, next_token_loss
 
     torch.set_num_threads(settings["threads"])
@@ -97,7 +107,13 @@ def _measured(settings: dict[str, Any]) -> list[LayerCost]:
     vocabulary = settings["vocab_size"]
     model = build_stages(vocabulary=vocabulary, stages=1, dropout=0.0, seed=0, **sizes)[0]
     tokens = torch.randint(vocabulary, (settings["batch"], settings["context"]))
-    return measure_layers(list(model.children()), tokens, lambda logits: next_token_loss(logits, tokens))
+
+    def rule(parameters: list[Tensor]) -> Optimizer:
+        options = {**recipe.options, **recipe.stage_options(Placement(1, 1, 0))}
+        built: Any = recipe.rule(parameters, lr=1e-3, **options)
+        return cast("Optimizer", built)
+
+    return measure_layers(list(model.children()), tokens, lambda logits: next_token_loss(logits, tokens), rule=rule)
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:

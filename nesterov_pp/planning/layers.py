@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nesterov_pp.optim import NAdam
 from nesterov_pp.pipeline.partition import balanced_sizes
+
+_STEPS, _MANY = 20, 10_000
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,32 @@ def stage_costs(layers: Sequence[LayerCost], stages: int, speed: float = 1.0) ->
 
 
 def measure_layers(
-    layers: Sequence[nn.Module], inputs: Tensor, loss_fn: Callable[[Tensor], Tensor], repeats: int = 5
+    layers: Sequence[nn.Module],
+    inputs: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    repeats: int = 5,
+    rule: Callable[[list[Tensor]], Optimizer] = NAdam,
 ) -> list[LayerCost]:
     """Measure each layer's costs on ``inputs``, with times the medians of ``repeats``.
 
-    ``loss_fn`` counts as part of the last layer. The layers' weights are updated, so pass layers that are not needed
-    afterwards.
+    ``loss_fn`` counts as part of the last layer. ``rule`` builds the optimizer whose steps are measured; a step's time
+    is the mean over 20, since rules with bases renew them in some steps only. The layers' weights are updated, so pass
+    layers that are not needed afterwards.
     """
     costs, hidden = [], inputs
     for k, layer in enumerate(layers):
         last = k == len(layers) - 1
-        cost, hidden = _measure(layer, hidden, loss_fn if last else None, repeats)
+        cost, hidden = _measure(layer, hidden, loss_fn if last else None, repeats, rule)
         costs.append(cost)
     return costs
 
 
 def _measure(
-    layer: nn.Module, inputs: Tensor, loss_fn: Callable[[Tensor], Tensor] | None, repeats: int
+    layer: nn.Module,
+    inputs: Tensor,
+    loss_fn: Callable[[Tensor], Tensor] | None,
+    repeats: int,
+    rule: Callable[[list[Tensor]], Optimizer],
 ) -> tuple[LayerCost, Tensor]:
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
@@ -92,7 +104,7 @@ def _measure(
             kept[storage.data_ptr()] = storage.nbytes()
         return saved
 
-    optimizer = NAdam(layer.parameters()) if any(p.requires_grad for p in layer.parameters()) else None
+    trainable: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
     rounds: list[list[float]] = []
     for _ in range(repeats + 1):
         leaf = inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
@@ -105,21 +117,32 @@ def _measure(
         if result.requires_grad:
             result.backward(torch.ones_like(result))  # type: ignore[no-untyped-call]
         times.append(_now(leaf))
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        times.append(_now(leaf))
+        if len(rounds) < repeats:
+            layer.zero_grad()
         rounds.append([after - before for before, after in pairwise(times)])
-    forward, backward, step = map(median, zip(*rounds[1:], strict=True))  # the first round warms up
+    forward, backward = map(median, zip(*rounds[1:], strict=True))  # the first round warms up
     cost = LayerCost(
         forward=forward,
         backward=backward,
-        step=step,
+        step=_step_time(rule(trainable), leaf, repeats) if trainable else 0.0,
         message_bytes=0 if loss_fn is not None else output.numel() * output.element_size(),
         weight_bytes=sum(p.numel() * p.element_size() for p in layer.parameters()),
         activation_bytes=sum(kept.values()),
     )
     return cost, output.detach()
+
+
+def _step_time(optimizer: Optimizer, where: Tensor, repeats: int) -> float:
+    """Return the seconds of a step in a long run, a median of means over ``_STEPS``."""
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].fill_(_MANY)
+    times = [_now(where)]
+    for _ in range(repeats):
+        for _ in range(_STEPS):
+            optimizer.step()
+        times.append(_now(where))
+    return median((after - before) / _STEPS for before, after in pairwise(times))
 
 
 def _now(t: Any) -> float:

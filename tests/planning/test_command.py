@@ -24,11 +24,22 @@ def test_the_table_and_what_fits(capsys):
     assert "Nothing fits: use more stages" in printed
 
 
+def test_the_state_of_the_methods_rule_is_counted(capsys):
+    def largest(method: str) -> float:
+        assert main(["plan", *SMALL, "--devices", "2", "--method", method]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if " async " in line)
+        return float(row.split("│")[-3].split()[0])
+
+    assert largest("nesterov-sgd") < largest("nesterov") < largest("nesterov-rotated")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--devices", "5"], "4 layers cannot be cut into 5 stages; give more --layers"),
         (["--devices", "2,x"], "needs a whole number of at least 1, not 'x'"),
+        (["--method", "muon"], "unknown method 'muon'; choose one of nesterov"),
+        (["--method", "basis-rotation"], "plan cannot count basis-rotation, whose step is neither a single pass nor"),
         (["--latency", "-1"], "needs a number of at least 0, not '-1'"),
         (["--bandwidth", "0"], "needs a number above 0, not '0'"),
         (["--speed", "nan"], "needs a number, not 'nan'"),
