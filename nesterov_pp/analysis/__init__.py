@@ -5,6 +5,7 @@ Parts of this package need scipy: ``pip install 'nesterov-pp[analysis]'``.
 
 from nesterov_pp.analysis import delays
 from nesterov_pp.analysis.alignment import AlignmentMeter, cosine, lookahead_cosines, noise_cosine
+from nesterov_pp.analysis.basis import late_on_a_quadratic, preconditioned_curvature
 from nesterov_pp.analysis.convex import (
     Objective,
     Trajectory,
@@ -40,6 +41,7 @@ __all__ = [
     "envelope_power",
     "fastest_rate",
     "fastest_step",
+    "late_on_a_quadratic",
     "linear_rule",
     "log_cosh",
     "lookahead_cosines",
@@ -48,6 +50,7 @@ __all__ = [
     "mean_square_radius",
     "measured_power",
     "noise_cosine",
+    "preconditioned_curvature",
     "quadratic",
     "roots",
     "safe_convex_step",
