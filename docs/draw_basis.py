@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +21,7 @@ matplotlib.use("Agg")
 DELAYS = (0, 1, 3, 7, 15, 31, 63)
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (0, 1, 2)
-Rule = Callable[[list[nn.Parameter], float], Optimizer]
+Rule = Callable[..., Optimizer]
 
 
 def nadam(parameters: list[nn.Parameter], lr: float) -> Optimizer:
@@ -35,7 +36,7 @@ def best(rule: Rule, delay: int, turned: bool) -> float:
     """Return the mean over seeds at the best rate."""
     found = []
     for lr in RATES:
-        runs = (late_on_a_quadratic(lambda p: rule(p, lr), delay=delay, turned=turned, seed=s) for s in SEEDS)
+        runs = (late_on_a_quadratic(partial(rule, lr=lr), delay=delay, turned=turned, seed=s) for s in SEEDS)
         found.append(fmean(runs))
     return min(found)
 

@@ -74,9 +74,9 @@ def _complain(sentence: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.analysis.command import add_arguments as analysis_arguments
-    from nesterov_pp.planning.command import MODEL
     from nesterov_pp.planning.command import add_arguments as plan_arguments
     from nesterov_pp.training.config import Config
+    from nesterov_pp.training.pace import MODEL
 
     parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_typed(_preset),
         metavar="NAME",
         help=f"named settings, which other flags override: {', '.join(PRESETS)} (default: none)",
+    )
+    sub.add_argument(
+        "--planned-time",
+        action="store_true",
+        help="also show the loss over the time that one device for each stage would take, as plan simulates it",
     )
     for name, parse, many in (
         ("lr", _rates, "if several, the first seed tries all of them and the other seeds use each method's best"),
@@ -251,7 +256,9 @@ def _compare(arguments: dict[str, Any]) -> None:
     preset = arguments.pop("preset", {})
     given = {**COMPARED, **preset, **arguments}
     own = {
-        name: given.pop(name) for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages") if name in given
+        name: given.pop(name)
+        for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages", "planned_time")
+        if name in given
     }
     compare(
         given,
@@ -259,6 +266,7 @@ def _compare(arguments: dict[str, Any]) -> None:
         own["seeds"],
         own.get("jobs", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
         own.get("out", Path("runs/compare")),
+        planned_time=own.get("planned_time", False),
         rates=own.get("lr", ()),
         depths=own.get("stages", ()),
         resume=own.get("resume", False),
@@ -293,8 +301,9 @@ def _reshard(arguments: dict[str, Any]) -> None:
 
 def _plan(arguments: dict[str, Any]) -> None:
     _require("rich")
-    from nesterov_pp.planning.command import MODEL, plan
+    from nesterov_pp.planning.command import plan
     from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.pace import MODEL
     from nesterov_pp.training.report import make_console
 
     model = {name: arguments.pop(name) for name in MODEL if name in arguments}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from nesterov_pp.methods.costs import of_step
-from nesterov_pp.pipeline import Placement, Recipe, find_recipe
+from nesterov_pp.pipeline import find_recipe
 from nesterov_pp.pipeline.delay_models import stage_delays
-from nesterov_pp.planning.layers import LayerCost, measure_layers, stage_costs
+from nesterov_pp.planning.layers import stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 
@@ -23,9 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
-MODEL = ("layers", "width", "heads", "context", "batch", "vocab_size", "threads")
-"""Settings of ``train`` that ``plan`` also takes."""
-
 _GIB = float(1 << 30)
 
 
@@ -62,6 +55,7 @@ def plan(
         ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
     """
     from nesterov_pp.training.config import Config
+    from nesterov_pp.training.pace import MODEL, measure_model
 
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
@@ -70,7 +64,7 @@ def plan(
     cost = of_step(recipe)
     if cost is None:
         raise ValueError(f"plan cannot count {method}, whose step is neither a single pass nor a rotated one")
-    layers, stash = _measured(settings, recipe), recipe.linearise_at == "version"
+    layers, stash = measure_model(settings, recipe), recipe.linearise_at == "version"
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
     rows = []
@@ -97,23 +91,6 @@ def plan(
         f"{late}.",
         soft_wrap=True,
     )
-
-
-def _measured(settings: dict[str, Any], recipe: Recipe) -> list[LayerCost]:
-    from nesterov_pp.training.model import build_stages, next_token_loss
-
-    torch.set_num_threads(settings["threads"])
-    sizes = {name: settings[name] for name in ("layers", "width", "heads", "context")}
-    vocabulary = settings["vocab_size"]
-    model = build_stages(vocabulary=vocabulary, stages=1, dropout=0.0, seed=0, **sizes)[0]
-    tokens = torch.randint(vocabulary, (settings["batch"], settings["context"]))
-
-    def rule(parameters: list[Tensor]) -> Optimizer:
-        options = {**recipe.options, **recipe.stage_options(Placement(1, 1, 0))}
-        built: Any = recipe.rule(parameters, lr=1e-3, **options)
-        return cast("Optimizer", built)
-
-    return measure_layers(list(model.children()), tokens, lambda logits: next_token_loss(logits, tokens), rule=rule)
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:

@@ -29,12 +29,15 @@ def compare(
     rates: Sequence[float] = (),
     depths: Sequence[int] = (),
     resume: bool = False,
+    planned_time: bool = False,
     console: Console | None = None,
 ) -> None:
     """Train every method with every seed, ``jobs`` at a time, each on one thread unless ``given`` has ``threads``.
 
     Every learning rate in ``rates`` and number of stages in ``depths`` is run, instead of ``given``'s. The first
     seed tries all rates; the others run only the best rate of each method, at which the method is judged.
+
+    With ``planned_time``, the table and the plot also show the time that one device for each stage would take.
 
     Runs are stored in ``out/METHOD/seed-N``; with several rates or depths, in ``out/stages-P/lr-X/METHOD/seed-N``. With
     ``resume``, finished runs are used as they are and unfinished ones are resumed.
@@ -65,7 +68,8 @@ def compare(
     )
     failed = run_all(tried, lambda: _with_best_rates(tried, others), count, jobs, out, console)
     plan = [*tried, *_with_best_rates(tried, others)]
-    _report([job for job in plan if job.finished], out, console, [f"{j.name}: {r}" for j, r in failed])
+    reasons = [f"{job.name}: {reason}" for job, reason in failed]
+    _report([job for job in plan if job.finished], out, console, reasons, planned_time)
     if failed:
         raise RunError("; ".join(f"{job.name} failed ({reason})" for job, reason in failed))
 
@@ -126,13 +130,16 @@ def _with_best_rates(tried: Sequence[Job], others: Sequence[Job]) -> list[Job]:
     return [job for job in others if best.get((job.config.method, job.config.stages)) == job.config.lr]
 
 
-def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str]) -> None:
+def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str], planned_time: bool) -> None:
     depths = sorted({job.config.stages for job in finished})
     by_depth, sentences = {}, []
     for depth in depths:
         end = f"-{depth}-stages" if len(depths) > 1 else ""
-        rows, curves = _judged([job for job in finished if job.config.stages == depth])
-        checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves))
+        of_depth = [job for job in finished if job.config.stages == depth]
+        rows, curves = _judged(of_depth)
+        seconds = _planned(of_depth[0].config, [row["method"] for row in rows]) if planned_time else {}
+        rows = [results.with_planned_time(row, seconds, of_depth[0].config.microbatches) for row in rows]
+        checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves, seconds))
         sentence = " ".join([results.sentence(rows), *results.edges(rows)]).strip()
         checkpoint.write_text(out / f"compare{end}.md", results.markdown(rows, sentence))
         console.print(results.table(rows, f"{depth} stages" if end else "Comparison"))
@@ -151,8 +158,14 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
     console.print(f"The table and the plot are in {out}: compare.md, compare.json, compare.png.", soft_wrap=True)
 
 
-def _draw(curves: dict[str, list[Curves]], file: IO[bytes]) -> None:
-    plots.draw_comparison(file, curves)
+def _planned(config: Config, methods: Sequence[str]) -> dict[str, float]:
+    from nesterov_pp.training.pace import MODEL, seconds_per_microbatch
+
+    return seconds_per_microbatch({name: getattr(config, name) for name in MODEL}, methods, config.stages)
+
+
+def _draw(curves: dict[str, list[Curves]], seconds: Mapping[str, float], file: IO[bytes]) -> None:
+    plots.draw_comparison(file, curves, seconds)
 
 
 def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[Curves]]]:

@@ -32,12 +32,22 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
     _save(figure, file)
 
 
-def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> None:
+def draw_comparison(
+    file: IO[bytes], runs: Mapping[str, Sequence[Curves]], seconds: Mapping[str, float] | None = None
+) -> None:
     """Draw the validation loss of each method: the mean over its runs as a line, lowest to highest as a band.
 
     With many methods there are no bands, and the legend is next to the plot, with the best method last, like the lines.
+    ``seconds`` has the planned time of a microbatch by method; a second panel then shows the losses over that time.
     """
     figure, axes = _figure()
+    if seconds:
+        figure.set_size_inches(1.6 * _SIZE[0], _SIZE[1])
+        figure.clear()
+        axes, timed = figure.subplots(1, 2, sharey=True)
+        _prepare(axes, "microbatches")
+        _prepare(timed, "planned time, one device for each stage (s)")
+        timed.set_title("The same over time, simulated")
     highest, lowest, many = -np.inf, np.inf, len(runs) > _MANY
     for k, (method, curves) in enumerate(runs.items()):
         steps = [m for m, _ in curves[0].validation]
@@ -45,6 +55,8 @@ def draw_comparison(file: IO[bytes], runs: Mapping[str, Sequence[Curves]]) -> No
         mean = losses.mean(axis=0)
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k)}
         axes.plot(steps, mean, linewidth=1.8, label=f"{method} ({mean[-1]:.3f})", **style)
+        if seconds and method in seconds:
+            timed.plot(np.array(steps) * seconds[method], mean, linewidth=1.8, **style)
         if len(curves) > 1 and not many:
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.2, lw=0)
         highest = max(highest, losses[:, len(steps) // _FALL].max())
@@ -112,11 +124,15 @@ def _figure() -> tuple[Any, Any]:
 
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel("microbatches")
     axes.set_ylabel("loss (nats per token)")
+    _prepare(axes, "microbatches")
+    return figure, axes
+
+
+def _prepare(axes: Any, xlabel: str) -> None:
+    axes.set_xlabel(xlabel)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _save(figure: Any, file: IO[bytes]) -> None:

@@ -26,6 +26,7 @@ _HEADINGS = (
     "Optimizer time",
     "Peak memory",
 )
+_PLANNED = "Planned time"
 _LEFT_OUT = ("Perplexity", "Train loss", "Optimizer time", "Peak memory")
 _RELATIVE = ("Rule", "Slowdown", "Recovered", "Ahead of gpipe")
 
@@ -45,6 +46,12 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "optimizer_share": fmean(run["optimizer_share"] for run in runs),
         "peak_memory": max(run["peak_memory"] for run in runs),
     }
+
+
+def with_planned_time(row: dict[str, Any], seconds: Mapping[str, float], microbatches: int) -> dict[str, Any]:
+    """Return the row with ``planned_seconds``, the time of the whole run, if its method's is known."""
+    per_microbatch = seconds.get(row["method"])
+    return row if per_microbatch is None else {**row, "planned_seconds": per_microbatch * microbatches}
 
 
 def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
@@ -206,11 +213,16 @@ def depth_markdown(by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
 
 def _headings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     rates = ["lr"] if _several_rates(rows) else []
-    return [_HEADINGS[0], *rates, *_HEADINGS[1:], *(_RELATIVE if _are_related(rows) else ())]
+    planned = [_PLANNED] if _are_planned(rows) else []
+    return [_HEADINGS[0], *rates, *_HEADINGS[1:], *(_RELATIVE if _are_related(rows) else ()), *planned]
 
 
 def _several_rates(rows: Sequence[Mapping[str, Any]]) -> bool:
     return any(len(row.get("by_lr", ())) > 1 for row in rows)
+
+
+def _are_planned(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any("planned_seconds" in row for row in rows)
 
 
 def _are_related(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -239,4 +251,6 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
             "-" if recovered is None else f"{100.0 * recovered:.0f} %",
             "-" if ahead is None else f"{ahead:+.3f}",
         ]
+    if _are_planned(rows):
+        cells.append(f"{row['planned_seconds']:.1f} s" if "planned_seconds" in row else "-")
     return cells

@@ -56,9 +56,12 @@ def test_a_comparison_its_failures_and_going_on(
     assert len(result["failed"]) == 1
 
     newest.unlink()
-    assert main([*flags, "--methods", "nesterov,pipedream,gpipe", "--seeds", "0", "--resume"]) == 0
+    again = [*flags, "--methods", "nesterov,pipedream,gpipe", "--seeds", "0", "--resume", "--planned-time"]
+    assert main(again) == 0
     rows = json.loads((out / "compare.json").read_text())["methods"]
     assert [row["method"] for row in rows] == ["nesterov", "pipedream", "gpipe"]
+    assert all(row["planned_seconds"] > 0.0 for row in rows)
+    assert "| Planned time |" in (out / "compare.md").read_text()
 
 
 def test_a_run_of_another_configuration_stops_a_comparison_before_it_starts(

@@ -1,0 +1,57 @@
+"""The time that runs would take with one device for each stage, simulated from layer times measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nesterov_pp.methods.costs import of_step
+from nesterov_pp.pipeline import Placement, Recipe, find_recipe
+from nesterov_pp.planning import LayerCost, Network, measure_layers, simulate, stage_costs
+from nesterov_pp.training.model import build_stages, next_token_loss
+
+MODEL = ("layers", "width", "heads", "context", "batch", "vocab_size", "threads")
+"""The settings of ``train`` that the time depends on."""
+
+
+def measure_model(settings: Mapping[str, Any], recipe: Recipe) -> list[LayerCost]:
+    """Measure the layers of ``train``'s model with these ``MODEL`` settings, and the steps of the recipe's rule."""
+    torch.set_num_threads(settings["threads"])
+    sizes = {name: settings[name] for name in ("layers", "width", "heads", "context")}
+    vocabulary = settings["vocab_size"]
+    model = build_stages(vocabulary=vocabulary, stages=1, dropout=0.0, seed=0, **sizes)[0]
+    tokens = torch.randint(vocabulary, (settings["batch"], settings["context"]))
+
+    def rule(parameters: list[Tensor]) -> Optimizer:
+        options = {**recipe.options, **recipe.stage_options(Placement(1, 1, 0))}
+        built: Any = recipe.rule(parameters, lr=1e-3, **options)
+        return cast("Optimizer", built)
+
+    return measure_layers(list(model.children()), tokens, lambda logits: next_token_loss(logits, tokens), rule=rule)
+
+
+def seconds_per_microbatch(settings: Mapping[str, Any], methods: Sequence[str], stages: int) -> dict[str, float]:
+    """Return the time of a microbatch of each method in a pipeline of ``stages`` devices with an ideal network.
+
+    Forwards and backwards are measured once for all methods. A method that waits for its gradients flushes for every
+    update. Methods whose steps ``of_step`` does not count are left out.
+    """
+    found: dict[str, float] = {}
+    first: list[LayerCost] = []
+    for method in methods:
+        recipe = find_recipe(method)
+        if of_step(recipe) is None:
+            continue
+        layers = measure_model(settings, recipe)
+        first = first or layers
+        layers = [replace(shared, step=own.step) for shared, own in zip(first, layers, strict=True)]
+        k = recipe.accumulation(stages)
+        schedule = "async" if recipe.delayed else "gpipe"
+        run = max(4 * stages, 32) * k
+        found[method] = simulate(schedule, stage_costs(layers, stages), Network(), run, k).seconds_per_microbatch
+    return found
