@@ -46,7 +46,9 @@ def record(folder: Path, results: str, plot: str) -> None:
         (f"{config['stages']} stages, " if len(depths) == 1 else "")
         + f"{config['layers']} layers of width {config['width']}, "
         f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "
-        + ("" if several else f"lr {config['lr']:g}; ")
+        + ("" if several else f"lr {config['lr']:g}, ")
+        + f"warm-up {config['warmup']}, "
+        + (f"embeddings at {config['embedding_lr']:g} times the rate, " if config["embedding_lr"] != 1.0 else "")
         + f"{processor()}, one thread a run, torch {torch.__version__}:"
     )
     found["commit"] = commit()
@@ -55,7 +57,7 @@ def record(folder: Path, results: str, plot: str) -> None:
 
 
 def demo_table(found: dict[str, Any]) -> str:
-    return f"{found['conditions']}\n\n{markdown(found['methods'], found['comparison'])}".rstrip()
+    return f"{found['conditions']}\n\n{markdown(found['methods'], found['comparison'], brief=True)}".rstrip()
 
 
 def ranking(found: dict[str, Any]) -> str:

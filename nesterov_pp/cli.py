@@ -23,7 +23,14 @@ SGD_METHODS = ("nesterov-sgd", "spectrain", "dana-zero", "dana-slim", "dana-dc")
 """Methods without a preconditioner: a language model needs quite different learning rates for them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {"microbatches": 2400, "context": 32, "lr": [2e-3]},
+    "demo": {
+        "methods": ["nesterov-rotated", "gpipe-rotated", "nesterov", "gpipe", "pipedream"],
+        "microbatches": 1600,
+        "context": 32,
+        "lr": [6e-4, 2e-3, 6e-3],
+        "embedding_lr": 10.0,
+        "planned_time": True,
+    },
     "small": {
         "methods": [name for name in recipes() if name not in (*SGD_METHODS, "gba")],
         "microbatches": 2400,

@@ -183,6 +183,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_usable(name: str) -> None:
     settings = {**COMPARED, **PRESETS[name]}
+    settings.pop("planned_time", None)
     methods, seeds, rates = settings.pop("methods"), settings.pop("seeds"), settings.pop("lr")
     for method in methods:
         Config(method=method, seed=seeds[0], lr=rates[0], **settings).check()

@@ -28,7 +28,12 @@ _HEADINGS = (
 )
 _PLANNED = "Planned time"
 _LEFT_OUT = ("Perplexity", "Train loss", "Optimizer time", "Peak memory")
-_RELATIVE = ("Rule", "Slowdown", "Recovered", "Ahead of gpipe")
+_RELATIVE: dict[str, Callable[[float], str]] = {
+    "slowdown": lambda x: f"{x:.2f}x",
+    "recovered": lambda x: f"{100.0 * x:.0f} %",
+    "ahead": lambda x: f"{x:+.3f}",
+}
+_RELATIVE_HEADINGS = {"slowdown": "Slowdown", "recovered": "Recovered", "ahead": "Ahead of gpipe"}
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -177,9 +182,7 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table:
     """Return the table for the terminal, without the columns that a line has no room for."""
-    headings = _headings(rows)
-    left_out = _LEFT_OUT if _are_related(rows) else ()
-    shown = [i for i, heading in enumerate(headings) if heading not in left_out]
+    headings, shown = _headings(rows), _shown(rows)
     result = Table(title=title)
     for i in shown:
         heading = headings[i]
@@ -192,11 +195,16 @@ def table(rows: Sequence[Mapping[str, Any]], title: str = "Comparison") -> Table
     return result
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str) -> str:
-    """Return the same table as the text of a Markdown file."""
+def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str, *, brief: bool = False) -> str:
+    """Return the table as the text of a Markdown file; if ``brief``, with the columns that ``table`` shows."""
     headings = _headings(rows)
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
-    lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+    shown = _shown(rows) if brief else range(len(headings))
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells[i] for i in shown) + " |"
+
+    lines = [line(headings), "|---" + "|--:" * (len(shown) - 1) + "|"]
+    lines += [line(_cells(row, rows)) for row in rows]
     return "\n".join([*lines, "", conclusion]).rstrip() + "\n"
 
 
@@ -213,8 +221,15 @@ def depth_markdown(by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
 
 def _headings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     rates = ["lr"] if _several_rates(rows) else []
+    related = [_RELATIVE_HEADINGS[name] for name in _related(rows)]
     planned = [_PLANNED] if _are_planned(rows) else []
-    return [_HEADINGS[0], *rates, *_HEADINGS[1:], *(_RELATIVE if _are_related(rows) else ()), *planned]
+    return [_HEADINGS[0], *rates, *_HEADINGS[1:], *(["Rule", *related] if related else ()), *planned]
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of the columns that a terminal has room for."""
+    left_out = _LEFT_OUT if _related(rows) else ()
+    return [i for i, heading in enumerate(_headings(rows)) if heading not in left_out]
 
 
 def _several_rates(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -225,8 +240,9 @@ def _are_planned(rows: Sequence[Mapping[str, Any]]) -> bool:
     return any("planned_seconds" in row for row in rows)
 
 
-def _are_related(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return any(row.get("slowdown") is not None for row in rows)
+def _related(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which of the relations of ``relate`` at least one row has."""
+    return [name for name in _RELATIVE if any(row.get(name) is not None for row in rows)]
 
 
 def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -243,14 +259,9 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
     ]
     if _several_rates(rows):
         cells.insert(1, f"{row['lr']:g}")
-    if _are_related(rows):
-        slowdown, recovered, ahead = row["slowdown"], row["recovered"], row["ahead"]
-        cells += [
-            row["rule"],
-            "-" if slowdown is None else f"{slowdown:.2f}x",
-            "-" if recovered is None else f"{100.0 * recovered:.0f} %",
-            "-" if ahead is None else f"{ahead:+.3f}",
-        ]
+    if related := _related(rows):
+        values = {name: row.get(name) for name in related}
+        cells += [row["rule"], *("-" if x is None else _RELATIVE[name](x) for name, x in values.items())]
     if _are_planned(rows):
         cells.append(f"{row['planned_seconds']:.1f} s" if "planned_seconds" in row else "-")
     return cells
