@@ -46,14 +46,17 @@ def build_optimizer(
     if not trainable:
         return None
     options = {**recipe.options, **recipe.stage_options(placement)}
-    parameters: Sequence[Any] = trainable if param_groups is None else _groups(recipe, module, param_groups)
+    parameters: Sequence[Any] = trainable if param_groups is None else _groups(recipe, module, param_groups, lr)
     return recipe.rule(parameters, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
 
 
-def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups) -> list[dict[str, Any]]:
+def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups, lr: float) -> list[dict[str, Any]]:
     if not getattr(recipe.rule, "takes_groups", True):
         raise ValueError(f"method {recipe.name!r} takes no param_groups; its rule groups the parameters itself")
-    groups = [{**group, "params": list(group["params"])} for group in param_groups(module)]
+    groups = [
+        {"lr": lr * group.get("lr_scale", 1.0), **group, "params": list(group["params"])}
+        for group in param_groups(module)
+    ]
     times = Counter(id(p) for group in groups for p in group["params"])
     for name, p in module.named_parameters():
         if times[id(p)] != int(p.requires_grad):
@@ -65,11 +68,28 @@ def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups) -> lis
     return [group for group in groups if group["params"]]
 
 
-def set_learning_rate(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int, lr: float) -> None:
-    """Set the learning rate of every group for an update on a stage with the given delay, times its ``"lr_scale"``."""
-    factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
+def set_learning_rate(optimizer: StageOptimizer, lr: float) -> None:
+    """Set the learning rate of every group to ``lr`` times its ``"lr_scale"``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * factor * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@contextmanager
+def rates_of_update(optimizer: StageOptimizer, recipe: Recipe, delay: int, update: int) -> Iterator[None]:
+    """Multiply the groups' learning rates by the recipe's factor for a delay and an update, inside the block.
+
+    Outside, they are those that the pipeline or a scheduler has set, from which a scheduler may compute the next ones.
+    """
+    factor = recipe.lr_factor(delay, update, recipe.correction_updates or 1)
+    groups = optimizer.param_groups if factor != 1.0 else []
+    rates = [group["lr"] for group in groups]
+    try:
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr * factor
+        yield
+    finally:
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
 
 
 def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, update: int) -> None:

@@ -21,6 +21,7 @@ from nesterov_pp.pipeline.stage import (
     build_optimizer,
     build_stash,
     random_state,
+    rates_of_update,
     run_stage,
     set_horizon,
     set_learning_rate,
@@ -43,7 +44,8 @@ class VirtualPipeline:
             ``nn.Sequential`` with ``partition``.
         loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
         method: a name from ``recipes()``, or a ``Recipe``.
-        lr: base learning rate; may be changed at any time as ``pipe.lr``.
+        lr: base learning rate; may be changed at any time as ``pipe.lr``, or by schedulers on ``pipe.optimizers``. A
+            recipe's factor multiplies it during a step.
         partition: for an ``nn.Sequential``: the number of layers of each stage, or the number of stages.
         microbatches_per_update: K (default: the recipe's).
         delays: the delays of every microbatch on every stage, instead of the method's own: one number per stage, or a
@@ -100,7 +102,7 @@ class VirtualPipeline:
             raise ValueError(f"stages and microbatches_per_update must be at least 1, not {len(self.stages)} and {k}")
         self.recipe = recipe
         self.loss_fn = loss_fn
-        self.lr = lr
+        self._lr = lr
         self.microbatches_per_update = k
         self.flush_every = flush_every
         self.seed = seed
@@ -131,6 +133,18 @@ class VirtualPipeline:
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate that was set last. Setting it sets that of every optimizer's groups."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+        for optimizer in self.optimizers:
+            if optimizer is not None:
+                set_learning_rate(optimizer, lr)
 
     @property
     def waiting(self) -> int:
@@ -265,9 +279,9 @@ class VirtualPipeline:
             delay = max(delay for _, delay in ran_with)
             if self.forecasts:
                 self.forecasts[i].apply(list(stash.parameters(version).values()), delay)
-            set_learning_rate(optimizer, self.recipe, delay, self.updates, self.lr)
             set_horizon(optimizer, self.recipe, self.places[i], self.updates)
-            optimizer.step(version=version, microbatches=self.microbatches_per_update)
+            with rates_of_update(optimizer, self.recipe, delay, self.updates):
+                optimizer.step(version=version, microbatches=self.microbatches_per_update)
         self.updates += 1
         self.optimizer_seconds += time.perf_counter() - start
 

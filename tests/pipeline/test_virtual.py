@@ -158,6 +158,23 @@ def test_groups_have_their_own_options_and_share_of_the_learning_rate():
     assert all(torch.equal(p, q) for p, q in zip(ordinary.parameters(), piped[0].parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", ["pipedream", "pipedream-lr"])
+def test_schedulers_are_obeyed_and_a_recipe_multiplies_what_they_set(method):
+    """A chainable scheduler computes the next rate from the group's, which must not hold the recipe's factor."""
+    by_scheduler, by_hand = model(3), model(3)
+    first, second = (VirtualPipeline(m, F.cross_entropy, method=method, lr=1e-2) for m in (by_scheduler, by_hand))
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in first.optimizers]
+    for m in range(12):
+        x, y = microbatch(m)
+        second.lr = first.optimizers[0].param_groups[0]["lr"]
+        assert second.lr == pytest.approx(1e-2 * 0.9**m)
+        assert torch.equal(first.step(x, y), second.step(x, y))
+        for scheduler in schedulers:
+            scheduler.step()
+    for ours, theirs in zip(by_scheduler, by_hand, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 @pytest.mark.usefixtures("float64_scalars")
 def test_flush_every_reproduces_the_periodic_drain():
     judged, slow, never = model(4), model(4), model(4)

@@ -27,6 +27,7 @@ from nesterov_pp.pipeline.stage import (
     build_optimizer,
     build_stash,
     random_state,
+    rates_of_update,
     run_stage,
     set_horizon,
     set_learning_rate,
@@ -116,7 +117,7 @@ class AsyncPipeline:
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
-        self.recipe, self.loss_fn, self.lr = recipe, loss_fn, lr
+        self.recipe, self.loss_fn, self._lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
         self.replicas, self.seed, self.flush_every = replicas, seed, flush_every
@@ -172,6 +173,17 @@ class AsyncPipeline:
             self._links.pipeline,
         )
         self._prepared = False
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate that was set last. Setting it sets that of the optimizer's groups."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+        if self.optimizer is not None:
+            set_learning_rate(self.optimizer, lr)
 
     @property
     def is_first(self) -> bool:
@@ -393,10 +405,10 @@ class AsyncPipeline:
         begin = time.perf_counter()
         with self.timeline.span("step", update):
             if self.optimizer is not None:
-                set_learning_rate(self.optimizer, self.recipe, self._delay_of(update), update, self.lr)
                 set_horizon(self.optimizer, self.recipe, self._place, update)
                 version = self._version(update * self.microbatches_per_update)
-                self._versions.step(self.optimizer, version, self.microbatches_per_update)
+                with rates_of_update(self.optimizer, self.recipe, self._delay_of(update), update):
+                    self._versions.step(self.optimizer, version, self.microbatches_per_update)
         self.optimizer_seconds += time.perf_counter() - begin
 
     def _autocasting(self) -> AbstractContextManager[Any]:
