@@ -276,6 +276,29 @@ def test_a_first_gradient_without_an_eigenbasis_is_refused() -> None:
     assert all(float(s["step"]) == 0 and not s["exp_avg"].any() for s in optimizer.state.values())
 
 
+@pytest.mark.parametrize("failing", [(), (torch.float32,), (torch.float32, F64)])
+def test_a_first_gradient_of_low_rank_has_a_basis(failing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding's, with equal rows and rows of zeros, on whose covariances LAPACK fails in float32."""
+    eigh = torch.linalg.eigh
+
+    def failing_eigh(c: torch.Tensor) -> Any:
+        if c.dtype in failing:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(c)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh)
+    p = nn.Parameter(torch.zeros(1024, 64))
+    counts = torch.poisson(torch.full((1024, 1), 0.25), generator=torch.Generator().manual_seed(0))
+    optimizer = npp.RotatedNAdam([p], lr=1e-2, weight_decay=0.0, block_size=64)
+    for _ in range(3):
+        p.grad = 16.0 * counts.expand(1024, 64).contiguous()
+        optimizer.step()
+    basis = optimizer.state[p]["basis_0"]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(64).expand_as(basis), rtol=0.0, atol=1e-5)
+    assert bool(torch.isfinite(p).all())
+    assert float((p.detach() * counts).sum()) < 0.0
+
+
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="a parameter is complex; rotated optimizers only step real, unsharded"):
         npp.RotatedNAdam([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
