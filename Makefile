@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,analysis,test,dev]'
 	@touch $@
 
-demo: setup ## train on real text (about eight minutes), with a table and a plot in runs/demo; run it again to resume or to show them
+demo: setup ## train on real text (about nine minutes), with a table and a plot in runs/demo; run it again to resume or to show them
 	$(BIN)/python -m nesterov_pp compare --preset demo --out runs/demo --resume
 
 # One thread a process: four processes share the cores.

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": ["nesterov-rotated", "gpipe-rotated", "nesterov", "gpipe", "pipedream"],
         "microbatches": 1600,
         "context": 32,
-        "lr": [6e-4, 2e-3, 6e-3],
+        "lr": [6e-4, 2e-3, 6e-3, 1.8e-2],
         "embedding_lr": 10.0,
         "planned_time": True,
     },
