@@ -1,8 +1,8 @@
 """Write the measured tables of the README and of docs/ from the committed results: ``python -m benchmarks.tables``.
 
-``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR``, ``--rotated DIR`` and ``--waiting DIR``
-first copy the results of the demo, of ``make compare-small``, of a longer comparison, of a comparison by depth, of the
-rotated rules, or of those that wait for their gradients.
+``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR``, ``--rotated DIR``, ``--waiting DIR`` and
+``--lasting DIR`` first copy the results of the demo, of ``make compare-small``, of a longer comparison, of a comparison
+by depth, of the rotated rules, of those that wait for their gradients, or of a longer comparison of rotated rules.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TAKEN = {
     "depth": ("compare-depth.json", "compare-depth.png"),
     "rotated": ("compare-rotated.json", "compare-rotated.png"),
     "waiting": ("compare-waiting.json", "compare-waiting.png"),
+    "lasting": ("compare-lasting.json", "compare-lasting.png"),
 }
 """The files of each finished comparison, in the results and in docs/, by the flag that names its folder."""
 
@@ -104,7 +105,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def sections() -> dict[str, dict[str, str]]:
     """Return the generated parts of each page by the name of their markers."""
-    made = {name: (TAKEN[name][0], ranking) for name in ("small", "long", "rotated", "waiting")}
+    made = {name: (TAKEN[name][0], ranking) for name in ("small", "long", "rotated", "waiting", "lasting")}
     made["depth"] = (TAKEN["depth"][0], depth_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
