@@ -140,6 +140,9 @@ def _stacks(
             rows, columns = (length // side for length, side in zip(parameters[n].shape, shape, strict=True))
             matrices.append(Matrix(n, count, rows, columns))
             count += rows * columns
+        for entries in (state[parameters[n]] for n in numbers):
+            # They lie block by block, so not in the order of a parameter that is a transposed view.
+            entries.update({name: entries[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
         kept: dict[str, dict[int, Tensor]] = {"covariance": {}, "basis": {}}
         for name, by_side in kept.items():
             for side in sides:

@@ -114,6 +114,20 @@ def test_blocks_of_a_long_matrix_are_stepped_as_matrices(rule: Any) -> None:
     assert one.state[whole]["basis_0"].shape == (6, WIDTH, WIDTH)
 
 
+@pytest.mark.parametrize("block_size", [4, 1024])
+def test_a_transposed_view_is_stepped_like_its_copy(block_size: int) -> None:
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=F64)
+    view, copied = nn.Parameter(weight.clone().t()), nn.Parameter(weight.t().contiguous())
+    optimizers = [npp.RotatedNAdam([p], refresh_every=3, block_size=block_size) for p in (view, copied)]
+    for k in range(25):
+        view.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(k), dtype=F64).t()
+        copied.grad = view.grad.contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(view, copied, **MANY_STEPS[F64])
+    assert not view.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("length", "largest", "side"),
     [(6, 6, 6), (6, 8, 6), (12, 6, 6), (12, 8, 6), (192, 128, 96), (10, 8, 5), (50257, 1024, 50257), (7, 6, 7)],
