@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import Block, microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
-from nesterov_pp.pipeline.distributed.links import Channel, Messages
+from nesterov_pp.pipeline.distributed.links import Channel
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 
 
@@ -34,11 +35,11 @@ class HalvedChannel:
         self._whole = whole
         self.next_to_post, self.waited = 0, 0.0
 
-    def send(self, microbatch: int, messages: Messages) -> None:
-        self._whole.send(microbatch, _halves(messages))
+    def send(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._whole.send(microbatch, _halves(tensors))
 
-    def post(self, microbatch: int, messages: Messages) -> None:
-        self._whole.post(microbatch, _halves(messages))
+    def post(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._whole.post(microbatch, _halves(tensors))
         self.next_to_post = microbatch + 1
 
     def take(self, microbatch: int) -> None:
@@ -48,14 +49,14 @@ class HalvedChannel:
         self._whole.finish()
 
 
-def _halves(messages: Messages) -> Messages:
-    return [(half, peer) for tensor, peer in messages for half in tensor.view(-1).chunk(2)]
+def _halves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [half for tensor in tensors for half in tensor.view(-1).chunk(2)]
 
 
 class HalvedLinks(TorchLinks):
     def __init__(self, world: World, replicas: int) -> None:
         super().__init__(world, replicas)
-        for name in ("inputs", "outputs", "gradients_in", "gradients_out"):
+        for name in ("inputs", "outputs", "overflow_in", "overflow_out", "gradients_in", "gradients_out"):
             channel = getattr(self, name)
             setattr(self, name, None if channel is None else HalvedChannel(channel))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -102,8 +102,10 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
 
 
 def run_stage(module: nn.Module, hidden: Any) -> Any:
-    """Return the output of a stage. A tuple from the previous stage is passed as separate arguments."""
-    return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
+    """Return the output of a stage. A tuple is passed as its arguments, a mapping as its keyword arguments."""
+    if isinstance(hidden, tuple):
+        return module(*hidden)
+    return module(**hidden) if isinstance(hidden, Mapping) else module(hidden)
 
 
 def autocasting(module: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

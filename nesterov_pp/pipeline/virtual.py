@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, version_for_update
+from nesterov_pp.pipeline.losses import LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, StageOptimizer, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
@@ -28,8 +29,6 @@ from nesterov_pp.pipeline.stage import (
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
 
-LossFunction = Callable[[Any, Any], Tensor]
-
 
 class VirtualPipeline:
     """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
@@ -41,8 +40,11 @@ class VirtualPipeline:
 
     Args:
         stages: the stage modules in order, each mapping the output of the previous one to its own; or an
-            ``nn.Sequential`` with ``partition``.
-        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
+            ``nn.Sequential`` with ``partition``. Inputs and outputs are any nest of tensors and plain values: a tuple
+            is passed on as arguments, a dict as keyword arguments. Shapes may differ from microbatch to microbatch.
+        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch; or ``-> (sum,
+            weight)``, such as the sum over valid tokens and their number: an update then takes the mean over all valid
+            tokens of its microbatches.
         method: a name from ``recipes()``, or a ``Recipe``.
         lr: base learning rate; may be changed at any time as ``pipe.lr``, or by schedulers on ``pipe.optimizers``. A
             recipe's factor multiplies it during a step.
@@ -133,6 +135,7 @@ class VirtualPipeline:
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
+        self._weights: list[float | None] = []
 
     @property
     def lr(self) -> float:
@@ -159,7 +162,10 @@ class VirtualPipeline:
         """Run one microbatch through the delayed stages; every K-th that is not lost completes an update.
 
         Returns:
-            The microbatch's loss, a detached 0-d tensor; for a lost microbatch, the loss at the newest weights.
+            The microbatch's loss (a mean), a detached 0-d tensor; for a lost microbatch, that at the newest weights.
+
+        Raises:
+            ValueError: ``loss_fn`` returned something else, or weights for some microbatches of an update only.
         """
         delays = self._draw()
         versions = self._versions(delays or [0] * len(self.stages))
@@ -172,17 +178,21 @@ class VirtualPipeline:
                     bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
                         hidden = run_stage(self._forwards[i], hidden)
-                loss = self.loss_fn(hidden, targets)
+                loss = loss_of(self.loss_fn(hidden, targets))
             if delays is not None:
-                self._backward(loss, versions, delays)
+                alone = self.microbatches_per_update == 1
+                weights = [] if alone else [*self._weights, loss.weight]
+                weight_of_update(weights)
+                self._backward(loss.mean if alone else loss.tensor, versions, delays)
+                self._weights = weights
         self.microbatches += 1
         if delays is None:
-            return loss.detach()
+            return loss.mean.detach()
         for i, ran_with in enumerate(self._ran_with):
             ran_with.append((versions[i], delays[i]))
         if self.waiting == self.microbatches_per_update:
             self._update()
-        return loss.detach()
+        return loss.mean.detach()
 
     def predict(self, inputs: Any) -> Any:
         """Return the last stage's output at every stage's newest weights, in evaluation mode, without gradients.
@@ -205,7 +215,7 @@ class VirtualPipeline:
         """Return the loss at every stage's newest weights, in evaluation mode, without gradients; a 0-d tensor."""
         output = self.predict(inputs)
         with torch.no_grad(), autocasting(self.stages[0], self._autocast):
-            return self.loss_fn(output, targets)
+            return loss_of(self.loss_fn(output, targets)).mean
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``.
@@ -233,7 +243,7 @@ class VirtualPipeline:
             ValueError: the state belongs to another method, model, K or seed, or to other delays; nothing is changed.
         """
         saved = load_stages(self._terms(), self._stage_states(), state)
-        self._ran_with = [[] for _ in self.stages]
+        self._ran_with, self._weights = [[] for _ in self.stages], []
         self.microbatches, self.updates = int(saved["microbatches"]), int(saved["updates"])
 
     def _terms(self) -> Terms:
@@ -271,14 +281,17 @@ class VirtualPipeline:
 
     def _update(self) -> None:
         start = time.perf_counter()
+        weight, self._weights = weight_of_update(self._weights), []
         for i, (optimizer, stash) in enumerate(zip(self.optimizers, self.stashes, strict=True)):
             ran_with, self._ran_with[i] = self._ran_with[i], []
             if optimizer is None:
                 continue
             version = stash.gather_gradients([version for version, _ in ran_with])
             delay = max(delay for _, delay in ran_with)
+            parameters = list(stash.parameters(version).values())
+            reweigh(parameters, self.microbatches_per_update, weight)
             if self.forecasts:
-                self.forecasts[i].apply(list(stash.parameters(version).values()), delay)
+                self.forecasts[i].apply(parameters, delay)
             set_horizon(optimizer, self.recipe, self.places[i], self.updates)
             with rates_of_update(optimizer, self.recipe, delay, self.updates):
                 optimizer.step(version=version, microbatches=self.microbatches_per_update)

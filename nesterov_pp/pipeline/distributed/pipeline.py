@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline.delay_models import version_for_update
-from nesterov_pp.pipeline.distributed.links import Channel, Links
+from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
+from nesterov_pp.pipeline.distributed.engine import Engine
+from nesterov_pp.pipeline.distributed.letters import Inbox, Outbox
+from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
 from nesterov_pp.pipeline.distributed.timeline import Timeline
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
-from nesterov_pp.pipeline.distributed.world import PipelineError, World
+from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
+from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, weight_of_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
@@ -35,8 +42,7 @@ from nesterov_pp.pipeline.stage import (
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
 
-LossFunction = Callable[[Any, Any], Tensor]
-Batch = Callable[[int], tuple[Any, Tensor]]
+Batch = Callable[[int], tuple[Any, Any]]
 
 
 class AsyncPipeline:
@@ -47,10 +53,10 @@ class AsyncPipeline:
 
     Args:
         stages: this process's stage, a list of all stages, or an ``nn.Sequential`` with ``partition``.
-        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
-        batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ...; must return the same data for the same m, and
-            tensors of the same shapes and dtypes for every m. Only the first and the last stage call it. With R
-            replicas, replica r calls it with the numbers ``m R + r``.
+        loss_fn: as for ``VirtualPipeline``.
+        batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ..., each any nest of tensors; must return the same
+            data for the same m. Only the first and the last stage call it. With R replicas, replica r calls it with the
+            numbers ``m R + r``.
         microbatches: length of the run; nothing is sent for microbatches after it.
         method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, param_groups, backend, overrides: as
             for ``VirtualPipeline``.
@@ -107,8 +113,6 @@ class AsyncPipeline:
         links: Callable[[World, int], Links] = TorchLinks,
         **overrides: Any,
     ) -> None:
-        from nesterov_pp.pipeline.distributed.torch_engine import TorchStage
-
         recipe = find_recipe(method).override(overrides)
         if replicas < 1 or world.size % replicas:
             raise ValueError(f"{world.size} processes cannot be divided into {replicas} replicas of a pipeline")
@@ -141,7 +145,10 @@ class AsyncPipeline:
         self.timeline = Timeline(self.stage, timeline)
         self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
         self._receive_ahead = receive_ahead
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Loss] = {}
+        # Weights are summed over what else than one microbatch an update takes.
+        self._weighs = k > 1 or replicas > 1
+        self._weights: list[float | None] = []
 
         check_shards(self.module)
         self.stash = build_stash(recipe, self.module, 1 if recipe.linearise_at == "newest" else self.delay + 1)
@@ -163,15 +170,14 @@ class AsyncPipeline:
         if self.optimizer is not None:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
             self._average = self._links.average(leaves, bucket_bytes)
-        self._engine = TorchStage(
-            Recomputed(self.module) if recompute else self.module,
-            self.stage,
-            self.stages,
-            self.device,
-            self._ahead + 1 + receive_ahead,
-            loss_fn,
-            self._links.pipeline,
-        )
+        self._engine = Engine(Recomputed(self.module) if recompute else self.module)
+        self._inbox = self._outbox = None
+        if self._links.inputs is not None and self._links.overflow_in is not None:
+            self._inbox = Inbox(self._links.inputs, self._links.overflow_in, receive_ahead, self.device)
+        if self._links.outputs is not None and self._links.overflow_out is not None:
+            self._outbox = Outbox(self._links.outputs, self._links.overflow_out, receive_ahead)
+        self._world = world
+        self._arriving: deque[list[Tensor]] = deque()
         self._prepared = False
 
     @property
@@ -206,13 +212,17 @@ class AsyncPipeline:
     def step(self) -> Tensor | None:
         """Complete the next microbatch on this stage; every K-th completes an update.
 
+        Any error on one stage reaches the others as the reason why they stop.
+
         Returns:
-            On the last stage, the microbatch's loss, a detached 0-d tensor (with replicas, the mean over them); None on
-            the other stages.
+            On the last stage, the microbatch's loss (a mean), a detached 0-d tensor (with replicas, the mean over
+            them); None on the other stages.
 
         Raises:
-            PipelineError: a loss or an activation is not finite, or another stage has stopped or cannot be reached.
-            ValueError: the run is over.
+            PipelineError: a loss or an activation is not finite, another stage has stopped or cannot be reached, or, in
+                the first step, the processes do not fit together: they have other settings or positions, or two stages
+                share a parameter.
+            ValueError: the run is over; or ``loss_fn`` returned something else than a loss.
         """
         m = self.microbatches
         if m >= self.total:
@@ -241,14 +251,16 @@ class AsyncPipeline:
 
     # ------------------------------------------------------------------ evaluation: called on all stages of a pipeline
 
-    def evaluate(self, inputs: Any, targets: Tensor) -> Tensor | None:
+    def evaluate(self, inputs: Any, targets: Any) -> Tensor | None:
         """Return the loss at every stage's newest weights, in evaluation mode; None on stages before the last.
 
         All stages of a pipeline must call this after the same number of microbatches. Nothing is flushed for it.
         """
         with self._evaluating():
             output = self._through(inputs)
-            return self.loss_fn(output, targets.to(self.device)).detach() if self.is_last else None
+            if not self.is_last:
+                return None
+            return loss_of(self.loss_fn(output, to_device(targets, self.device))).mean.detach()
 
     def predict(self, inputs: Any) -> Any:
         """Return the last stage's output at every stage's newest weights, in evaluation mode, on all stages."""
@@ -323,24 +335,21 @@ class AsyncPipeline:
     # ------------------------------------------------------------------ events
 
     def _prepare(self) -> None:
-        """Agree with the neighbours on shapes and dtypes, with the next microbatch as an example."""
-        inputs, targets = self._example()
-        with self._autocasting():
-            self._engine.prepare(inputs, targets)
+        """Check that the processes fit together, and start at the position."""
+        settings = {
+            **asdict(self._terms()),
+            "microbatches": self.total,
+            "receive_ahead": self._receive_ahead,
+            "position": self.microbatches,
+        }
+        own = Report(self._world.rank, self.stage, settings, [] if self.replica else prints_of(self.module))
+        check_agreement(self._world.gather(own))
         for channel in self._links.channels():
             channel.next_to_post = self.microbatches
             channel.waited = 0.0
         self._prepared = True
 
-    def _example(self) -> tuple[tuple[Any, ...], Tensor | None]:
-        if not (self.is_first or self.is_last):
-            return (), None
-        inputs, targets = self._asked(self.microbatches)
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"the targets of a microbatch must be one tensor, not {type(targets).__name__}")
-        return (inputs if isinstance(inputs, tuple) else (inputs,)) if self.is_first else (), targets
-
-    def _asked(self, m: int) -> tuple[Any, Tensor]:
+    def _asked(self, m: int) -> tuple[Any, Any]:
         inputs, targets = self._batch(m * self.replicas + self.replica)
         return to_device(inputs, self.device), to_device(targets, self.device)
 
@@ -359,57 +368,109 @@ class AsyncPipeline:
         updates = range(self.updates, self.updates + self.delay + 1)
         return {self._version(update * k) for update in updates if update * k < self.total}
 
-    def _receive(self, channel: Channel | None, m: int, post: Callable[[int], Any]) -> None:
-        if channel is None:
-            return
+    @contextmanager
+    def _told(self, what: str, m: int) -> Iterator[None]:
+        """Tell the other processes of an error inside the block."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, PipelineError):
+                self._world.tell(
+                    f"{in_one_sentence(error)} (in the {what} of microbatch {m + 1} on stage {self.stage})"
+                )
+            raise
+
+    def _inputs(self, m: int) -> Any:
+        """Receive the activations of a microbatch."""
+        channel, inbox = self._links.inputs, self._inbox
+        assert channel is not None
+        assert inbox is not None
         while channel.next_to_post < min(m + 1 + self._receive_ahead, self.total):
-            channel.post(channel.next_to_post, post(channel.next_to_post))
+            inbox.post(channel.next_to_post)
         with self.timeline.span("wait", m):
-            channel.take(m)
+            return inbox.take(m)
 
     def _forward(self, m: int) -> None:
-        self._receive(self._links.inputs, m, self._engine.receive_inputs)
-        with self.timeline.span("forward", m):
-            inputs, targets = self._asked(m) if self.is_first or self.is_last else ((), torch.empty(0))
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        inputs: Any = None if self._inbox is None else self._inputs(m)
+        with self.timeline.span("forward", m), self._told("forward", m):
+            given, targets = self._asked(m) if self.is_first or self.is_last else (None, None)
             with ExitStack() as bound:
                 bound.enter_context(self._versions.use(self._version(m), self.recipe.linearise_at))
                 bound.enter_context(self._autocasting())
                 with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
-                    output = self._engine.forward(m, inputs)
+                    output = self._engine.forward(m, given if self.is_first else inputs)
                 if self.is_last:
-                    self._losses[m] = self.loss_fn(output, targets)
-            if self._check_finite and not is_finite(self._losses[m] if self.is_last else output):
-                what = f"the loss is {float(self._losses[m])}" if self.is_last else "an activation is not finite"
+                    self._losses[m] = loss_of(self.loss_fn(output, targets))
+            if self._check_finite and not is_finite(self._losses[m].tensor if self.is_last else output):
+                what = "an activation is not finite"
+                if self.is_last:
+                    what = f"the loss is {float(self._losses[m].mean)}"
                 raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
-        if self._links.outputs is not None:
-            self._links.outputs.send(m, self._engine.outputs(m))
+            if self._outbox is not None:
+                self._outbox.send(m, output)
+
+    def _gradients(self, m: int) -> list[Tensor]:
+        """Receive the gradients of a microbatch's outputs, and its weight if that matters."""
+        channel = self._links.gradients_in
+        assert channel is not None
+        while channel.next_to_post < min(m + 1 + self._receive_ahead, self._forwarded):
+            ahead = channel.next_to_post
+            weight = [torch.empty((), dtype=torch.float64)] if self._weighs else []
+            self._arriving.append([*weight, *self._engine.gradients_like(ahead)])
+            channel.post(ahead, self._arriving[-1])
+        with self.timeline.span("wait", m):
+            channel.take(m)
+        return self._arriving.popleft()
 
     def _backward(self, m: int) -> Tensor | None:
-        self._receive(self._links.gradients_in, m, self._engine.receive_gradients)
+        gradients = [] if self._links.gradients_in is None else self._gradients(m)
+        loss = self._losses.pop(m, None)
+        weight = None if loss is None else loss.weight
+        if self._weighs and loss is None:
+            weight = _weight(gradients.pop(0))
         completes = (m + 1) % self.microbatches_per_update == 0
-        with self.timeline.span("backward", m):
+        with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
                 self._average.expect(self._version(m) % self.stash.versions)
-            loss = self._losses.pop(m, None)
+            objective = None if loss is None else (loss.tensor if self._weighs else loss.mean)
             with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
-                gradients = self._engine.backward(m, loss)
+                back = self._engine.backward(m, objective, gradients)
+            if self._weighs:
+                self._weights.append(weight)
+                weight_of_update(self._weights)
         if self._links.gradients_out is not None:
-            self._links.gradients_out.send(m, gradients)
+            own = [torch.tensor(math.nan if weight is None else weight, dtype=torch.float64)] if self._weighs else []
+            self._links.gradients_out.send(m, [*own, *back])
         if self._average is not None and completes:
             with self.timeline.span("average", m):
                 self._average.finish()
-        return None if loss is None else self._links.mean(loss.detach())
+        return None if loss is None else self._mean(loss)
+
+    def _mean(self, loss: Loss) -> Tensor:
+        """Return a microbatch's mean loss over the replicas."""
+        if loss.weight is None or self.replicas == 1:
+            return self._links.mean(loss.mean.detach())
+        both = torch.tensor([float(loss.tensor), loss.weight], dtype=torch.float64)
+        total, weight = self._links.mean(both).tolist()
+        return loss.tensor.new_tensor(total / weight if weight else total)
 
     def _update(self, update: int) -> None:
         begin = time.perf_counter()
         with self.timeline.span("step", update):
+            weight, self._weights = weight_of_update(self._weights), []
+            if weight is not None and self.replicas > 1:
+                weight = float(self._links.mean(torch.tensor(weight, dtype=torch.float64)))
             if self.optimizer is not None:
                 set_horizon(self.optimizer, self.recipe, self._place, update)
                 version = self._version(update * self.microbatches_per_update)
                 with rates_of_update(self.optimizer, self.recipe, self._delay_of(update), update):
-                    self._versions.step(self.optimizer, version, self.microbatches_per_update)
+                    self._versions.step(self.optimizer, version, self.microbatches_per_update, weight)
         self.optimizer_seconds += time.perf_counter() - begin
 
     def _autocasting(self) -> AbstractContextManager[Any]:
         return autocasting(self.module, self._autocast)
+
+
+def _weight(received: Tensor) -> float | None:
+    weight = float(received)
+    return None if math.isnan(weight) else weight

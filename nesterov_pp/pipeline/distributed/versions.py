@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from nesterov_pp.pipeline.losses import reweigh
 from nesterov_pp.pipeline.recipe import StageOptimizer
 from nesterov_pp.stash import LineariseAt, WeightStash
 
@@ -74,8 +75,10 @@ class Versions:
         """
         return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
-    def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
-        """Apply the gradients of ``version`` to the newest weights."""
+    def step(self, optimizer: StageOptimizer, version: int, microbatches: int, weight: float | None) -> None:
+        """Apply the gradients of ``version``, their mean over microbatches or weight, to the newest weights."""
+        gradients_of = version if self._all_stashed() else self._stash.newest
+        reweigh(self._stash.parameters(gradients_of).values(), microbatches, weight)
         if self._all_stashed():
             optimizer.step(version=version, microbatches=microbatches)
         else:
