@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nests
 import torch
 import torch_schedules
 from torch import nn
@@ -93,7 +94,7 @@ TWO_REPLICAS: dict[str, dict[str, Any]] = {
     "sharded-two-per-update": {"method": "nesterov-no-stash", "correction_updates": 40, "microbatches_per_update": 2},
     "sharded-in-part": {"method": "nesterov-no-stash", "correction_updates": 40, "bucket_bytes": 300},
 }
-SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time")
+SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time", *nests.SCENARIOS)
 
 
 def k_of(options: dict[str, Any]) -> int:
@@ -249,6 +250,8 @@ def bfloat16_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
     """Return a model and the options for its pipeline."""
+    if name in nests.SCENARIOS:
+        return nests.model(), nests.SCENARIOS[name]
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     if name == "tuples":
         return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
@@ -265,22 +268,31 @@ def run_shaped(world: World, name: str) -> dict[str, Any]:
     modules, options = shaped(name, world.size)
     if name == "by-time":
         options = {"partition": "time"}
-    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 60, world, **BASE, **options)
+    loss_fn, batch = loss_and_data(name, F.cross_entropy)
+    pipe = AsyncPipeline(modules, loss_fn, batch, 60, world, **BASE, **options)
     losses = [float(loss) for _ in range(60) if (loss := pipe.step()) is not None]
-    outputs = pipe.predict(microbatch(-1)[0]) if name != "frozen" else torch.zeros(0)
+    outputs = pipe.predict(batch(99)[0]) if name != "frozen" else torch.zeros(0)
     return {"losses": losses, "outputs": outputs, "weights": list(pipe.module.parameters())}
 
 
 def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
     modules, options = shaped(name, stages)
-    loss_fn = F.cross_entropy
+    loss_fn, batch = loss_and_data(name, F.cross_entropy)
     if name == "bfloat16":
-        modules, loss_fn = [Autocast(m) for m in modules], bfloat16_loss
-    partition = stages if "partition" in options else None
-    pipe = VirtualPipeline(modules, loss_fn, partition=partition, **BASE)
-    losses = [float(pipe.step(*microbatch(m))) for m in range(60)]
+        modules, loss_fn, options = [Autocast(m) for m in modules], bfloat16_loss, {}
+    if "partition" in options:
+        options = {"partition": stages}
+    pipe = VirtualPipeline(modules, loss_fn, **BASE, **options)
+    losses = [float(pipe.step(*batch(m))) for m in range(60)]
     weights = [list(stage.parameters()) for stage in pipe.stages]
-    return {"losses": losses, "outputs": pipe.predict(microbatch(-1)[0]), "weights": weights}
+    return {"losses": losses, "outputs": pipe.predict(batch(99)[0]), "weights": weights}
+
+
+def loss_and_data(name: str, otherwise: Any) -> tuple[Any, Any]:
+    """Return the loss function and the data of a model of ``shaped``."""
+    if name not in nests.SCENARIOS:
+        return otherwise, microbatch
+    return (nests.sum_and_weight if "weighted" in name else nests.mean), nests.batch
 
 
 def checkpoint_blocks(modules: list[nn.Module]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
+from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.tensors import device_of
 from nesterov_pp.stash import WeightStash
 
@@ -102,7 +103,13 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
 
 
 def run_stage(module: nn.Module, hidden: Any) -> Any:
-    """Return the output of a stage. A tuple is passed as its arguments, a mapping as its keyword arguments."""
+    """Return the output of a stage. A tuple is passed as its arguments, a mapping as its keyword arguments.
+
+    An ``nn.Sequential`` takes one argument, whatever it is, as its layers do.
+    """
+    inner = module.module if isinstance(module, Recomputed) else module
+    if type(inner).forward is nn.Sequential.forward:
+        return module(hidden)
     if isinstance(hidden, tuple):
         return module(*hidden)
     return module(**hidden) if isinstance(hidden, Mapping) else module(hidden)
