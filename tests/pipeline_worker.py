@@ -80,6 +80,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "not-ahead": {"receive_ahead": 0},
     "jitter": {},
     "own-links": {"links": HalvedLinks},
+    "clipped-over-all": {"clip_over": "pipeline"},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
 ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint", "links")
@@ -105,7 +106,7 @@ def expected(stages: int, name: str) -> dict[str, Any]:
     """Return the losses and final weights of the virtual pipeline."""
     options = {k: v for k, v in SCENARIOS[name].items() if k not in ONLY_ASYNC}
     modules = model(stages, dropout=0.1, dtype=torch.float32)
-    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
     losses, validations = [], []
     for m in range(UPDATES * k_of(options)):
         pipe.lr = rate(m)
@@ -126,7 +127,7 @@ def run(world: World, name: str) -> dict[str, Any]:
     if "checkpoint" in options:
         del options["checkpoint"]
         checkpoint_blocks(modules)
-    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **BASE, **options)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **{**BASE, **options})
     if name == "jitter":
         slow_down(pipe.module, random.Random(world.rank))
     losses, validations = [], []
@@ -151,7 +152,7 @@ def run_replicas(world: World, name: str) -> dict[str, Any]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         stage = stage if name == "sharded-in-part" else fully_shard(stage, mesh=mesh)
-    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
+    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **{**BASE, **options})
     losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
     weights = pipe.module.state_dict()
     return {
@@ -164,7 +165,7 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
     """Run one pipeline with microbatches twice as large."""
     options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
     modules = model(2, dtype=torch.float64)
-    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
     losses = []
     for m in range(REPLICATED_UPDATES * k_of(options)):
         pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
@@ -269,7 +270,7 @@ def run_shaped(world: World, name: str) -> dict[str, Any]:
     if name == "by-time":
         options = {"partition": "time"}
     loss_fn, batch = loss_and_data(name, F.cross_entropy)
-    pipe = AsyncPipeline(modules, loss_fn, batch, 60, world, **BASE, **options)
+    pipe = AsyncPipeline(modules, loss_fn, batch, 60, world, **{**BASE, **options})
     losses = [float(loss) for _ in range(60) if (loss := pipe.step()) is not None]
     outputs = pipe.predict(batch(99)[0]) if name != "frozen" else torch.zeros(0)
     return {"losses": losses, "outputs": outputs, "weights": list(pipe.module.parameters())}
@@ -282,7 +283,7 @@ def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
         modules, loss_fn, options = [Autocast(m) for m in modules], bfloat16_loss, {}
     if "partition" in options:
         options = {"partition": stages}
-    pipe = VirtualPipeline(modules, loss_fn, **BASE, **options)
+    pipe = VirtualPipeline(modules, loss_fn, **{**BASE, **options})
     losses = [float(pipe.step(*batch(m))) for m in range(60)]
     weights = [list(stage.parameters()) for stage in pipe.stages]
     return {"losses": losses, "outputs": pipe.predict(batch(99)[0]), "weights": weights}
@@ -292,7 +293,7 @@ def loss_and_data(name: str, otherwise: Any) -> tuple[Any, Any]:
     """Return the loss function and the data of a model of ``shaped``."""
     if name not in nests.SCENARIOS:
         return otherwise, microbatch
-    return (nests.sum_and_weight if "weighted" in name else nests.mean), nests.batch
+    return (nests.sum_and_weight if name in ("nests-weighted", "nests-clipped") else nests.mean), nests.batch
 
 
 def checkpoint_blocks(modules: list[nn.Module]) -> None:

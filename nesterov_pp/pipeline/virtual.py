@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.losses import LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import stage_list
@@ -55,7 +57,9 @@ class VirtualPipeline:
             with ``constant_delay`` is given the expected delay. A microbatch that is lost has no gradient.
         flush_every: drain the pipeline after every ``flush_every`` updates and continue with all versions equal, as
             the paper's released code does every 1,000 updates (default: never).
-        max_grad_norm: clip the gradient norm of each stage to this value (default: no clipping).
+        max_grad_norm: clip the gradient norm to this value (default: no clipping).
+        clip_over: whose norm that is: of each "stage" (default), or of the whole "pipeline", of which a stage knows the
+            norms of later stages in time and those of earlier stages ``tau + 1`` updates late.
         param_groups: ``(stage module) -> groups`` for its optimizer, which hold every trainable parameter once. A
             group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule, such as
             ``"weight_decay"`` (default: one group).
@@ -87,6 +91,7 @@ class VirtualPipeline:
         delays: Delays | Sequence[int] | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        clip_over: ClipOver = "stage",
         param_groups: ParamGroups | None = None,
         seed: int | None = None,
         backend: str = "auto",
@@ -96,6 +101,7 @@ class VirtualPipeline:
     ) -> None:
         recipe = find_recipe(method).override(overrides)
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        over_all = check_clip_over(clip_over, max_grad_norm)
         self.stages = stage_list(stages, partition)
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
@@ -126,7 +132,7 @@ class VirtualPipeline:
                 stash,
                 place,
                 lr=lr,
-                max_grad_norm=max_grad_norm,
+                max_grad_norm=None if over_all else max_grad_norm,
                 backend=backend,
                 param_groups=param_groups,
             )
@@ -136,6 +142,8 @@ class VirtualPipeline:
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
         self._weights: list[float | None] = []
+        self._max_grad_norm = max_grad_norm if over_all else None
+        self._norms = [Norms(stash.versions) for stash in self.stashes] if over_all else []
 
     @property
     def lr(self) -> float:
@@ -251,7 +259,8 @@ class VirtualPipeline:
 
     def _stage_states(self) -> dict[int, StageState]:
         forecasts: Sequence[Forecast | None] = self.forecasts or [None] * len(self.stages)
-        parts = zip(self.stashes, self.optimizers, self.stages, forecasts, strict=True)
+        norms: Sequence[Norms | None] = self._norms or [None] * len(self.stages)
+        parts = zip(self.stashes, self.optimizers, self.stages, forecasts, norms, strict=True)
         return {i: StageState(*part) for i, part in enumerate(parts)}
 
     def _draw(self) -> list[int] | None:
@@ -282,14 +291,22 @@ class VirtualPipeline:
     def _update(self) -> None:
         start = time.perf_counter()
         weight, self._weights = weight_of_update(self._weights), []
+        parts: list[tuple[int, int, list[Tensor]] | None] = []
+        last = [ran_with[-1][0] for ran_with in self._ran_with]
         for i, (optimizer, stash) in enumerate(zip(self.optimizers, self.stashes, strict=True)):
             ran_with, self._ran_with[i] = self._ran_with[i], []
             if optimizer is None:
+                parts.append(None)
                 continue
             version = stash.gather_gradients([version for version, _ in ran_with])
-            delay = max(delay for _, delay in ran_with)
-            parameters = list(stash.parameters(version).values())
+            parameters: list[Tensor] = list(stash.parameters(version).values())
             reweigh(parameters, self.microbatches_per_update, weight)
+            parts.append((version, max(delay for _, delay in ran_with), parameters))
+        self._clip([[] if part is None else part[2] for part in parts], last)
+        for i, (optimizer, part) in enumerate(zip(self.optimizers, parts, strict=True)):
+            if optimizer is None or part is None:
+                continue
+            version, delay, parameters = part
             if self.forecasts:
                 self.forecasts[i].apply(parameters, delay)
             set_horizon(optimizer, self.recipe, self.places[i], self.updates)
@@ -297,6 +314,18 @@ class VirtualPipeline:
                 optimizer.step(version=version, microbatches=self.microbatches_per_update)
         self.updates += 1
         self.optimizer_seconds += time.perf_counter() - start
+
+    def _clip(self, parameters: Sequence[list[Tensor]], versions: Sequence[int]) -> None:
+        """Clip by the norm of all stages, whose last microbatch ran with these versions, if that was asked for."""
+        if self._max_grad_norm is None:
+            return
+        earlier = list(accumulate((n.of(v) for n, v in zip(self._norms, versions, strict=True)), initial=0.0))
+        from_here_on = 0.0
+        for i in reversed(range(len(self.stages))):
+            own = squared_norm(parameters[i], self.microbatches_per_update)
+            from_here_on += own
+            clip(parameters[i], earlier[i] + from_here_on, self._max_grad_norm)
+            self._norms[i].note(self.stashes[i].newest + 1, own)
 
 
 def _delay_model(recipe: Recipe, stages: int, k: int, delays: Delays | Sequence[int] | None) -> Delays:

@@ -21,7 +21,7 @@ ENDINGS = str(ROOT / "tests" / "endings_worker.py")
 def raised(outputs: list[tuple[int, str]], rank: int) -> str:
     status, output = outputs[rank]
     assert status == 1
-    (line,) = [row for row in output.splitlines() if re.search(r"Error: .* \[[\d.]+ s\]$", row)]
+    (line,) = [row for row in output.splitlines() if re.search(r"^\w+: .* ?\[[\d.]+ s\]$", row)]
     return line
 
 

@@ -4,7 +4,8 @@
 Tensors travel while stages compute only if memory to receive them is posted early, and then its size has to be known
 before the message exists. So every message consists of
 
-- a head: the number of its layout, the size of the layout's description if it is new, and the size of a later cell;
+- a head: the number of its layout, the size of the layout's description if it is new, the size of a later cell, and one
+  number that the stages have to say;
 - a cell: the first bytes of its tensors, in memory that the receiver posted together with the head;
 - an overflow: the description of a new layout and the bytes that the cell has no room for.
 
@@ -153,8 +154,8 @@ class Outbox:
         self._cells = deque([0] * (1 + ahead))
         self._recent: deque[int] = deque(maxlen=_RECENT)
 
-    def send(self, microbatch: int, value: Any) -> None:
-        """Start sending a nest. Its tensors must not change until they have arrived.
+    def send(self, microbatch: int, value: Any, note: float = 0.0) -> None:
+        """Start sending a nest and a number. The tensors must not change until they have arrived.
 
         Raises:
             ValueError: the nest holds something that cannot be sent.
@@ -169,7 +170,7 @@ class Outbox:
         self._recent.append(packed.numel())
         cell = self._cells.popleft()
         self._cells.append(max(self._recent))
-        head = torch.tensor([number, len(news), self._cells[-1]])
+        head = torch.tensor([number, len(news), self._cells[-1], note], dtype=torch.float64)
         self._channel.send(microbatch, [head, _filled(packed, cell)] if cell else [head])
         rest = [torch.frombuffer(bytearray(news), dtype=torch.uint8)] if news else []
         rest += [packed[cell:]] if packed.numel() > cell else []
@@ -188,16 +189,17 @@ class Inbox:
 
     def post(self, microbatch: int) -> None:
         """Start receiving the next microbatch."""
-        head = torch.empty(3, dtype=torch.int64)
+        head = torch.empty(4, dtype=torch.float64)
         cell = torch.empty(self._cells.popleft(), dtype=torch.uint8, device=self._device)
         self._posted.append((head, cell))
         self._channel.post(microbatch, [head, cell] if cell.numel() else [head])
 
-    def take(self, microbatch: int) -> Any:
-        """Wait for the oldest message posted, which belongs to this microbatch; return its nest."""
+    def take(self, microbatch: int) -> tuple[Any, float]:
+        """Wait for the oldest message posted, which belongs to this microbatch; return its nest and its number."""
         self._channel.take(microbatch)
         head, cell = self._posted.popleft()
-        number, news, next_cell = head.tolist()
+        *whole, note = head.tolist()
+        number, news, next_cell = map(int, whole)
         self._cells.append(next_cell)
         if news:
             description = bytes(self._take_rest(microbatch, torch.empty(news, dtype=torch.uint8)).numpy())
@@ -208,7 +210,7 @@ class Inbox:
             packed = torch.empty(size, dtype=torch.uint8, device=self._device)
             packed[:room].copy_(cell)
             self._take_rest(microbatch, packed[room:])
-        return layout.unpack(packed)
+        return layout.unpack(packed), note
 
     def _take_rest(self, microbatch: int, memory: Tensor) -> Tensor:
         self._overflow.post(microbatch, [memory])

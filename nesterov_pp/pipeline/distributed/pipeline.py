@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import version_for_update
 from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
 from nesterov_pp.pipeline.distributed.engine import Engine
@@ -23,7 +24,7 @@ from nesterov_pp.pipeline.distributed.timeline import Timeline
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
 from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
-from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, weight_of_update
+from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
@@ -58,8 +59,8 @@ class AsyncPipeline:
             data for the same m. Only the first and the last stage call it. With R replicas, replica r calls it with the
             numbers ``m R + r``.
         microbatches: length of the run; nothing is sent for microbatches after it.
-        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, param_groups, backend, overrides: as
-            for ``VirtualPipeline``.
+        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, clip_over, param_groups, backend,
+            overrides: as for ``VirtualPipeline``.
         world: the ``World`` that ``connect`` yields.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone.
         replicas: R processes for each stage, whose gradients are averaged. The world has ``P R`` processes, and
@@ -99,6 +100,7 @@ class AsyncPipeline:
         microbatches_per_update: int | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        clip_over: ClipOver = "stage",
         param_groups: ParamGroups | None = None,
         seed: int = 0,
         backend: str = "auto",
@@ -121,6 +123,7 @@ class AsyncPipeline:
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        over_all = check_clip_over(clip_over, max_grad_norm)
         self.recipe, self.loss_fn, self._lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
@@ -146,9 +149,13 @@ class AsyncPipeline:
         self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
         self._receive_ahead = receive_ahead
         self._losses: dict[int, Loss] = {}
-        # Weights are summed over what else than one microbatch an update takes.
-        self._weighs = k > 1 or replicas > 1
+        # What comes with the gradients: the weight of the microbatch, where an update takes several, and the squared
+        # norm of the stages from the next one on, where the norm of all is clipped.
+        self._weighs, self._notes = k > 1 or replicas > 1, k > 1 or replicas > 1 or over_all
         self._weights: list[float | None] = []
+        self._max_grad_norm = max_grad_norm if over_all else None
+        self._norms = Norms(self.delay + 1) if over_all else None
+        self._earlier: dict[int, float] = {}
 
         check_shards(self.module)
         self.stash = build_stash(recipe, self.module, 1 if recipe.linearise_at == "newest" else self.delay + 1)
@@ -160,7 +167,7 @@ class AsyncPipeline:
             self.stash,
             self._place,
             lr=lr,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=None if over_all else max_grad_norm,
             backend=backend,
             param_groups=param_groups,
         )
@@ -330,7 +337,7 @@ class AsyncPipeline:
         return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas)
 
     def _state(self) -> StageState:
-        return StageState(self.stash, self.optimizer, self.module)
+        return StageState(self.stash, self.optimizer, self.module, norms=self._norms)
 
     # ------------------------------------------------------------------ events
 
@@ -380,8 +387,8 @@ class AsyncPipeline:
                 )
             raise
 
-    def _inputs(self, m: int) -> Any:
-        """Receive the activations of a microbatch."""
+    def _inputs(self, m: int) -> tuple[Any, float]:
+        """Receive the activations of a microbatch, and the squared norm of the stages before."""
         channel, inbox = self._links.inputs, self._inbox
         assert channel is not None
         assert inbox is not None
@@ -391,7 +398,7 @@ class AsyncPipeline:
             return inbox.take(m)
 
     def _forward(self, m: int) -> None:
-        inputs: Any = None if self._inbox is None else self._inputs(m)
+        inputs, earlier = (None, 0.0) if self._inbox is None else self._inputs(m)
         with self.timeline.span("forward", m), self._told("forward", m):
             given, targets = self._asked(m) if self.is_first or self.is_last else (None, None)
             with ExitStack() as bound:
@@ -406,17 +413,20 @@ class AsyncPipeline:
                 if self.is_last:
                     what = f"the loss is {float(self._losses[m].mean)}"
                 raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
+            if self._norms is not None:
+                self._earlier[m] = earlier
+                earlier += self._norms.of(self._version(m))
             if self._outbox is not None:
-                self._outbox.send(m, output)
+                self._outbox.send(m, output, earlier)
 
     def _gradients(self, m: int) -> list[Tensor]:
-        """Receive the gradients of a microbatch's outputs, and its weight if that matters."""
+        """Receive what ``_backward`` sends: a microbatch's note, if there are notes, and its outputs' gradients."""
         channel = self._links.gradients_in
         assert channel is not None
         while channel.next_to_post < min(m + 1 + self._receive_ahead, self._forwarded):
             ahead = channel.next_to_post
-            weight = [torch.empty((), dtype=torch.float64)] if self._weighs else []
-            self._arriving.append([*weight, *self._engine.gradients_like(ahead)])
+            note = [torch.empty(2, dtype=torch.float64)] if self._notes else []
+            self._arriving.append([*note, *self._engine.gradients_like(ahead)])
             channel.post(ahead, self._arriving[-1])
         with self.timeline.span("wait", m):
             channel.take(m)
@@ -425,9 +435,10 @@ class AsyncPipeline:
     def _backward(self, m: int) -> Tensor | None:
         gradients = [] if self._links.gradients_in is None else self._gradients(m)
         loss = self._losses.pop(m, None)
-        weight = None if loss is None else loss.weight
-        if self._weighs and loss is None:
-            weight = _weight(gradients.pop(0))
+        weight, later = (None, 0.0) if loss is None else (loss.weight, 0.0)
+        if loss is None and self._notes:
+            weight, later = gradients.pop(0).tolist()
+            weight = None if math.isnan(weight) else weight
         completes = (m + 1) % self.microbatches_per_update == 0
         with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
@@ -438,13 +449,38 @@ class AsyncPipeline:
             if self._weighs:
                 self._weights.append(weight)
                 weight_of_update(self._weights)
+        if completes and self._norms is not None:
+            later = self._clip(m, later)
         if self._links.gradients_out is not None:
-            own = [torch.tensor(math.nan if weight is None else weight, dtype=torch.float64)] if self._weighs else []
-            self._links.gradients_out.send(m, [*own, *back])
-        if self._average is not None and completes:
+            note = [torch.tensor([math.nan if weight is None else weight, later], dtype=torch.float64)]
+            self._links.gradients_out.send(m, [*(note if self._notes else []), *back])
+        if completes and self._norms is None:
+            self._complete(m)
+        return None if loss is None else self._mean(loss)
+
+    def _complete(self, m: int) -> list[Tensor]:
+        """Return the parameters with the gradients of the update that microbatch ``m`` completes, ready for a step."""
+        if self._average is not None:
             with self.timeline.span("average", m):
                 self._average.finish()
-        return None if loss is None else self._mean(loss)
+        weight, self._weights = weight_of_update(self._weights), []
+        if weight is not None and self.replicas > 1:
+            weight = float(self._links.mean(torch.tensor(weight, dtype=torch.float64)))
+        parameters = self._versions.with_gradients(self._version(m))
+        reweigh(parameters, self.microbatches_per_update, weight)
+        return parameters
+
+    def _clip(self, m: int, later: float) -> float:
+        """Clip by the norm of all stages; return the squared norm of this stage and those after it."""
+        assert self._norms is not None
+        assert self._max_grad_norm is not None
+        parameters = self._complete(m)
+        own = squared_norm(parameters, self.microbatches_per_update)
+        self._norms.note(self.stash.newest + 1, own)
+        earlier = self._earlier.pop(m)
+        self._earlier = {k: norm for k, norm in self._earlier.items() if k > m}
+        clip(parameters, earlier + (later + own), self._max_grad_norm)
+        return later + own
 
     def _mean(self, loss: Loss) -> Tensor:
         """Return a microbatch's mean loss over the replicas."""
@@ -457,20 +493,12 @@ class AsyncPipeline:
     def _update(self, update: int) -> None:
         begin = time.perf_counter()
         with self.timeline.span("step", update):
-            weight, self._weights = weight_of_update(self._weights), []
-            if weight is not None and self.replicas > 1:
-                weight = float(self._links.mean(torch.tensor(weight, dtype=torch.float64)))
             if self.optimizer is not None:
                 set_horizon(self.optimizer, self.recipe, self._place, update)
                 version = self._version(update * self.microbatches_per_update)
                 with rates_of_update(self.optimizer, self.recipe, self._delay_of(update), update):
-                    self._versions.step(self.optimizer, version, self.microbatches_per_update, weight)
+                    self._versions.step(self.optimizer, version, self.microbatches_per_update)
         self.optimizer_seconds += time.perf_counter() - begin
 
     def _autocasting(self) -> AbstractContextManager[Any]:
         return autocasting(self.module, self._autocast)
-
-
-def _weight(received: Tensor) -> float | None:
-    weight = float(received)
-    return None if math.isnan(weight) else weight

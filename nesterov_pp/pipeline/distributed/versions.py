@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from nesterov_pp.pipeline.losses import reweigh
 from nesterov_pp.pipeline.recipe import StageOptimizer
 from nesterov_pp.stash import LineariseAt, WeightStash
 
@@ -75,10 +74,12 @@ class Versions:
         """
         return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
-    def step(self, optimizer: StageOptimizer, version: int, microbatches: int, weight: float | None) -> None:
-        """Apply the gradients of ``version``, their mean over microbatches or weight, to the newest weights."""
-        gradients_of = version if self._all_stashed() else self._stash.newest
-        reweigh(self._stash.parameters(gradients_of).values(), microbatches, weight)
+    def with_gradients(self, version: int) -> list[Tensor]:
+        """Return the parameters that hold the gradients of microbatches that ran with ``version``."""
+        return list(self._stash.parameters(version if self._all_stashed() else self._stash.newest).values())
+
+    def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
+        """Apply the gradients of ``version`` to the newest weights."""
         if self._all_stashed():
             optimizer.step(version=version, microbatches=microbatches)
         else:
