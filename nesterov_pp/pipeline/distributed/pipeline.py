@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,10 +15,10 @@ from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip
 from nesterov_pp.pipeline.delay_models import version_for_update
 from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
 from nesterov_pp.pipeline.distributed.engine import Engine
-from nesterov_pp.pipeline.distributed.letters import Inbox, Outbox
 from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
 from nesterov_pp.pipeline.distributed.timeline import Timeline
+from nesterov_pp.pipeline.distributed.traffic import Note, Traffic
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
 from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
@@ -149,9 +147,7 @@ class AsyncPipeline:
         self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
         self._receive_ahead = receive_ahead
         self._losses: dict[int, Loss] = {}
-        # What comes with the gradients: the weight of the microbatch, where an update takes several, and the squared
-        # norm of the stages from the next one on, where the norm of all is clipped.
-        self._weighs, self._notes = k > 1 or replicas > 1, k > 1 or replicas > 1 or over_all
+        self._weighs = k > 1 or replicas > 1  # a microbatch's weight matters where an update takes several
         self._weights: list[float | None] = []
         self._max_grad_norm = max_grad_norm if over_all else None
         self._norms = Norms(self.delay + 1) if over_all else None
@@ -178,13 +174,10 @@ class AsyncPipeline:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
             self._average = self._links.average(leaves, bucket_bytes)
         self._engine = Engine(Recomputed(self.module) if recompute else self.module)
-        self._inbox = self._outbox = None
-        if self._links.inputs is not None and self._links.overflow_in is not None:
-            self._inbox = Inbox(self._links.inputs, self._links.overflow_in, receive_ahead, self.device)
-        if self._links.outputs is not None and self._links.overflow_out is not None:
-            self._outbox = Outbox(self._links.outputs, self._links.overflow_out, receive_ahead)
+        self._traffic = Traffic(
+            self._links, self._engine, receive_ahead, microbatches, self.device, self._weighs or over_all, self.timeline
+        )
         self._world = world
-        self._arriving: deque[list[Tensor]] = deque()
         self._prepared = False
 
     @property
@@ -214,7 +207,7 @@ class AsyncPipeline:
     @property
     def waited(self) -> float:
         """The seconds spent waiting for neighbours so far."""
-        return sum(channel.waited for channel in self._links.channels())
+        return self._traffic.waited
 
     def step(self) -> Tensor | None:
         """Complete the next microbatch on this stage; every K-th completes an update.
@@ -252,8 +245,7 @@ class AsyncPipeline:
         if self.microbatches % self.microbatches_per_update == 0:
             self._update(self.updates - 1)
         if self.microbatches == self.total:
-            for channel in self._links.channels():
-                channel.finish()
+            self._traffic.finish()
         return loss
 
     # ------------------------------------------------------------------ evaluation: called on all stages of a pipeline
@@ -351,9 +343,7 @@ class AsyncPipeline:
         }
         own = Report(self._world.rank, self.stage, settings, [] if self.replica else prints_of(self.module))
         check_agreement(self._world.gather(own))
-        for channel in self._links.channels():
-            channel.next_to_post = self.microbatches
-            channel.waited = 0.0
+        self._traffic.begin(self.microbatches)
         self._prepared = True
 
     def _asked(self, m: int) -> tuple[Any, Any]:
@@ -387,18 +377,8 @@ class AsyncPipeline:
                 )
             raise
 
-    def _inputs(self, m: int) -> tuple[Any, float]:
-        """Receive the activations of a microbatch, and the squared norm of the stages before."""
-        channel, inbox = self._links.inputs, self._inbox
-        assert channel is not None
-        assert inbox is not None
-        while channel.next_to_post < min(m + 1 + self._receive_ahead, self.total):
-            inbox.post(channel.next_to_post)
-        with self.timeline.span("wait", m):
-            return inbox.take(m)
-
     def _forward(self, m: int) -> None:
-        inputs, earlier = (None, 0.0) if self._inbox is None else self._inputs(m)
+        inputs, earlier = self._traffic.inputs(m)
         with self.timeline.span("forward", m), self._told("forward", m):
             given, targets = self._asked(m) if self.is_first or self.is_last else (None, None)
             with ExitStack() as bound:
@@ -416,29 +396,13 @@ class AsyncPipeline:
             if self._norms is not None:
                 self._earlier[m] = earlier
                 earlier += self._norms.of(self._version(m))
-            if self._outbox is not None:
-                self._outbox.send(m, output, earlier)
-
-    def _gradients(self, m: int) -> list[Tensor]:
-        """Receive what ``_backward`` sends: a microbatch's note, if there are notes, and its outputs' gradients."""
-        channel = self._links.gradients_in
-        assert channel is not None
-        while channel.next_to_post < min(m + 1 + self._receive_ahead, self._forwarded):
-            ahead = channel.next_to_post
-            note = [torch.empty(2, dtype=torch.float64)] if self._notes else []
-            self._arriving.append([*note, *self._engine.gradients_like(ahead)])
-            channel.post(ahead, self._arriving[-1])
-        with self.timeline.span("wait", m):
-            channel.take(m)
-        return self._arriving.popleft()
+            self._traffic.hand_on(m, output, earlier)
 
     def _backward(self, m: int) -> Tensor | None:
-        gradients = [] if self._links.gradients_in is None else self._gradients(m)
+        note, gradients = self._traffic.gradients(m, self._forwarded)
         loss = self._losses.pop(m, None)
-        weight, later = (None, 0.0) if loss is None else (loss.weight, 0.0)
-        if loss is None and self._notes:
-            weight, later = gradients.pop(0).tolist()
-            weight = None if math.isnan(weight) else weight
+        if loss is not None:
+            note = Note(loss.weight)
         completes = (m + 1) % self.microbatches_per_update == 0
         with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
@@ -447,13 +411,11 @@ class AsyncPipeline:
             with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
                 back = self._engine.backward(m, objective, gradients)
             if self._weighs:
-                self._weights.append(weight)
+                self._weights.append(note.weight)
                 weight_of_update(self._weights)
         if completes and self._norms is not None:
-            later = self._clip(m, later)
-        if self._links.gradients_out is not None:
-            note = [torch.tensor([math.nan if weight is None else weight, later], dtype=torch.float64)]
-            self._links.gradients_out.send(m, [*(note if self._notes else []), *back])
+            note = note._replace(square=self._clip(m, note.square))
+        self._traffic.hand_back(m, note, back)
         if completes and self._norms is None:
             self._complete(m)
         return None if loss is None else self._mean(loss)
