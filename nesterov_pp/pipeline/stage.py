@@ -101,8 +101,10 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
         group["horizon"] = horizon
 
 
-def run_stage(module: nn.Module, hidden: Any) -> Any:
-    """Return the output of a stage. A tuple from the previous stage is passed as separate arguments."""
+def run_stage(module: Callable[..., Any], hidden: Any) -> Any:
+    """Return the output of a stage. A tuple is passed as separate arguments, a dict as keyword arguments."""
+    if isinstance(hidden, dict):
+        return module(**hidden)
     return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
 
 
