@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from nesterov_pp.pipeline.cutting.chain import Side, chain_plan, lists_of
 from nesterov_pp.pipeline.cutting.decoders import decoder_plan, language_model, note_untied
-from nesterov_pp.pipeline.cutting.plan import Plan, homes_of, parts_of, tied_across
+from nesterov_pp.pipeline.cutting.plan import Part, Plan, homes_of, parts_of, tied_across
 from nesterov_pp.pipeline.cutting.plan import untie as untie_entries
 from nesterov_pp.pipeline.cutting.stage_module import StageModule, entries, shell_of
 from nesterov_pp.pipeline.cutting.weights import load_weights
@@ -69,12 +69,20 @@ def cut(
             f"{name} is tied to {source}, but they are on stages {homes[name]} and {homes[source]}, which update at "
             "different times; pass untie=True to give it its own copy, or cut the model into one stage"
         )
+    made = _stage_modules(model, plan, parts, homes, tied)
+    if not tied:
+        return made
+    untie_entries(model, tied)
+    inner = language_model(model)
+    if inner is not None:
+        note_untied(inner[1], set(tied))
+    return _stage_modules(model, plan, parts, homes, tied)
+
+
+def _stage_modules(
+    model: nn.Module, plan: Plan, parts: Sequence[Part], homes: Mapping[str, int], tied: Mapping[str, str]
+) -> list[StageModule]:
     made = []
-    if tied:
-        untie_entries(model, tied)
-        inner = language_model(model)
-        if inner is not None:
-            note_untied(inner[1], set(tied))
     for k, part in enumerate(parts):
         run, stand_ins = plan.stage(part)
         own = {name for name, home in homes.items() if home == k}

@@ -67,25 +67,24 @@ def chain_plan(
     Raises:
         ValueError: there is no module of one of these names, a list has no layers, or something is named twice.
     """
-    named = list(entries(model))
+    position = {name: i for i, name in enumerate(entries(model))}
     names = [name for listed in _as_names(layers) for name in _expanded(model, listed)]
     for i, name in enumerate(names):
         if any(other == name or other.startswith(f"{name}.") for other in names[:i] + names[i + 1 :]):
             raise ValueError(f"{name} is among the layers more than once")
-    rest = [name for name in named if name not in below(named, names)]
+    inside = below(position, names)
     begin, own_before = _side(model, before, keeps=True)
     end, own_after = _side(model, after, keeps=False)
-    twice = sorted(own_before & own_after | (own_before | own_after) - set(rest))
+    twice = sorted((own_before & own_after) | ((own_before | own_after) & inside))
     if twice:
         raise ValueError(f"{twice[0]} is named more than once; it is used before, in or after the layers")
-    in_layers = [i for i, name in enumerate(named) if name not in rest]
-    start = in_layers[0] if in_layers else len(named)
-    free = [name for name in rest if name not in own_before | own_after]
+    start = min((position[name] for name in inside), default=len(position))
+    free = position.keys() - inside - own_before - own_after
     # A function does not say which modules it calls: those that the model defines on its side of the layers.
     if callable(before):
-        own_before |= {name for name in free if not callable(after) or named.index(name) < start}
+        own_before |= {name for name in free if not callable(after) or position[name] < start}
     if callable(after):
-        own_after |= {name for name in free if not callable(before) or named.index(name) >= start}
+        own_after |= {name for name in free if not callable(before) or position[name] >= start}
 
     def stage(part: Part) -> tuple[Callable[..., Any], Mapping[str, nn.Module]]:
         chosen = names[part.start : part.stop]

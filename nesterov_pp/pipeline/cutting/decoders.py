@@ -73,7 +73,7 @@ class Decoder:
             )
         if not self.first:
             given["inputs_embeds"] = given.pop("hidden_states")
-        options = {"use_cache": False, "return_dict": True}
+        options = {"use_cache": False, "return_dict": True}  # training has no use for keys and values of the past
         if self.last:
             return shell.get_submodule(self.model)(**given, **options).logits
         hidden: Tensor = shell.get_submodule(self.base)(**given, **options).last_hidden_state

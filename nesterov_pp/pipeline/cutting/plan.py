@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nesterov_pp.pipeline.cutting.stage_module import entries
 from nesterov_pp.pipeline.partition import balanced_sizes
 
 
@@ -132,6 +131,3 @@ def untie(model: nn.Module, tied: Mapping[str, str]) -> None:
 def _size(named: Mapping[str, Tensor], names: Iterable[str]) -> int:
     """Return the number of elements of the parameters among ``names``; one that is there twice counts once."""
     return sum({id(p): p.numel() for p in map(named.__getitem__, names) if isinstance(p, nn.Parameter)}.values())
-
-
-__all__ = ["Part", "Plan", "below", "entries", "homes_of", "parts_of", "tied_across", "untie"]
