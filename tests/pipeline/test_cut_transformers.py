@@ -6,6 +6,7 @@ transformers is needed for these tests only: ``pip install '.[frameworks]'``.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from inspect import signature
 from typing import Any
@@ -90,6 +91,19 @@ def test_logits_and_names(kind, attention):
 
 def test_logits_and_names_of_eager_attention_only():
     test_logits_and_names("gemma2", "eager")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [("gpt2", ["embd_pdrop", "attn_pdrop", "resid_pdrop"]), ("gpt_neox", ["hidden_dropout", "attention_dropout"])],
+)
+def test_dropout_is_drawn_once(kind, dropout):
+    model = made(kind, **dict.fromkeys(dropout, 0.2)).train()
+    whole = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = whole(tokens(1)).logits
+    torch.manual_seed(1)
+    assert torch.equal(run(cut(model, 4, untie=True), tokens(1)), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -223,6 +237,12 @@ def classifier() -> Any:
 def test_what_cannot_be_cut(model, message):
     with pytest.raises(ValueError, match=message):
         cut(model(), 2)
+
+
+def test_an_old_version_is_named(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    with pytest.raises(ValueError, match=r"cutting a LlamaForCausalLM needs transformers 5 or newer, not 4.57.1"):
+        cut(made("llama"), 2)
 
 
 def test_labels_are_targets():

@@ -88,21 +88,37 @@ def _sources(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Source]:
 
 
 def _compute_buffers(stage: StageModule, device: torch.device) -> None:
-    """Give values to the buffers on the meta device that no weights hold, as the model's class initialises them."""
+    """Give values to the buffers on the meta device that no weights hold, as the model's class initialises them.
+
+    Raises:
+        ValueError: the class does not initialise one of them; all stay as they are.
+    """
     without = [
-        (module, key, f"{name}.{key}" if name else key)
+        (module, key, buffer, f"{name}.{key}" if name else key)
         for name, module in stage.named_modules()
         for key in module._non_persistent_buffers_set
         if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
     ]
     model: Any = next((m for m in stage.shell.modules() if hasattr(m, "_init_weights")), None)
-    if without and model is None:
-        raise ValueError(
-            f"{without[0][2]} is a buffer without values that is not saved; build the model with real buffers, such as "
-            "by accelerate.init_empty_weights()"
-        )
-    for module, key, _ in without:
-        module._buffers[key] = torch.empty_like(module._buffers[key], device=device)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for module in {id(module): module for module, _, _ in without}.values():
-            model._init_weights(module)
+    for module, key, buffer, _ in without:
+        module._buffers[key] = torch.full_like(buffer, _unset(buffer.dtype), device=device)
+    if model is not None:
+        with torch.no_grad():
+            for module in {id(module): module for module, _, _, _ in without}.values():
+                model._init_weights(module)
+    for module, key, buffer, name in without:
+        value = module._buffers[key]
+        if value is not None and bool(((value != value) | (value == _unset(buffer.dtype))).any()):
+            for other, other_key, before, _ in without:
+                other._buffers[other_key] = before
+            raise ValueError(
+                f"{name} is a buffer without values that is not saved; build the model with real buffers, such as by "
+                "accelerate.init_empty_weights()"
+            )
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    """Return a value that no buffer is given."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
