@@ -83,6 +83,8 @@ def test_logits_and_names(kind, attention):
     assert [name for stage in stages for name in stage.state_dict()] == list(whole.state_dict())
     inputs = [masked(tokens(1), "left"), masked(tokens(2, 2, 12), "right")]
     inputs.append({"input_ids": tokens(3, 2, 6), "position_ids": torch.arange(2, 8).expand(2, 6)})
+    inputs.append({"input_ids": tokens(3, 1, 6), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]])})  # packed
+    inputs.append({"inputs_embeds": torch.randn(2, 5, 32)})
     for given in inputs:
         assert torch.equal(run(stages, given), whole(**given).logits)
     assert isinstance(stages[0](tokens(4)), Tensor)
@@ -240,9 +242,10 @@ def test_what_cannot_be_cut(model, message):
 
 
 def test_an_old_version_is_named(monkeypatch):
+    model = made("llama")
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ValueError, match=r"cutting a LlamaForCausalLM needs transformers 5 or newer, not 4.57.1"):
-        cut(made("llama"), 2)
+        cut(model, 2)
 
 
 def test_labels_are_targets():

@@ -69,7 +69,7 @@ def cut(
             f"{name} is tied to {source}, but they are on stages {homes[name]} and {homes[source]}, which update at "
             "different times; pass untie=True to give it its own copy, or cut the model into one stage"
         )
-    made = _stage_modules(model, plan, parts, homes, tied)
+    made = _stage_modules(model, plan, parts, homes, tied)  # may raise, so this comes before any change to the model
     if not tied:
         return made
     untie_entries(model, tied)
