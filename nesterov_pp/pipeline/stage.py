@@ -102,13 +102,13 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
         group["horizon"] = horizon
 
 
-def run_stage(module: nn.Module, hidden: Any) -> Any:
+def run_stage(module: Callable[..., Any], hidden: Any) -> Any:
     """Return the output of a stage. A tuple is passed as its arguments, a mapping as its keyword arguments.
 
     An ``nn.Sequential`` takes one argument, whatever it is, as its layers do.
     """
     inner = module.module if isinstance(module, Recomputed) else module
-    if type(inner).forward is nn.Sequential.forward:
+    if getattr(type(inner), "forward", None) is nn.Sequential.forward:
         return module(hidden)
     if isinstance(hidden, tuple):
         return module(*hidden)
