@@ -13,6 +13,7 @@ from nesterov_pp.pipeline.delay_models import (
     version_for_update,
 )
 from nesterov_pp.pipeline.distributed import AsyncPipeline, Links, PipelineError, World, connect
+from nesterov_pp.pipeline.groups import no_decay
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
 from nesterov_pp.pipeline.stage import ParamGroups, microbatch_seed
@@ -43,6 +44,7 @@ __all__ = [
     "connect",
     "find_recipe",
     "microbatch_seed",
+    "no_decay",
     "recipes",
     "register",
     "split_sequential",

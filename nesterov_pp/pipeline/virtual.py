@@ -55,13 +55,14 @@ class VirtualPipeline:
             the paper's released code does every 1,000 updates (default: never).
         max_grad_norm: clip the gradient norm of each stage to this value (default: no clipping).
         param_groups: ``(stage module) -> groups`` for its optimizer, which hold every trainable parameter once. A
-            group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule, such as
-            ``"weight_decay"`` (default: one group).
+            group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule's groups, such as
+            ``"weight_decay"`` (default: one group). ``no_decay`` is such a function.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone (default: the global generator).
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
-        overrides: hyper-parameters of the recipe to replace.
+        overrides: hyper-parameters of the recipe to replace, and ``state_dtype``, ``master_weights`` and
+            ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of the pipeline), if its rule has them.
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
     stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
@@ -127,6 +128,7 @@ class VirtualPipeline:
                 max_grad_norm=max_grad_norm,
                 backend=backend,
                 param_groups=param_groups,
+                seed=seed,
             )
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]

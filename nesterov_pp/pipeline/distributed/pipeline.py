@@ -156,6 +156,7 @@ class AsyncPipeline:
             max_grad_norm=max_grad_norm,
             backend=backend,
             param_groups=param_groups,
+            seed=seed,
         )
         self.device = torch.device(device) if device is not None else device_of(self.module)
         self._links = links(world, replicas)
