@@ -210,9 +210,10 @@ class VirtualPipeline:
             return self.loss_fn(output, targets)
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``.
+        """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``,
+        ``masters``.
 
-        ``stash`` includes the shadows, ``moments`` the means of gradients.
+        ``stash`` includes the shadows, ``moments`` all tensors of the optimizers' state but the master weights.
         """
         return memory_of(self._stage_states().values())
 

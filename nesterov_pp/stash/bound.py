@@ -3,9 +3,9 @@
 [note: what a ring takes over]
 The parameters that a module shows are those of one version, so changes to them have to be made to the ring. Freezing
 and unfreezing take effect from the next version on: gradients of earlier versions that still arrive are dropped, and
-the weight is carried along, the stepped one where the ring holds predictions. If a parameter is replaced by one of the same dtype, device and shape, its values become
-those of the newest version. All other changes cannot be followed; the next ``use`` or step refuses them rather than
-undoing them silently.
+the weight is carried along (the stepped one, where the ring holds predictions). If a parameter is replaced by one of
+the same dtype, device and shape, its values become those of the newest version. All other changes cannot be followed;
+the next ``use`` or step refuses them rather than undoing them silently.
 """
 
 from __future__ import annotations

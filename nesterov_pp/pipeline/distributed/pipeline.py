@@ -278,7 +278,7 @@ class AsyncPipeline:
     # ------------------------------------------------------------------ checkpoints
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes this stage holds: ``weights`` (one version), ``stash`` (the others), ``moments``."""
+        """Return the bytes this stage holds, as ``VirtualPipeline.memory`` does for all stages."""
         return self._state().memory()
 
     def keep_for(self, update: int) -> None:

@@ -1,0 +1,122 @@
+"""One process of a pipeline with options of the rule, groups, and weights that are frozen for a while.
+
+Usage: options_worker.py FOLDER SCENARIO,... with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy import microbatch, model
+
+from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, no_decay, recipes
+
+UPDATES, HALF, STAGES = 20, 10, 3
+BASE: dict[str, Any] = {"lr": 1e-2, "seed": 7, "max_grad_norm": 0.5}
+MASTERS: dict[str, Any] = {"master_weights": True, "param_groups": no_decay, "weight_decay": 0.1}
+METHODS = ("nesterov", "nesterov-no-stash", "xpipe", "pipemare", "nesterov-rotated", "gpipe", "dc-asgd")
+"""Methods with a stash, without one, with predictions, with rotated steps, with a flush, with a correction."""
+
+LOW: dict[str, dict[str, Any]] = {
+    **{f"masters-{name}": {"method": name, **MASTERS} for name in METHODS},
+    "rounded": {"method": "nesterov", "stochastic_rounding": True, "state_dtype": torch.bfloat16},
+    "small-moments": {"method": "pipedream", **MASTERS, "state_dtype": torch.bfloat16, "betas": (0.8, 0.99)},
+}
+"""Scenarios with bfloat16 weights."""
+
+FREEZING = {
+    "a-weight": lambda stage, module: stage == 0 and [module[1].up.weight],
+    "first-stage": lambda stage, module: stage == 0 and list(module.parameters()),
+    "middle-stage": lambda stage, module: stage == 1 and list(module.parameters()),
+    "all-but-last": lambda stage, module: stage < STAGES - 1 and list(module.parameters()),
+    "last-stage": lambda stage, module: stage == STAGES - 1 and list(module.parameters()),
+}
+FROZEN = {f"{what}-{method}": {"method": method} for what in FREEZING for method in METHODS}
+"""Scenarios in which parameters are frozen after 6 updates, and trained again after 13."""
+
+
+def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output.float(), targets)
+
+
+def stages_of(name: str) -> list[nn.Module]:
+    return model(STAGES, dropout=0.1, dtype=torch.bfloat16 if name in LOW else torch.float32)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {**BASE, **(LOW[name] if name in LOW else FROZEN[name])}
+
+
+def k_of(name: str) -> int:
+    return recipes()[options_of(name)["method"]].accumulation(STAGES)
+
+
+def freeze(name: str, update: int, stage: int, module: nn.Module) -> None:
+    what = name.removesuffix("-" + options_of(name)["method"])
+    if name in FROZEN and update in (6, 13):
+        for p in FREEZING[what](stage, module) or ():
+            p.requires_grad_(update == 13)
+
+
+def through_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def expected(name: str) -> dict[str, Any]:
+    modules, k = stages_of(name), k_of(name)
+    pipe = VirtualPipeline(modules, loss_fn, **options_of(name))
+    losses = []
+    for m in range(UPDATES * k):
+        if m % k == 0:
+            for i, module in enumerate(modules):
+                freeze(name, m // k, i, module)
+        losses.append(float(pipe.step(*microbatch(m))))
+    return {"losses": losses, "weights": [stash.weights() for stash in pipe.stashes], "memory": pipe.memory()}
+
+
+def run(world: World, name: str) -> dict[str, Any]:
+    """Save and load half way, in a new pipeline."""
+    k, losses = k_of(name), []
+
+    def pipeline() -> AsyncPipeline:
+        return AsyncPipeline(stages_of(name), loss_fn, microbatch, UPDATES * k, world, **options_of(name))
+
+    def train(pipe: AsyncPipeline, first: int, last: int) -> None:
+        for m in range(first * k, last * k):
+            if m % k == 0:
+                freeze(name, m // k, pipe.stage, pipe.module)
+            loss = pipe.step()
+            losses.extend([] if loss is None else [float(loss)])
+
+    pipe = pipeline()
+    pipe.keep_for(HALF)
+    train(pipe, 0, HALF)
+    if name in LOW:
+        # Neighbours are still sending the microbatches in flight, which run again.
+        saved = through_file(pipe.state_dict())
+        train(pipe, HALF, UPDATES)
+        del losses[HALF * k :]
+        pipe = pipeline()
+        pipe.load_state_dict(saved)
+    train(pipe, HALF, UPDATES)
+    return {"losses": losses, "weights": pipe.stash.weights(), "memory": pipe.memory()}
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
+    torch.set_num_threads(1)
+    with connect(timeout=60) as world:
+        for name in names:
+            torch.save(run(world, name), folder / f"{name}-{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
