@@ -51,7 +51,10 @@ class RotatedOptimizer(StatefulOptimizer):
         if stash is not None:
             stash.leaves(self._parameters())
             stash.attach(self)
-        self.backend = choose_backend(options.backend, [p for p in self._parameters() if p.requires_grad])
+        trained = [p for p in self._parameters() if p.requires_grad]
+        self.backend = choose_backend(options.backend, trained)
+        if not any(p.is_meta for p in trained):
+            self._prepare()  # allocates the bases, too
 
     # ------------------------------------------------------------------ the step
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -212,6 +212,19 @@ class Config:
             raise UserError(str(error)) from None
 
     @property
+    def own_recipe(self) -> Recipe:
+        """The recipe with the hyper-parameters of this run (UserError if the method does not have one of them)."""
+        try:
+            return self.recipe.override(self.overrides())
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return cast(torch.dtype, getattr(torch, self.weights_dtype))
+
+    @property
     def microbatches_per_update(self) -> int:
         return self.recipe.accumulation(self.stages)
 
@@ -226,7 +239,7 @@ class Config:
             self.recipe.check_forward(recompute=self.recompute, autocast=self.autocast is not None)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._check_optimizer()
+        self.check_optimizer()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda needs a GPU, but torch finds none; omit it to train on the CPU")
         if self.layers < self.stages:
@@ -244,7 +257,7 @@ class Config:
                 f"not {self.microbatches}"
             )
 
-    def _check_optimizer(self) -> None:
+    def check_optimizer(self) -> None:
         """Raise UserError if the method's rule does not take the settings of the optimizer, or they do nothing."""
         low = self.weights_dtype != "float32"
         if self.master_weights and not low:
@@ -263,11 +276,11 @@ class Config:
             for name, given in self._rule_options().items():
                 if given is not None and named & of_betas.get(name, {name}):
                     raise ValueError(f"{flag(name)} is given twice: it is also in --method {self.method}")
-            recipe = self.recipe.override(self.overrides())
+            recipe = self.own_recipe
             if self.no_decay or self.embedding_lr != 1.0:
                 recipe.check_groups()
             # A rule refuses by itself what it cannot do.
-            layer, place = nn.Linear(2, 2, dtype=getattr(torch, self.weights_dtype)), Placement(1, 1, 0)
+            layer, place = nn.Linear(2, 2, dtype=self.dtype), Placement(1, 1, 0)
             build_optimizer(
                 recipe, layer, build_stash(recipe, layer, 1), place, lr=self.lr, max_grad_norm=None, backend="auto"
             )

@@ -189,7 +189,7 @@ def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
         dropout=config.dropout,
         seed=config.seed,
     )
-    return [stage.to(getattr(torch, config.weights_dtype)) for stage in stages]
+    return [stage.to(config.dtype) for stage in stages]
 
 
 def _delays(config: Config) -> Delays | None:
