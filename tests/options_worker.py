@@ -30,15 +30,27 @@ LOW: dict[str, dict[str, Any]] = {
 }
 """Scenarios with bfloat16 weights."""
 
-FREEZING = {
+WHAT = {
     "a-weight": lambda stage, module: stage == 0 and [module[1].up.weight],
-    "first-stage": lambda stage, module: stage == 0 and list(module.parameters()),
-    "middle-stage": lambda stage, module: stage == 1 and list(module.parameters()),
-    "all-but-last": lambda stage, module: stage < STAGES - 1 and list(module.parameters()),
-    "last-stage": lambda stage, module: stage == STAGES - 1 and list(module.parameters()),
+    "first-stage": lambda stage, module: stage == 0 and module.parameters(),
+    "middle-stage": lambda stage, module: stage == 1 and module.parameters(),
+    "all-but-last": lambda stage, module: stage < STAGES - 1 and module.parameters(),
+    "last-stage": lambda stage, module: stage == STAGES - 1 and module.parameters(),
 }
-FROZEN = {f"{what}-{method}": {"method": method} for what in FREEZING for method in METHODS}
-"""Scenarios in which parameters are frozen after 6 updates, and trained again after 13."""
+FROZEN: dict[str, tuple[str, str, int, int]] = {
+    f"frozen-{what}-{method}-{first}-{last}": (what, method, first, last)
+    for what, method, first, last in (
+        *(("a-weight", method, 4, HALF - 1) for method in METHODS),
+        ("a-weight", "nesterov", 6, 13),
+        ("a-weight", "nesterov-no-stash", 6, 13),
+        ("first-stage", "nesterov-no-stash", 4, HALF - 1),
+        ("first-stage", "xpipe", 6, 13),
+        ("middle-stage", "gpipe", 6, 13),
+        ("all-but-last", "nesterov", 6, 13),
+        ("last-stage", "nesterov-rotated", 6, 13),
+    )
+}
+"""Scenarios in which parameters are frozen for some updates: what, with which method, from when to when."""
 
 
 def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
@@ -50,7 +62,7 @@ def stages_of(name: str) -> list[nn.Module]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    return {**BASE, **(LOW[name] if name in LOW else FROZEN[name])}
+    return {**BASE, **(LOW[name] if name in LOW else {"method": FROZEN[name][1]})}
 
 
 def k_of(name: str) -> int:
@@ -58,10 +70,11 @@ def k_of(name: str) -> int:
 
 
 def freeze(name: str, update: int, stage: int, module: nn.Module) -> None:
-    what = name.removesuffix("-" + options_of(name)["method"])
-    if name in FROZEN and update in (6, 13):
-        for p in FREEZING[what](stage, module) or ():
-            p.requires_grad_(update == 13)
+    """Freeze or unfreeze the parameters of a stage that a scenario freezes before an update."""
+    what, _, first, last = FROZEN.get(name, ("", "", -1, -1))
+    if update in (first, last):
+        for p in WHAT[what](stage, module) or ():
+            p.requires_grad_(update == last)
 
 
 def through_file(state: Any) -> Any:
@@ -99,13 +112,11 @@ def run(world: World, name: str) -> dict[str, Any]:
     pipe = pipeline()
     pipe.keep_for(HALF)
     train(pipe, 0, HALF)
-    if name in LOW:
-        # Neighbours are still sending the microbatches in flight, which run again.
-        saved = through_file(pipe.state_dict())
-        train(pipe, HALF, UPDATES)
-        del losses[HALF * k :]
-        pipe = pipeline()
-        pipe.load_state_dict(saved)
+    saved = through_file(pipe.state_dict())
+    train(pipe, HALF, UPDATES)  # neighbours wait for its messages
+    del losses[HALF * k :]
+    pipe = pipeline()
+    pipe.load_state_dict(saved)
     train(pipe, HALF, UPDATES)
     return {"losses": losses, "weights": pipe.stash.weights(), "memory": pipe.memory()}
 

@@ -326,7 +326,7 @@ class AsyncPipeline:
     def _prepare(self) -> None:
         """Agree with the neighbours on shapes and dtypes, with the next microbatch as an example."""
         inputs, targets = self._example()
-        with self._autocasting():
+        with self._autocasting(), self._versions.all_trained():
             self._engine.prepare(inputs, targets)
         for channel in self._links.channels():
             channel.next_to_post = self.microbatches
