@@ -17,7 +17,7 @@ from toy import microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, no_decay, recipes
 
-UPDATES, HALF, STAGES = 20, 10, 3
+UPDATES, HALF, STAGES = 14, 8, 3
 BASE: dict[str, Any] = {"lr": 1e-2, "seed": 7, "max_grad_norm": 0.5}
 MASTERS: dict[str, Any] = {"master_weights": True, "param_groups": no_decay, "weight_decay": 0.1}
 METHODS = ("nesterov", "nesterov-no-stash", "xpipe", "pipemare", "nesterov-rotated", "gpipe", "dc-asgd")
@@ -40,14 +40,14 @@ WHAT = {
 FROZEN: dict[str, tuple[str, str, int, int]] = {
     f"frozen-{what}-{method}-{first}-{last}": (what, method, first, last)
     for what, method, first, last in (
-        *(("a-weight", method, 4, HALF - 1) for method in METHODS),
-        ("a-weight", "nesterov", 6, 13),
-        ("a-weight", "nesterov-no-stash", 6, 13),
-        ("first-stage", "nesterov-no-stash", 4, HALF - 1),
-        ("first-stage", "xpipe", 6, 13),
-        ("middle-stage", "gpipe", 6, 13),
-        ("all-but-last", "nesterov", 6, 13),
-        ("last-stage", "nesterov-rotated", 6, 13),
+        *(("a-weight", method, 3, HALF - 1) for method in METHODS),
+        ("a-weight", "nesterov", 5, 11),
+        ("a-weight", "nesterov-no-stash", 5, 11),
+        ("first-stage", "nesterov-no-stash", 3, HALF - 1),
+        ("first-stage", "xpipe", 5, 11),
+        ("middle-stage", "gpipe", 5, 11),
+        ("all-but-last", "nesterov", 5, 11),
+        ("last-stage", "nesterov-rotated", 5, 11),
     )
 }
 """Scenarios in which parameters are frozen for some updates: what, with which method, from when to when."""

@@ -93,6 +93,42 @@ def _groups(module: nn.Module, param_groups: ParamGroups, lr: float) -> list[dic
     return [{**group, "params": [(names[id(p)], p) for p in group["params"]]} for group in groups if group["params"]]
 
 
+class Trained:
+    """Which parameters of a stage require gradients, checked not to change in the middle of an update.
+
+    The microbatches of an update that are in flight in a process of a pipeline have run forward before the change, and
+    those of the emulation have not, so that their gradients would be parts of the update in one of them only.
+    """
+
+    def __init__(self) -> None:
+        self._then: list[bool] = []
+
+    def check(self, stash: WeightStash, waiting: int) -> None:
+        """Check a microbatch of an update for which ``waiting`` others have been taken.
+
+        Raises:
+            ValueError: parameters were frozen or unfrozen since the first microbatch of the update.
+        """
+        newest = stash.parameters(stash.newest)
+        now = [p.requires_grad for p in newest.values()]
+        if waiting and now != self._then:
+            changed = next(n for n, before, after in zip(newest, self._then, now, strict=True) if before != after)
+            raise ValueError(
+                f"{changed} was frozen or unfrozen after {waiting} microbatch(es) of an update; undo it, and do it "
+                "between two updates"
+            )
+        self._then = now
+
+
+@contextmanager
+def named_stage(stage: int) -> Iterator[None]:
+    """Say in a ``ValueError`` from inside the block which stage (from 0) it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage}: {error}") from None
+
+
 def set_learning_rate(optimizer: StageOptimizer, lr: float) -> None:
     """Set the learning rate of every group to ``lr`` times its ``"lr_scale"``."""
     for group in optimizer.param_groups:

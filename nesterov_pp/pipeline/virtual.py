@@ -17,9 +17,11 @@ from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
+    Trained,
     autocasting,
     build_optimizer,
     build_stash,
+    named_stage,
     random_state,
     rates_of_update,
     run_stage,
@@ -66,7 +68,8 @@ class VirtualPipeline:
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
     stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
-    evaluation) that they are in.
+    evaluation) that they are in. Between two updates, parameters can be frozen and unfrozen by ``requires_grad_``, if
+    they required gradients when the pipeline was built.
 
     Raises:
         ValueError: the method or a hyper-parameter is unknown, the partition is invalid, parameters are tied across
@@ -133,6 +136,7 @@ class VirtualPipeline:
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
+        self._trained = [Trained() for _ in self.stages]
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
 
@@ -162,7 +166,13 @@ class VirtualPipeline:
 
         Returns:
             The microbatch's loss, a detached 0-d tensor; for a lost microbatch, the loss at the newest weights.
+
+        Raises:
+            ValueError: the parameters of a stage were changed in a way that cannot be followed.
         """
+        for i, (trained, stash) in enumerate(zip(self._trained, self.stashes, strict=True)):
+            with named_stage(i):
+                trained.check(stash, self.waiting)
         delays = self._draw()
         versions = self._versions(delays or [0] * len(self.stages))
         with ExitStack() as bound:
@@ -171,7 +181,8 @@ class VirtualPipeline:
             hidden = inputs
             with autocasting(self.stages[0], self._autocast):
                 for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
-                    bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
+                    with named_stage(i):
+                        bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
                         hidden = run_stage(self._forwards[i], hidden)
                 loss = self.loss_fn(hidden, targets)

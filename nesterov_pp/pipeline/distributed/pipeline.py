@@ -23,6 +23,7 @@ from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
+    Trained,
     autocasting,
     build_optimizer,
     build_stash,
@@ -158,6 +159,7 @@ class AsyncPipeline:
             param_groups=param_groups,
             seed=seed,
         )
+        self._trained = Trained()
         self.device = torch.device(device) if device is not None else device_of(self.module)
         self._links = links(world, replicas)
         self._average = None
@@ -213,11 +215,12 @@ class AsyncPipeline:
 
         Raises:
             PipelineError: a loss or an activation is not finite, or another stage has stopped or cannot be reached.
-            ValueError: the run is over.
+            ValueError: the run is over, or the stage's parameters were changed in a way that cannot be followed.
         """
         m = self.microbatches
         if m >= self.total:
             raise ValueError(f"the run of {self.total} microbatches is over")
+        self._trained.check(self.stash, m % self.microbatches_per_update)
         if not self._prepared:
             self._prepare()
         limit = forward_limit(
