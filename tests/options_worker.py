@@ -53,6 +53,11 @@ FROZEN: dict[str, tuple[str, str, int, int]] = {
 """Scenarios in which parameters are frozen for some updates: what, with which method, from when to when."""
 
 
+REPLICAS = "frozen-replicas"
+"""The scenario of two replicas of two stages."""
+FROZEN_REPLICAS = {REPLICAS: ("a-weight", "nesterov", 3, HALF - 1)}
+
+
 def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(output.float(), targets)
 
@@ -71,7 +76,7 @@ def k_of(name: str) -> int:
 
 def freeze(name: str, update: int, stage: int, module: nn.Module) -> None:
     """Freeze or unfreeze the parameters of a stage that a scenario freezes before an update."""
-    what, _, first, last = FROZEN.get(name, ("", "", -1, -1))
+    what, _, first, last = {**FROZEN, **FROZEN_REPLICAS}.get(name, ("", "", -1, -1))
     if update in (first, last):
         for p in WHAT[what](stage, module) or ():
             p.requires_grad_(update == last)
@@ -121,12 +126,35 @@ def run(world: World, name: str) -> dict[str, Any]:
     return {"losses": losses, "weights": pipe.stash.weights(), "memory": pipe.memory()}
 
 
+def expected_of_replicas() -> dict[str, Any]:
+    """Run one pipeline with microbatches twice as large."""
+    modules, losses = model(2), []
+    pipe = VirtualPipeline(modules, loss_fn, **BASE)
+    for m in range(UPDATES):
+        for i, module in enumerate(modules):
+            freeze(REPLICAS, m, i, module)
+        pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
+        losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
+    return {"losses": losses, "weights": [stash.weights() for stash in pipe.stashes]}
+
+
+def run_replicas(world: World) -> dict[str, Any]:
+    pipe = AsyncPipeline(model(2), loss_fn, microbatch, UPDATES, world, replicas=2, bucket_bytes=300, **BASE)
+    losses = []
+    for m in range(UPDATES):
+        freeze(REPLICAS, m, pipe.stage, pipe.module)
+        loss = pipe.step()
+        losses.extend([] if loss is None else [float(loss)])
+    return {"losses": losses, "weights": pipe.stash.weights()}
+
+
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2].split(",")
     torch.set_num_threads(1)
     with connect(timeout=60) as world:
         for name in names:
-            torch.save(run(world, name), folder / f"{name}-{world.rank}.pt")
+            found = run_replicas(world) if name == REPLICAS else run(world, name)
+            torch.save(found, folder / f"{name}-{world.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ class Config:
     dropout: float = _option(0.0, _probability, "dropout probability")
     lr: float = _option(1e-3, _positive, "peak learning rate")
     embedding_lr: float = _option(1.0, _positive, "factor of --lr for the token and position embeddings")
-    weight_decay: float | None = _option(None, _rate, "weight decay, a share of --lr (default: the method's)")
+    weight_decay: float | None = _option(
+        None, _rate, "weight decay rate, which a step multiplies by the learning rate (default: the method's)"
+    )
     betas: str | None = _option(None, _betas, "decay rates of the two moments, as in 0.9,0.999 (default: the method's)")
     no_decay: bool = _option(False, _yes_or_no, "no weight decay for norms, biases and embeddings (default: no)")
     weights_dtype: str = _option(

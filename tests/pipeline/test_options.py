@@ -11,6 +11,7 @@ import pytest
 import torch
 from launch import finish, start
 from pipeline_worker import methods
+from tolerances import MANY_STEPS
 from torch import nn
 from torch.nn import functional as F
 from toy import microbatch, model
@@ -44,6 +45,19 @@ def test_both_pipelines_agree_bit_for_bit(found: Path, name: str) -> None:
         assert all(torch.equal(p, weights[n]) for n, p in part["weights"].items())
     for kind in ("weights", "moments", "masters"):
         assert sum(part["memory"][kind] for part in parts) == wanted["memory"][kind]
+
+
+def test_a_parameter_frozen_on_all_replicas(tmp_path: Path) -> None:
+    """The versions in which it was frozen have no gradient for it, not zeros."""
+    results = finish(start([str(WORKER), str(tmp_path), worker.REPLICAS], 4), timeout=120)
+    assert [status for status, _ in results] == [0] * 4, "\n".join(output for _, output in results)
+    parts = [torch.load(tmp_path / f"{worker.REPLICAS}-{rank}.pt") for rank in range(4)]
+    wanted, close = worker.expected_of_replicas(), MANY_STEPS[torch.float32]  # the dtype of the loss
+    assert parts[1]["losses"] == parts[3]["losses"] == pytest.approx(wanted["losses"], rel=close["rtol"])
+    for rank, part in enumerate(parts):
+        for name, p in part["weights"].items():
+            assert torch.equal(p, parts[(rank + 2) % 4]["weights"][name])
+            torch.testing.assert_close(p, wanted["weights"][rank % 2][name], **close)
 
 
 @pytest.fixture(autouse=True)
