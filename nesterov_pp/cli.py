@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.analysis.command import add_arguments as analysis_arguments
     from nesterov_pp.planning.command import add_arguments as plan_arguments
     from nesterov_pp.training.config import Config
-    from nesterov_pp.training.pace import MODEL
+    from nesterov_pp.training.pace import MODEL, STORAGE
 
     parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -96,20 +96,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
+    def add_setting(sub: argparse.ArgumentParser, name: str) -> None:
+        setting = shown[name]
+        switch = isinstance(setting.default, bool)
+        default = "" if setting.default is None or switch else f" (default: {setting.default})"
+        more: dict[str, Any] = {"nargs": "?", "const": True} if switch else {}
+        sub.add_argument(
+            "--" + name.replace("_", "-"),
+            type=_typed(setting.metadata["parse"]),
+            help=setting.metadata["help"] + default,
+            metavar="yes|no" if switch else "X",
+            **more,
+        )
+
     def add_settings(sub: argparse.ArgumentParser, *left_out: str) -> None:
-        for name, setting in shown.items():
-            if name in left_out:
-                continue
-            switch = isinstance(setting.default, bool)
-            default = "" if setting.default is None or switch else f" (default: {setting.default})"
-            more: dict[str, Any] = {"nargs": "?", "const": True} if switch else {}
-            sub.add_argument(
-                "--" + name.replace("_", "-"),
-                type=_typed(setting.metadata["parse"]),
-                help=setting.metadata["help"] + default,
-                metavar="yes|no" if switch else "X",
-                **more,
-            )
+        for name in shown:
+            if name not in left_out:
+                add_setting(sub, name)
         sub.add_argument(
             "--out",
             type=Path,
@@ -159,11 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     analysis_arguments(sub, _typed)
     sub = command("plan", _plan, "predict time, memory and delays of a pipeline of this model on other machines")
     plan_arguments(sub, _typed)
-    for name in MODEL:
-        setting = shown[name]
-        what = f"{setting.metadata['help']} (default: {setting.default})"
-        flag = "--" + name.replace("_", "-")
-        sub.add_argument(flag, type=_typed(setting.metadata["parse"]), metavar="X", help=what)
+    for name in (*MODEL, *STORAGE):
+        add_setting(sub, name)
     sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run to regroup")
     sub.add_argument(
@@ -175,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the new run for one process (default: for one process per stage)",
     )
-    command("methods", _methods, "list the methods")
+    sub = command("methods", _methods, "list the methods, and what each keeps and moves for a parameter")
+    for name in STORAGE:
+        add_setting(sub, name)
     command("info", _info, "show versions, and which backends are available and why")
     return parser
 
@@ -320,25 +322,33 @@ def _plan(arguments: dict[str, Any]) -> None:
         raise UserError(str(error)) from None
 
 
-def _methods(_: dict[str, Any]) -> None:
+def _methods(storage: dict[str, Any]) -> None:
     _require("rich")
     from rich.table import Table
 
+    from nesterov_pp.training.config import Config, UserError
     from nesterov_pp.training.report import make_console
+
+    Config(**storage).check_optimizer()
 
     table = Table(title="Methods: an update every K microbatches; P stages, numbered i = 1 ... P")
     table.add_column("Name", no_wrap=True)
     for heading in ("Description and source", "K", "Extra weights", "State", "Step", "Delay", "Runs in"):
         table.add_column(heading)
     for recipe in recipes().values():
-        cost = of_step(recipe)
+        config = Config(method=recipe.name, **storage)
+        try:
+            config.check_optimizer()
+            cost, without = of_step(config.own_recipe, config.dtype), "more"
+        except UserError:
+            cost, without = None, "refused"
         table.add_row(
             recipe.name,
             f"{recipe.summary}; {recipe.reference}",
             str(recipe.microbatches_per_update or "P"),
             extra_versions(recipe),
-            str(cost.state) if cost else "more",
-            str(cost.traffic) if cost and cost.traffic else "more",
+            str(cost.state) if cost else without,
+            str(cost.traffic) if cost and cost.traffic else without,
             delays_taken(recipe),
             "both" if recipe.distributed else "virtual",
         )
@@ -346,8 +356,9 @@ def _methods(_: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "Extra weights: the number of weight versions that stage i keeps besides the newest, in a real pipeline. "
-        "State: bytes per float32 parameter besides all weight versions, including a predicted copy. Step: bytes per "
-        "parameter that a step reads and writes; more: several passes. Delay: the delays that the method takes; "
+        f"State: bytes per {Config(**storage).weights_dtype} parameter besides all weight versions, including masters "
+        "and a predicted copy. Step: bytes per parameter that a step reads and writes; more: several passes; refused: "
+        "the method does not take these settings. Delay: the delays that the method takes; "
         "constant: it is told the expected one. Runs in: both pipelines, or the virtual one only."
     )
 

@@ -1,15 +1,16 @@
-"""The counted costs of a recipe on a stage of a real pipeline: bytes per float32 parameter, and versions kept."""
+"""The counted costs of a recipe on a stage of a real pipeline: bytes per parameter, and versions kept."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from nesterov_pp.kernels import Normaliser
 from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, GapAware, Prediction
+from nesterov_pp.optim.options import LOW_PRECISION
 from nesterov_pp.optim.rotated import RotatedOptimizer
 from nesterov_pp.pipeline.recipe import Recipe
-
-_BYTES = 4
 
 
 class Cost(NamedTuple):
@@ -27,34 +28,54 @@ def one_pass(
     adaptive: bool,
     correction: DelayCompensation | GapAware | None = None,
     prediction: Prediction | Discrepancy | None = None,
+    weights: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
+    master_weights: bool = False,
 ) -> Cost:
     """Return the cost of the one-pass step, counting once every tensor that the step reads or writes.
 
-    A plain step reads weights, gradient and moments and writes weights and moments: 28 bytes with two moments, 20 with
-    one. A correction reads the weights of the gradient; a running mean is read and written; a prediction is written.
+    A plain step reads weights, gradient and moments and writes weights and moments: in float32, 28 bytes with two
+    moments, 20 with one. A correction reads the weights of the gradient; a running mean is read and written; a
+    prediction is written. With masters, these are read instead of the weights, and both are written.
+
+    Args:
+        adaptive: whether the rule has a second moment.
+        correction, prediction, state_dtype, master_weights: as for ``NAdam``.
+        weights: dtype of the weights in the ring, and of the gradients.
     """
+    size = weights.itemsize
+    master = torch.float32.itemsize if master_weights and weights in LOW_PRECISION else 0
+    moment = state_dtype.itemsize if state_dtype else master or size
     moments = 2 if adaptive else 1
     has_mean = (correction is not None and correction.mean_name is not None) or isinstance(prediction, Discrepancy)
-    state = moments + has_mean + (prediction is not None)
-    traffic = 3 + 2 * moments + (correction is not None) + 2 * has_mean + (prediction is not None)
-    return Cost(_BYTES * state, _BYTES * traffic)
+    state = (moments + has_mean) * moment + (prediction is not None) * size + master
+    passed = (master or size) + 2 * size + master  # weights, gradient, next weights and their masters
+    late = (correction is not None) + (prediction is not None)
+    return Cost(state, passed + 2 * (moments + has_mean) * moment + late * size)
 
 
-def of_step(recipe: Recipe) -> Cost | None:
+def of_step(recipe: Recipe, weights: torch.dtype = torch.float32) -> Cost | None:
     """Return the cost of the recipe's step; None if it is neither a single pass nor a rotated one.
 
-    Rotated rules keep two moments for each number of a square block, and four numbers of covariances and bases.
+    ``weights`` is the dtype of the weights in the ring; that of the state, and masters, are options of the recipe.
+    Rotated rules keep two moments for each number of a square block, and four numbers of covariances and bases, in
+    float32 at least.
     """
     if not isinstance(recipe.rule, type) or recipe.forecast is not None:
         return None
+    stored = {name: recipe.options[name] for name in ("state_dtype", "master_weights") if name in recipe.options}
     if issubclass(recipe.rule, RotatedOptimizer):
-        return Cost(_BYTES * (2 + 4), None)
+        wide = torch.promote_types(weights, torch.float32).itemsize
+        has_master = stored.get("master_weights", False) and weights in LOW_PRECISION
+        return Cost(wide * (2 + 4 + has_master), None)
     if not issubclass(recipe.rule, FusedOptimizer):
         return None
     return one_pass(
         adaptive=recipe.rule._normaliser == Normaliser.RMS,
         correction=recipe.options.get("correction"),
         prediction=recipe.options.get("prediction"),
+        weights=weights,
+        **stored,
     )
 
 

@@ -36,6 +36,35 @@ def fresh_state(
     return entries
 
 
+@torch.no_grad()
+@torch.inference_mode(False)
+def fresh_masters(parameters: Sequence[Tensor], options: Options) -> list[Tensor | None]:
+    """Return the masters of parameters before their first step; None also for those that have no values yet."""
+    ready = [not p.is_meta and has_memory(p) for p in parameters]
+    found = iter(masters_of([{}] * sum(ready), [p for p, has in zip(parameters, ready, strict=True) if has], options))
+    return [next(found) if has else None for has in ready]
+
+
+def masters_of(
+    states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], options: Options
+) -> list[Tensor | None]:
+    """Return the master of every parameter that has one: that of its state, or else a copy; None for the others.
+
+    Raises:
+        ValueError: a parameter without a master in its state has no values to copy.
+    """
+    return [_master(s, p) if options.has_master(p) else None for s, p in zip(states, parameters, strict=True)]
+
+
+def _master(state: Mapping[str, Any], p: Tensor) -> Tensor:
+    found: Tensor | None = state.get("master_weight")
+    if found is None and not has_memory(p):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} has a storage smaller than its shape (resized, or freed)"
+        )
+    return p.detach().to(torch.float32, memory_format=torch.preserve_format) if found is None else found
+
+
 def follow_parameters(
     parameters: Sequence[Tensor],
     state: Mapping[Any, dict[str, Any]],

@@ -16,7 +16,7 @@ from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choos
 from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
 from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.device_counts import DeviceCounts
-from nesterov_pp.optim.fresh import MasterWeights
+from nesterov_pp.optim.fresh import MasterWeights, masters_of
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
 from nesterov_pp.optim.options import Options
 
@@ -76,7 +76,7 @@ class Prepared:
         shadows = stash.shadows_of(parameters) if stash is not None and stash.shadow else []
         newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
         stepped = shadows if swapped else newest
-        masters = [_master(s, p) if options.has_master(p) else None for s, p in zip(states, stepped, strict=True)]
+        masters = masters_of(states, stepped, options)
         self.masters = MasterWeights([shadows] * len(self.leaves) if swapped else self.leaves, masters)
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
         self.device_counts = _counts_on_device(group_of, states, entries) if count_on_device and states else None
@@ -225,15 +225,6 @@ def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: 
             raise ValueError(f"with capturable=True, every {name!r} must be one number of the same dtype and device")
         found[name] = as_one
     return DeviceCounts(groups, found["step"], found.get("mu_product"))
-
-
-def _master(state: dict[str, Any], p: Tensor) -> Tensor:
-    found: Tensor | None = state.get("master_weight")
-    if found is None and not has_memory(p):
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} has a storage smaller than its shape (resized, or freed)"
-        )
-    return p.detach().to(torch.float32, memory_format=torch.preserve_format) if found is None else found
 
 
 def _largest(state: dict[str, Any]) -> Tensor:

@@ -51,7 +51,10 @@ class RotatedOptimizer(StatefulOptimizer):
         if stash is not None:
             stash.leaves(self._parameters())
             stash.attach(self)
-        self.backend = choose_backend(options.backend, [p for p in self._parameters() if p.requires_grad])
+        trained = [p for p in self._parameters() if p.requires_grad]
+        self.backend = choose_backend(options.backend, trained)
+        if not any(p.is_meta for p in trained):
+            self._prepare()  # allocates the bases, too
 
     # ------------------------------------------------------------------ the step
 
@@ -106,11 +109,13 @@ class RotatedOptimizer(StatefulOptimizer):
             products.append(product)
         parts = [part for stack in prepared.stacks for part in self._parts(stack, prepared, slots.grads)]
         with uninterrupted():
+            prepared.masters.follow(slots.source)
             for part in parts:
                 self._rotate(part, prepared, slots.grads, scale)
             prepared.plan.apply(rows, products)
             for stack in prepared.stacks:
                 self._add(stack, prepared, slots)
+            prepared.masters.written(slots.target)
             if stash is not None:
                 stash.end_step(version, microbatches)
 
@@ -175,9 +180,12 @@ class RotatedOptimizer(StatefulOptimizer):
         source, target = prepared.cut_weights[slots.source], prepared.cut_weights[slots.target]
         for matrix, move in zip(stack.matrices, stack.cut_gradients, strict=True):
             old, new = source[matrix.number], target[matrix.number]
+            master = prepared.cut_masters.get(matrix.number)
             if prepared.leaves[slots.grads][matrix.number].grad is None:
                 if slots.source != slots.target:
                     new.copy_(old)
+            elif master is not None:
+                new.copy_(torch.add(move, master, alpha=kept, out=master))
             elif new.dtype == move.dtype:
                 torch.add(move, old, alpha=kept, out=new)
             else:
@@ -244,6 +252,8 @@ class RotatedNAdam(RotatedOptimizer):
         stash: ring of weight versions to read from and write to (default: None, the parameters are updated in place).
         max_grad_norm: clip the gradients to this global norm (default: None, no clipping). ``last_grad_norm`` holds the
             last norm.
+        master_weights: keep and step a float32 copy of bfloat16 and float16 parameters, as in ``NAdam`` (default:
+            False).
         backend: of the element-wise pass, as for ``NAdam`` (default: "auto").
 
     A group's ``"horizon"`` is the number of updates that the look-ahead reaches ahead (default: 1). The state of
@@ -272,6 +282,7 @@ class RotatedNAdam(RotatedOptimizer):
         maximize: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, momentum_decay=momentum_decay)
@@ -286,7 +297,10 @@ class RotatedNAdam(RotatedOptimizer):
             "block_size": block_size,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))
+        options = _Float32State(
+            stash=stash, max_grad_norm=max_grad_norm, master_weights=master_weights, backend=backend
+        )
+        super().__init__(params, defaults, options)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float
@@ -305,8 +319,8 @@ class RotatedAdamW(RotatedOptimizer):
     Args:
         betas: decay rates of the two moments; the second one also of the covariances (default: (0.9, 0.999)).
         lr: learning rate (default: 1e-3).
-        params, eps, weight_decay, refresh_every, covariance_every, block_size, maximize, stash, max_grad_norm, backend:
-            see ``RotatedNAdam``.
+        params, eps, weight_decay, refresh_every, covariance_every, block_size, maximize, stash, max_grad_norm,
+            master_weights, backend: see ``RotatedNAdam``.
 
     Raises:
         ValueError: in the same cases as ``RotatedNAdam``.
@@ -326,6 +340,7 @@ class RotatedAdamW(RotatedOptimizer):
         maximize: bool = False,
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         check_hyperparameters(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay)
@@ -339,7 +354,10 @@ class RotatedAdamW(RotatedOptimizer):
             "block_size": block_size,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, _Float32State(stash=stash, max_grad_norm=max_grad_norm, backend=backend))
+        options = _Float32State(
+            stash=stash, max_grad_norm=max_grad_norm, master_weights=master_weights, backend=backend
+        )
+        super().__init__(params, defaults, options)
 
     def _coefficients(
         self, group: dict[str, Any], t: int, mu_product: float, scale: float

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nesterov_pp.kernels import Tensors, choose_backend, make_plan
 from nesterov_pp.optim import bases
+from nesterov_pp.optim.fresh import MasterWeights, masters_of
 from nesterov_pp.optim.options import Options
 from nesterov_pp.optim.prepared import Snapshot
 
@@ -99,6 +100,16 @@ class RotatedTensors:
             for slot in self.leaves
         ]
         states = [state[p] for p in self.parameters]
+        newest = self.leaves[0] if stash is None else self.leaves[stash.newest % stash.versions]
+        masters = masters_of(states, newest, options)
+        for s, master in zip(states, masters, strict=True):
+            s.update({} if master is None else {"master_weight": master})
+        self.masters = MasterWeights(self.leaves, masters)
+        self.cut_masters = {
+            m.number: m.cut(master)
+            for m in (m for stack in self.stacks for m in stack.matrices)
+            if (master := masters[m.number]) is not None
+        }
         self.backend = choose_backend(options.backend, [p.detach() for p in self.parameters])
         tensors = Tensors(
             names=[f"parameter {n}" for n in range(len(states))],
@@ -107,7 +118,7 @@ class RotatedTensors:
             slots=passed,
             exp_avgs=[s["exp_avg"] for s in states],
             exp_avg_sqs=[s["exp_avg_sq"] for s in states],
-            masters=[None] * len(states),
+            masters=[None if n in rotated else master for n, master in enumerate(masters)],
             steps=[s["step"] for s in states],
             mu_products=[s["mu_product"] for s in states] if has_mu_product else [],
             max_exp_avg_sqs=[None] * len(states),

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from nesterov_pp.kernels import DEVICE_BACKENDS, Normaliser
 from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.device_counts import needs_host
-from nesterov_pp.optim.fresh import follow_parameters, fresh_state
+from nesterov_pp.optim.fresh import follow_parameters, fresh_masters, fresh_state
 from nesterov_pp.optim.options import Options
 
 
@@ -138,8 +138,11 @@ class StatefulOptimizer(Optimizer):
 
     def _init_state(self, parameters: list[Tensor]) -> None:
         entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
+        masters = fresh_masters(parameters, self.options)
         for i, p in enumerate(parameters):
             self.state[p].update({name: values[i] for name, values in entries.items()})
+            if masters[i] is not None:
+                self.state[p]["master_weight"] = masters[i]
 
     def _states(self) -> dict[Tensor, dict[str, Any]]:
         """Return the state of every parameter that has some, without what a user keeps there."""

@@ -14,6 +14,7 @@ from nesterov_pp.pipeline.delay_models import (
     version_for_update,
 )
 from nesterov_pp.pipeline.distributed import AsyncPipeline, Links, PipelineError, World, connect
+from nesterov_pp.pipeline.groups import no_decay
 from nesterov_pp.pipeline.losses import causal_lm_loss
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
@@ -49,6 +50,7 @@ __all__ = [
     "find_recipe",
     "load_weights",
     "microbatch_seed",
+    "no_decay",
     "recipes",
     "register",
     "split_sequential",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward
@@ -143,6 +145,16 @@ class Recipe:
                 "of the weights would not change with them; use a method with a stash, or turn autocast off"
             )
 
+    def check_groups(self) -> None:
+        """Raise ValueError if the rule takes no parameter groups."""
+        if not getattr(self.rule, "takes_groups", True):
+            raise ValueError(f"method {self.name!r} takes no param_groups; its rule groups the parameters itself")
+
+    @property
+    def rule_options(self) -> set[str]:
+        """Those of ``RULE_OPTIONS`` that the rule takes."""
+        return set(RULE_OPTIONS) & set(inspect.signature(self.rule).parameters)
+
     @property
     def family(self) -> str:
         """The family of the rule. Only methods of one family show what a delay costs; others compare rules as well."""
@@ -159,7 +171,8 @@ class Recipe:
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """Return this recipe with other hyper-parameters. An override takes precedence over a stage-dependent value.
 
-        ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe.
+        ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe. Besides the
+        recipe's own hyper-parameters, those of ``RULE_OPTIONS`` that its rule takes can be given.
 
         Raises:
             ValueError: the recipe does not have one of the hyper-parameters.
@@ -167,7 +180,10 @@ class Recipe:
         own = {name for name in _OWN if getattr(self, name) is not None}
         sample = self.stage_options(Placement(1, 1, 0))
         known = own | set(self.options) | set(sample)
-        unknown = sorted(set(overrides) - known)
+        unknown = sorted(set(overrides) - known - self.rule_options)
+        if unknown and unknown[0] in RULE_OPTIONS:
+            rule = getattr(self.rule, "__name__", "its rule")
+            raise ValueError(f"method {self.name!r} has no {unknown[0]}, because {rule} has no such option; omit it")
         if unknown:
             raise ValueError(
                 f"method {self.name!r} has no hyper-parameter {unknown[0]!r}; it has {', '.join(sorted(known))}"
@@ -185,6 +201,9 @@ class Recipe:
 
 
 _FAMILY_OF_BASE = {"muon": "muon", "basis-rotation": "rotated"}
+RULE_OPTIONS = ("state_dtype", "master_weights", "stochastic_rounding", "on_nonfinite", "maximize")
+"""Options that a recipe need not list: they reach its rule if the rule has them."""
+
 _OWN = ("correction_updates", "horizon", "synchronous_updates", "max_staleness")
 
 
@@ -220,7 +239,7 @@ def find_recipe(method: str | Recipe) -> Recipe:
     """Return the recipe with a name; a ``Recipe`` is returned as it is.
 
     A name may be followed by hyper-parameters: ``"nesterov:beta1=0.98:weight_decay=0"``. ``beta1`` and ``beta2`` are
-    the entries of ``betas``.
+    the entries of ``betas``, and a ``state_dtype`` is written as in ``"nesterov:state_dtype=bfloat16"``.
 
     Raises:
         ValueError: no recipe has that name, or it does not have one of the hyper-parameters.
@@ -248,5 +267,7 @@ def _overrides(recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
             betas = list(overrides.get("betas", recipe.options["betas"]))
             betas[int(key[-1]) - 1] = value
             key, value = "betas", tuple(betas)
+        if key == "state_dtype":
+            value = getattr(torch, text, value)
         overrides[key] = value
     return overrides

@@ -37,28 +37,53 @@ def build_optimizer(
     max_grad_norm: float | None,
     backend: str,
     param_groups: ParamGroups | None = None,
+    seed: int | None = None,
 ) -> StageOptimizer | None:
     """Return the recipe's optimizer for a stage's trainable parameters; None if there are none.
 
+    ``seed`` (default: 0) and the number of the stage determine how a rule with ``stochastic_rounding`` rounds.
+
     Raises:
-        ValueError: the groups do not hold every trainable parameter once, or the recipe's rule takes no groups.
+        ValueError: the groups do not hold every trainable parameter once, or have an option that the rule's groups do
+            not have, or the recipe's rule takes no groups.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
+    if param_groups is not None:
+        recipe.check_groups()
     if not trainable:
         return None
     options = {**recipe.options, **recipe.stage_options(placement)}
-    parameters: Sequence[Any] = trainable if param_groups is None else _groups(recipe, module, param_groups, lr)
-    return recipe.rule(parameters, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
+    if options.get("stochastic_rounding"):
+        options = {"seed": ((seed or 0) * 1_000_003 + placement.stage) & 0xFFFF_FFFF_FFFF_FFFF, **options}
+    parameters: Sequence[Any] = trainable if param_groups is None else _groups(module, param_groups, lr)
+    optimizer = recipe.rule(parameters, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
+    if param_groups is not None:
+        _check_options(recipe, optimizer)
+    return optimizer
 
 
-def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups, lr: float) -> list[dict[str, Any]]:
-    if not getattr(recipe.rule, "takes_groups", True):
-        raise ValueError(f"method {recipe.name!r} takes no param_groups; its rule groups the parameters itself")
+def _check_options(recipe: Recipe, optimizer: StageOptimizer) -> None:
+    """Refuse options of groups that the rule would not look at."""
+    known = set(getattr(optimizer, "defaults", {}))
+    found = {name for group in optimizer.param_groups for name in group} - {"params", "param_names", "lr_scale"}
+    unknown = sorted(found - known) if known else []
+    if not unknown:
+        return
+    if unknown[0] in recipe.rule_options:
+        raise ValueError(f"{unknown[0]} is not an option of one group; give it to the pipeline, for all parameters")
+    raise ValueError(
+        f"method {recipe.name!r} has no option {unknown[0]!r} for a group; it has lr_scale, {', '.join(sorted(known))}"
+    )
+
+
+def _groups(module: nn.Module, param_groups: ParamGroups, lr: float) -> list[dict[str, Any]]:
+    """Return the groups with named parameters, by which their state can be told apart in a checkpoint."""
     groups = [
         {"lr": lr * group.get("lr_scale", 1.0), **group, "params": list(group["params"])}
         for group in param_groups(module)
     ]
     times = Counter(id(p) for group in groups for p in group["params"])
+    names = {id(p): name for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
         if times[id(p)] != int(p.requires_grad):
             found = "trainable and in" if p.requires_grad else "frozen, but in"
@@ -66,7 +91,43 @@ def _groups(recipe: Recipe, module: nn.Module, param_groups: ParamGroups, lr: fl
                 f"param_groups must hold every trainable parameter of a stage once, and no other; {name} is {found} "
                 f"{times[id(p)]} of them"
             )
-    return [group for group in groups if group["params"]]
+    return [{**group, "params": [(names[id(p)], p) for p in group["params"]]} for group in groups if group["params"]]
+
+
+class Trained:
+    """Which parameters of a stage require gradients, checked not to change in the middle of an update.
+
+    The microbatches of an update that are in flight in a process of a pipeline have run forward before the change, and
+    those of the emulation have not, so that their gradients would be parts of the update in one of them only.
+    """
+
+    def __init__(self) -> None:
+        self._then: list[bool] = []
+
+    def check(self, stash: WeightStash, waiting: int) -> None:
+        """Check a microbatch of an update for which ``waiting`` others have been taken.
+
+        Raises:
+            ValueError: parameters were frozen or unfrozen since the first microbatch of the update.
+        """
+        newest = stash.parameters(stash.newest)
+        now = [p.requires_grad for p in newest.values()]
+        if waiting and now != self._then:
+            changed = next(n for n, before, after in zip(newest, self._then, now, strict=True) if before != after)
+            raise ValueError(
+                f"{changed} was frozen or unfrozen after {waiting} microbatch(es) of an update; undo it, and do it "
+                "between two updates"
+            )
+        self._then = now
+
+
+@contextmanager
+def named_stage(stage: int) -> Iterator[None]:
+    """Say in a ``ValueError`` from inside the block which stage (from 0) it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {stage}: {error}") from None
 
 
 def set_learning_rate(optimizer: StageOptimizer, lr: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -52,16 +53,23 @@ class StageState:
     norms: Norms | None = None
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``.
+        """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``, ``masters``.
 
-        ``stash`` includes the shadow, ``moments`` the means of gradients.
+        ``stash`` includes the shadow, ``moments`` all tensors of the optimizer's state but the master weights.
         """
+        ring = set(self.stash.names)
         one = sum(map(_bytes, self.stash.parameters(self.stash.newest).values()))
-        frozen = sum(_bytes(p) for p in self.module.parameters() if not p.requires_grad)
+        outside = sum(_bytes(p) for name, p in self.module.named_parameters() if name not in ring)
         states = () if self.optimizer is None else self.optimizer.state.values()
-        moments = sum(_bytes(t) for state in states for name, t in state.items() if name.startswith("exp_avg"))
+        tensors = [(n, t) for state in states for n, t in state.items() if isinstance(t, Tensor) and t.dim() > 0]
+        masters = sum(_bytes(t) for name, t in tensors if name == "master_weight")
         others = self.stash.versions - 1 + (self.stash.shadow is not None)
-        return {"weights": one + frozen, "stash": others * one, "moments": moments}
+        return {
+            "weights": one + outside,
+            "stash": others * one,
+            "moments": sum(_bytes(t) for _, t in tensors) - masters,
+            "masters": masters,
+        }
 
     def save(self) -> Saved:
         """Return the stage's entry for a checkpoint, without copying tensors."""
@@ -107,7 +115,7 @@ class StageState:
 def memory_of(stages: Iterable[StageState]) -> dict[str, int]:
     """Return ``StageState.memory`` summed over several stages."""
     parts = [stage.memory() for stage in stages]
-    return {name: sum(part[name] for part in parts) for name in ("weights", "stash", "moments")}
+    return {name: sum(part[name] for part in parts) for name in ("weights", "stash", "moments", "masters")}
 
 
 def check_finished(waiting: int, microbatches_per_update: int) -> None:
@@ -149,12 +157,25 @@ def _load_optimizers(optimizers: Mapping[int, StageOptimizer | None], saved: Map
     try:
         for i, optimizer in optimizers.items():
             if optimizer is not None:
+                _check_groups(optimizer, saved[i]["optimizer"])
                 before.append((optimizer, optimizer.state_dict()))
                 optimizer.load_state_dict(saved[i]["optimizer"])
     except BaseException:
         for optimizer, state in before:
             optimizer.load_state_dict(state)
         raise
+
+
+def _check_groups(optimizer: StageOptimizer, saved: object) -> None:
+    """Refuse groups of other parameters, or of the same ones in another order, whose states would change places."""
+    groups = saved.get("param_groups", ()) if isinstance(saved, dict) else ()
+    for here, there in zip(optimizer.param_groups, groups, strict=False):
+        names, others = here.get("param_names"), there.get("param_names")
+        if names and others and names != others:
+            one, other = next((a, b) for a, b in zip_longest(names, others, fillvalue="no parameter") if a != b)
+            raise ValueError(
+                f"the saved groups have {other} where this pipeline's have {one}; give the same param_groups"
+            )
 
 
 def as_saved_now(saved: object) -> Saved:

@@ -20,9 +20,11 @@ from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
+    Trained,
     autocasting,
     build_optimizer,
     build_stash,
+    named_stage,
     random_state,
     rates_of_update,
     run_stage,
@@ -61,17 +63,19 @@ class VirtualPipeline:
         clip_over: whose norm that is: of each "stage" (default), or of the whole "pipeline", of which a stage knows the
             norms of later stages in time and those of earlier stages ``tau + 1`` updates late.
         param_groups: ``(stage module) -> groups`` for its optimizer, which hold every trainable parameter once. A
-            group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule, such as
-            ``"weight_decay"`` (default: one group).
+            group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule's groups, such as
+            ``"weight_decay"`` (default: one group). ``no_decay`` is such a function.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone (default: the global generator).
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
-        overrides: hyper-parameters of the recipe to replace.
+        overrides: hyper-parameters of the recipe to replace, and ``state_dtype``, ``master_weights`` and
+            ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of the pipeline), if its rule has them.
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
     stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
-    evaluation) that they are in.
+    evaluation) that they are in. Between two updates, parameters can be frozen and unfrozen by ``requires_grad_``, if
+    they required gradients when the pipeline was built.
 
     Raises:
         ValueError: the method or a hyper-parameter is unknown, the partition is invalid, parameters are tied across
@@ -135,10 +139,12 @@ class VirtualPipeline:
                 max_grad_norm=None if over_all else max_grad_norm,
                 backend=backend,
                 param_groups=param_groups,
+                seed=seed,
             )
             for module, stash, place in zip(self.stages, self.stashes, self.places, strict=True)
         ]
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
+        self._trained = [Trained() for _ in self.stages]
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
         self._weights: list[float | None] = []
@@ -173,8 +179,12 @@ class VirtualPipeline:
             The microbatch's loss (a mean), a detached 0-d tensor; for a lost microbatch, that at the newest weights.
 
         Raises:
-            ValueError: ``loss_fn`` returned something else, or weights for some microbatches of an update only.
+            ValueError: ``loss_fn`` returned something else, or weights for some microbatches of an update only; or the
+                parameters of a stage were changed in a way that cannot be followed.
         """
+        for i, (trained, stash) in enumerate(zip(self._trained, self.stashes, strict=True)):
+            with named_stage(i):
+                trained.check(stash, self.waiting)
         delays = self._draw()
         versions = self._versions(delays or [0] * len(self.stages))
         with ExitStack() as bound:
@@ -183,7 +193,8 @@ class VirtualPipeline:
             hidden = inputs
             with autocasting(self.stages[0], self._autocast):
                 for i, (module, stash) in enumerate(zip(self.stages, self.stashes, strict=True)):
-                    bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
+                    with named_stage(i):
+                        bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
                         hidden = run_stage(self._forwards[i], hidden)
                 loss = loss_of(self.loss_fn(hidden, targets))
@@ -226,9 +237,10 @@ class VirtualPipeline:
             return loss_of(self.loss_fn(output, targets)).mean
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``.
+        """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``,
+        ``masters``.
 
-        ``stash`` includes the shadows, ``moments`` the means of gradients.
+        ``stash`` includes the shadows, ``moments`` all tensors of the optimizers' state but the master weights.
         """
         return memory_of(self._stage_states().values())
 

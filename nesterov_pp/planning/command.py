@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nesterov_pp.methods.costs import of_step
-from nesterov_pp.pipeline import find_recipe
 from nesterov_pp.pipeline.delay_models import stage_delays
 from nesterov_pp.planning.layers import stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
@@ -48,8 +47,11 @@ def plan(
     bandwidth: float = math.inf,
     speed: float = 1.0,
     memory: float = math.inf,
+    **storage: Any,
 ) -> None:
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
+
+    ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
 
     Raises:
         ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
@@ -60,11 +62,13 @@ def plan(
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
         raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
-    recipe = find_recipe(method)
-    cost = of_step(recipe)
+    config = Config(method=method, **storage)
+    config.check_optimizer()
+    recipe, weights = config.own_recipe, config.dtype
+    cost = of_step(recipe, weights)
     if cost is None:
         raise ValueError(f"plan cannot count {method}, whose step is neither a single pass nor a rotated one")
-    layers, stash = measure_model(settings, recipe), recipe.linearise_at == "version"
+    layers, stash = measure_model(settings, recipe, weights), recipe.linearise_at == "version"
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
     rows = []
@@ -74,7 +78,7 @@ def plan(
         for schedule in SCHEDULES:
             k = 1 if schedule == "async" else per_update
             found = simulate(schedule, costs, network, run, k)
-            held = max(memory_per_stage(schedule, costs, k, stash=stash, moments=cost.state // 4))
+            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=cost.state / weights.itemsize))
             rows.append((count, schedule, found, held, stage_delays(count, k) if schedule == "async" else [0]))
     console.print(_table(rows, tokens, memory * _GIB, per_update))
     fitting = [row for row in rows if row[3] <= memory * _GIB]

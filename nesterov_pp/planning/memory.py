@@ -9,9 +9,12 @@ from nesterov_pp.planning.layers import StageCost
 
 
 def memory_per_stage(
-    schedule: str, costs: Sequence[StageCost], per_update: int = 1, *, stash: bool = True, moments: int = 2
+    schedule: str, costs: Sequence[StageCost], per_update: int = 1, *, stash: bool = True, state: float = 2.0
 ) -> list[int]:
-    """Return the bytes of each stage: weight versions, gradients, moments, activations of microbatches in flight.
+    """Return the bytes of each stage: weight versions, gradients, state, activations of microbatches in flight.
+
+    ``state`` is the size of the optimizer's state (moments, masters, a predicted copy) as a multiple of one version of
+    the weights: 2 for two moments of their dtype, 6 for bfloat16 weights with two moments and a master in float32.
 
     With delays tau, "async" keeps ``tau + 1`` versions (one without a stash) and the activations of up to ``P - i + 1``
     microbatches. "gpipe" keeps the activations of all ``per_update`` microbatches, "1f1b" those of
@@ -25,6 +28,6 @@ def memory_per_stage(
     if schedule == "gpipe":
         in_flight = [per_update] * stages
     return [
-        c.weight_bytes * ((tau + 1 if stash else 1) + 1 + moments) + n * c.activation_bytes
+        c.weight_bytes * ((tau + 1 if stash else 1) + 1) + round(c.weight_bytes * state) + n * c.activation_bytes
         for c, tau, n in zip(costs, delays, in_flight, strict=True)
     ]

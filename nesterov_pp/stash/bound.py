@@ -3,14 +3,14 @@
 [note: what a ring takes over]
 The parameters that a module shows are those of one version, so changes to them have to be made to the ring. Freezing
 and unfreezing take effect from the next version on: gradients of earlier versions that still arrive are dropped, and
-the weight is carried along. If a parameter is replaced by one of the same dtype, device and shape, its values become
-those of the newest version. All other changes cannot be followed; the next ``use`` or step refuses them rather than
-undoing them silently.
+the weight is carried along (the stepped one, where the ring holds predictions). If a parameter is replaced by one of
+the same dtype, device and shape, its values become those of the newest version. All other changes cannot be followed;
+the next ``use`` or step refuses them rather than undoing them silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from operator import attrgetter
 
 import torch
@@ -108,6 +108,26 @@ class Bound:
             for leaf, trains in zip(self._slots[slot], self._trained, strict=True):
                 leaf.requires_grad_(trains)
             self._told[slot] = list(self._trained)
+
+    def frozen(self, slot: int) -> list[str]:
+        """Return the names of the parameters of a slot that do not require gradients."""
+        return [name for name, trains in zip(self._names, self._told[slot], strict=True) if not trains]
+
+    def freeze(self, slot: int, names: Container[str]) -> None:
+        """Make the next version, in ``slot``, and those after it require gradients except for ``names``."""
+        self._trained = [name not in names for name in self._names]
+        self.tell(slot)
+
+    @torch.no_grad()
+    def rest(self, slot: int, *, ring_predicts: bool) -> None:
+        """Make frozen parameters equal in the newest ``slot`` and outside the ring: what rests is where it will be."""
+        for i, trains in enumerate(self._trained):
+            if not trains and self._shadows:
+                to, of = self._slots[slot][i], self._shadows[i]
+                if ring_predicts:
+                    to.copy_(of)
+                else:
+                    of.copy_(to)
 
     def drop_frozen_gradients(self, slot: int) -> None:
         """Drop the gradients in a slot of parameters that were frozen since the forward."""

@@ -120,8 +120,8 @@ class Places:
             if id(p) not in own and p.requires_grad:
                 raise ValueError(
                     f"{name} requires gradients, but is not in the WeightStash, which would never train it: it was "
-                    "frozen or absent when the stash was built; build the stash while it is trainable, and freeze it "
-                    "afterwards"
+                    "frozen or absent when the stash was built; build the stash or pipeline while it is trainable, and "
+                    "freeze it afterwards"
                 )
         for place in self._all:
             if id(leaves[place.number]) not in there:

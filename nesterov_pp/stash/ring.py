@@ -311,7 +311,8 @@ class WeightStash:
     def state_dict(self) -> dict[str, Any]:
         """Return every live version, ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, not copied.
 
-        Weights outside the ring, if there are any, are under ``"shadow"``.
+        Weights outside the ring, if there are any, are under ``"shadow"``; the names of parameters that do not require
+        gradients in each version, if there are any, are under ``"frozen"``.
 
         Raises:
             ValueError: the module's parameters were changed in a way that the ring cannot follow.
@@ -325,7 +326,8 @@ class WeightStash:
         }
         if self.shadow is not None:
             state["shadow"] = {n: p.detach() for n, p in zip(self._names, self._shadows, strict=True)}
-        return state
+        frozen = [self._bound.frozen(v % self.versions) for v in live]
+        return {**state, "frozen": frozen} if any(frozen) else state
 
     def check(self, state: dict[str, Any]) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
         """Check a state for ``load_state_dict``; return its newest version, its weights (oldest first) and its shadow.
@@ -342,14 +344,18 @@ class WeightStash:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
 
+        Parameters that were frozen when the state was saved are frozen, and those that are frozen now stay so.
+
         Raises:
             ValueError: the state is of a ring of another length or of other parameters, or the module's parameters
                 were changed in a way that the ring cannot follow; nothing is changed.
         """
         newest, weights, shadow = self.check(state)
         self._position.load(newest)
-        for version, saved in enumerate(weights, start=self.oldest):
-            self._bound.tell(version % self.versions)
+        resting = {name for name, trains in zip(self._names, self._bound.trained, strict=True) if not trains}
+        frozen = state.get("frozen", [()] * len(weights))
+        for version, saved, names in zip(range(self.oldest, newest + 1), weights, frozen, strict=True):
+            self._bound.freeze(version % self.versions, resting | set(names))
             for name, leaf in self.parameters(version).items():
                 leaf.copy_(saved[name])
                 leaf.grad = None
@@ -380,5 +386,6 @@ class WeightStash:
             for leaf in self._slots[slot]:
                 leaf.grad = None
         self._bound.tell(self._position.newest_slot)
+        self._bound.rest(self._position.newest_slot, ring_predicts=self.shadow == "stepped")
         self._bindings.rebind()
         self._position.cleared()

@@ -33,6 +33,10 @@ def check_saved(
         raise ValueError("only one of the saved ring and this ring has a shadow (weights outside the ring)")
     for saved in weights if shadow is None else [*weights, shadow]:
         _check_weights(saved, like)
+    frozen = state.get("frozen", [[]] * len(weights))
+    known = isinstance(frozen, list) and len(frozen) == len(weights) and all(isinstance(n, list) for n in frozen)
+    if not known or not {name for names in frozen for name in names} <= like.keys():
+        raise ValueError("the 'frozen' of a saved ring must be one list of its parameters' names for each version")
     return newest, weights, shadow
 
 

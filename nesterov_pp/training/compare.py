@@ -159,12 +159,13 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
 
 
 def _planned(config: Config, methods: Sequence[str]) -> dict[str, float]:
-    from nesterov_pp.training.pace import MODEL, seconds_per_microbatch
+    from nesterov_pp.training.pace import MODEL, STORAGE, seconds_per_microbatch
 
     settings = {name: getattr(config, name) for name in MODEL}
     if config.tokenizer == "bytes":
         settings["vocab_size"] = ByteTokenizer.size
-    return seconds_per_microbatch(settings, methods, config.stages)
+    storage = {name: getattr(config, name) for name in STORAGE}
+    return seconds_per_microbatch(settings, methods, config.stages, **storage)
 
 
 def _draw(curves: dict[str, list[Curves]], seconds: Mapping[str, float], file: IO[bytes]) -> None:

@@ -6,18 +6,31 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from nesterov_pp.kernels import BACKENDS
-from nesterov_pp.pipeline import Recipe, find_recipe
+from nesterov_pp.pipeline import Placement, Recipe, find_recipe
+from nesterov_pp.pipeline.stage import build_optimizer, build_stash
 
 CORRECTION_SHARE = 0.14
 """T of Eq. 13 (arXiv 2505.01099) as a share of a run's updates: the paper's 7,000 of 50,000."""
 
 FINAL_LR = 0.1
 """The fraction of the peak learning rate that the cosine leaves at the end of a run."""
+
+LATER = (
+    "weight_decay",
+    "betas",
+    "no_decay",
+    "weights_dtype",
+    "state_dtype",
+    "master_weights",
+    "stochastic_rounding",
+)
+"""Settings that the first runs did not record, and had at what are their defaults now."""
 
 FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature", "timeout")
 """Settings that may change when a run is resumed: no loss depends on them (the data's content is checked instead)."""
@@ -69,6 +82,23 @@ def _probability(text: str) -> float:
     return value
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"needs a number of at least 0, not {text!r}")
+    return value
+
+
+def _betas(text: str) -> str:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise ValueError(f"needs two numbers separated by a comma, such as 0.9,0.999, not {text!r}")
+    return ",".join(str(_probability(part)) for part in parts)
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
@@ -113,6 +143,27 @@ class Config:
     dropout: float = _option(0.0, _probability, "dropout probability")
     lr: float = _option(1e-3, _positive, "peak learning rate")
     embedding_lr: float = _option(1.0, _positive, "factor of --lr for the token and position embeddings")
+    weight_decay: float | None = _option(
+        None, _rate, "weight decay rate, which a step multiplies by the learning rate (default: the method's)"
+    )
+    betas: str | None = _option(None, _betas, "decay rates of the two moments, as in 0.9,0.999 (default: the method's)")
+    no_decay: bool = _option(False, _yes_or_no, "no weight decay for norms, biases and embeddings (default: no)")
+    weights_dtype: str = _option(
+        "float32",
+        _choice("float32", "bfloat16"),
+        "dtype of the weights in all their versions, of their gradients and of the activations: float32 or bfloat16",
+    )
+    master_weights: bool = _option(
+        False, _yes_or_no, "step a float32 copy of bfloat16 weights, which keeps small updates (default: no)"
+    )
+    state_dtype: str | None = _option(
+        None,
+        _choice("float32", "bfloat16"),
+        "dtype of the moments: float32 or bfloat16 (default: that of the weights; float32 with --master-weights)",
+    )
+    stochastic_rounding: bool = _option(
+        False, _yes_or_no, "round bfloat16 weights without masters, and bfloat16 moments, at random (default: no)"
+    )
     warmup: int = _option(
         100, _whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
     )
@@ -164,6 +215,19 @@ class Config:
             raise UserError(str(error)) from None
 
     @property
+    def own_recipe(self) -> Recipe:
+        """The recipe with the hyper-parameters of this run (UserError if the method does not have one of them)."""
+        try:
+            return self.recipe.override(self.overrides())
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return cast(torch.dtype, getattr(torch, self.weights_dtype))
+
+    @property
     def microbatches_per_update(self) -> int:
         return self.recipe.accumulation(self.stages)
 
@@ -178,6 +242,7 @@ class Config:
             self.recipe.check_forward(recompute=self.recompute, autocast=self.autocast is not None)
         except ValueError as error:
             raise UserError(str(error)) from None
+        self.check_optimizer()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda needs a GPU, but torch finds none; omit it to train on the CPU")
         if self.layers < self.stages:
@@ -195,6 +260,36 @@ class Config:
                 f"not {self.microbatches}"
             )
 
+    def check_optimizer(self) -> None:
+        """Raise UserError if the method's rule does not take the settings of the optimizer, or they do nothing."""
+        low = self.weights_dtype != "float32"
+        if self.master_weights and not low:
+            raise UserError("--master-weights are float32 copies of bfloat16 weights; add --weights-dtype bfloat16")
+        if self.autocast is not None and low:
+            raise UserError("--autocast is for float32 weights; omit it, or omit --weights-dtype")
+        moments = self.state_dtype or ("bfloat16" if low and not self.master_weights else "float32")
+        if self.stochastic_rounding and moments == "float32" and (self.master_weights or not low):
+            raise UserError(
+                "--stochastic-rounding has nothing to round: it is for --weights-dtype bfloat16 without "
+                "--master-weights, and for --state-dtype bfloat16"
+            )
+        named = {part.partition("=")[0] for part in self.method.split(":")[1:]}
+        of_betas = {"betas": {"betas", "beta1", "beta2"}}
+        try:
+            for name, given in self._rule_options().items():
+                if given is not None and named & of_betas.get(name, {name}):
+                    raise ValueError(f"{flag(name)} is given twice: it is also in --method {self.method}")
+            recipe = self.own_recipe
+            if self.no_decay or self.embedding_lr != 1.0:
+                recipe.check_groups()
+            # A rule refuses by itself what it cannot do.
+            layer, place = nn.Linear(2, 2, dtype=self.dtype), Placement(1, 1, 0)
+            build_optimizer(
+                recipe, layer, build_stash(recipe, layer, 1), place, lr=self.lr, max_grad_norm=None, backend="auto"
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
     def learning_rate(self, microbatch: int) -> float:
         """Return the learning rate of a microbatch (from 0): linear warm-up, then a cosine to a tenth.
 
@@ -206,10 +301,20 @@ class Config:
         return self.lr * (FINAL_LR + (1.0 - FINAL_LR) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
 
     def overrides(self) -> dict[str, Any]:
-        """Return the hyper-parameters of the recipe that depend on the length of the run."""
+        """Return the hyper-parameters of the recipe that are given, or depend on the length of the run."""
+        given = {name: value for name, value in self._rule_options().items() if value is not None}
         if self.recipe.correction_updates is None:
-            return {}
-        return {"correction_updates": max(1, round(CORRECTION_SHARE * self.updates))}
+            return given
+        return {**given, "correction_updates": max(1, round(CORRECTION_SHARE * self.updates))}
+
+    def _rule_options(self) -> dict[str, Any]:
+        return {
+            "weight_decay": self.weight_decay,
+            "betas": None if self.betas is None else tuple(map(float, self.betas.split(","))),
+            "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
+            "master_weights": self.master_weights or None,
+            "stochastic_rounding": self.stochastic_rounding or None,
+        }
 
     def flags(self) -> list[str]:
         """Return the command-line flags that give this configuration."""
@@ -234,12 +339,18 @@ def settle(given: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Conf
     """
     if recorded is None:
         return Config(**given)
+    recorded = completed(recorded)
     if set(recorded) != {f.name for f in fields(Config)}:
         raise UserError("this run was made by another version of nesterov_pp; give another --out")
     for name, value in given.items():
         if name not in FREE and recorded[name] != value:
             raise UserError(differs(flag(name), recorded[name], value))
     return Config(**{**recorded, **given})
+
+
+def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run recorded, with the defaults of those that came ``LATER``."""
+    return {**{f.name: f.default for f in fields(Config) if f.name in LATER}, **recorded}
 
 
 def differs(what: str, there: object, here: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nesterov_pp.pipeline import Delays, VirtualPipeline
+from nesterov_pp.pipeline import Delays, ParamGroups, VirtualPipeline, no_decay
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError
 from nesterov_pp.training.delay_words import read_delays
@@ -179,7 +179,7 @@ class VirtualDriver:
 
 def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
     """Return the model of a run, cut into stages."""
-    return build_stages(
+    stages = build_stages(
         vocabulary=vocabulary,
         stages=config.stages,
         layers=config.layers,
@@ -189,6 +189,7 @@ def stage_modules(config: Config, vocabulary: int) -> list[nn.Module]:
         dropout=config.dropout,
         seed=config.seed,
     )
+    return [stage.to(config.dtype) for stage in stages]
 
 
 def _delays(config: Config) -> Delays | None:
@@ -208,13 +209,18 @@ def pipeline_options(config: Config) -> dict[str, Any]:
         "lr": config.lr,
         "flush_every": config.flush_every,
         "max_grad_norm": config.max_grad_norm,
-        "param_groups": None if config.embedding_lr == 1.0 else scaled_embeddings(config.embedding_lr),
+        "param_groups": _groups(config),
         "seed": config.seed,
         "backend": config.backend,
         "recompute": config.recompute,
         "autocast": None if config.autocast is None else getattr(torch, config.autocast),
         **config.overrides(),
     }
+
+
+def _groups(config: Config) -> ParamGroups | None:
+    scaled = None if config.embedding_lr == 1.0 else scaled_embeddings(config.embedding_lr)
+    return no_decay(within=scaled) if config.no_decay else scaled
 
 
 def refusals_explained(build: Callable[[], T]) -> T:

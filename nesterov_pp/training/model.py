@@ -96,7 +96,7 @@ def build_stages(
 def scaled_embeddings(scale: float) -> ParamGroups:
     """Return parameter groups in which the learning rate of the token and position embeddings is ``scale`` times.
 
-    The groups hold the parameters in the order of ``stage.parameters()``, on which regrouping checkpoints relies.
+    The groups hold the parameters in the order of ``stage.parameters()``.
     """
 
     def groups(stage: nn.Module) -> list[dict[str, Any]]:
@@ -109,12 +109,13 @@ def scaled_embeddings(scale: float) -> ParamGroups:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats, a 0-d tensor.
+    """Return the mean cross-entropy in nats, a 0-d tensor, computed in float32 if the logits are less precise.
 
     Args:
         logits: ``(batch, context, vocabulary)``.
         targets: ``(batch, context)`` int64.
     """
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

@@ -41,7 +41,8 @@ def size(bytes_: float) -> str:
 
 def memory_line(memory: Mapping[str, int], delays: Sequence[int]) -> str:
     """Return a line with the bytes that a pipeline holds, and the delays that determine how many."""
-    parts = " + ".join(f"{name} {size(memory[name])}" for name in ("weights", "stash", "moments"))
+    shown = [*("weights", "stash", "moments"), *(["masters"] if memory.get("masters") else [])]
+    parts = " + ".join(f"{name} {size(memory[name])}" for name in shown)
     total = size(sum(memory.values()))
     return f"Memory: {parts} = {total}. Delays of the stages, in updates: {' '.join(map(str, delays))}."
 

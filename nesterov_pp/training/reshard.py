@@ -101,6 +101,12 @@ def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
     return [(layers[int(place)], rest) for place, rest in parts]
 
 
+def _in_order(optimizer: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Return the names of a stage's parameters in the order of its optimizer's state; ``names`` are in the ring's."""
+    grouped = [name for group in optimizer.get("param_groups", ()) for name in group.get("param_names") or ()]
+    return grouped or names
+
+
 def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, Any]) -> VirtualPipeline:
     weights: dict[Name, Tensor] = {}
     shadows: dict[Name, Tensor] = {}
@@ -118,7 +124,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         if "shadow" in stash:
             shadows.update(zip(names, stash["shadow"].values(), strict=True))
         weights.update(zip(names, newest.values(), strict=True))
-        moments.update((name, optimizer["state"][k]) for k, name in enumerate(names))
+        ordered = _names(_in_order(optimizer, list(newest)), layers)
+        moments.update((name, optimizer["state"][k]) for k, name in enumerate(ordered))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
     pipe = refusals_explained(
         lambda: VirtualPipeline(stage_modules(new, size), next_token_loss, **pipeline_options(new))
@@ -132,7 +139,8 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         kept = {"shadow": shadow} if shadow else {}
         stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions), **kept})
         own = optimizer.state_dict()
-        optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(names)}})
+        ordered = _names(_in_order(own, stash.names), layers)
+        optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(ordered)}})
     pipe.microbatches, pipe.updates = int(saved["microbatches"]), version
     return pipe
 

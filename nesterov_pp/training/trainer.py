@@ -21,7 +21,7 @@ from rich.console import Console
 import nesterov_pp
 from nesterov_pp.pipeline.distributed.world import launched
 from nesterov_pp.training import checkpoint, plots, report
-from nesterov_pp.training.config import FREE, Config, RunError, UserError, derived_seed, flag, settle
+from nesterov_pp.training.config import FREE, Config, RunError, UserError, completed, derived_seed, flag, settle
 from nesterov_pp.training.data import Corpus, Text, read_text, tokenize
 from nesterov_pp.training.distributed import stage_driver
 from nesterov_pp.training.driver import Driver, VirtualDriver
@@ -146,10 +146,11 @@ def _newest_checkpoint(driver: Driver, folder: RunFolder, record: Mapping[str, A
     if state is None:
         return None
     theirs = state["record"]
+    settings = completed(theirs["config"])
     unlike = [
-        f"{flag(name)} {theirs['config'].get(name)}, not {value}"
+        f"{flag(name)} {settings.get(name)}, not {value}"
         for name, value in record["config"].items()
-        if name not in FREE and theirs["config"].get(name) != value
+        if name not in FREE and settings.get(name) != value
     ]
     unlike += [f"different {n.split('_')[0]}" for n in ("data_digest", "tokenizer_digest") if theirs[n] != record[n]]
     if unlike:

@@ -100,6 +100,39 @@ def test_a_stage_keeps_what_is_counted(name):
     assert held / 64 == cost.state
 
 
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "state", "traffic"),
+    [  # with two moments: the bytes of docs/kernels.md
+        (torch.float32, {"state_dtype": BF16}, 4, 20),
+        (torch.float32, {"master_weights": True}, 8, 28),
+        (BF16, {}, 4, 14),
+        (BF16, {"state_dtype": torch.float32}, 8, 22),
+        (BF16, {"master_weights": True}, 12, 28),
+        (BF16, {"master_weights": True, "state_dtype": BF16}, 8, 20),
+    ],
+)
+@pytest.mark.parametrize("name", ["nesterov", "gap-aware", "xpipe", "pipemare", "nesterov-sgd", "nesterov-rotated"])
+def test_bytes_of_other_dtypes(name, weights, options, state, traffic):
+    if name == "nesterov-rotated" and "state_dtype" in options:
+        pytest.skip("its state is float32")
+    recipe = recipes()[name].override(options)
+    torch.manual_seed(0)
+    module = nn.ParameterList([torch.randn(64, 64).to(weights)])
+    stash = build_stash(recipe, module, 3)
+    optimizer = build_optimizer(recipe, module, stash, Placement(1, 3, 2), lr=1e-2, max_grad_norm=None, backend="auto")
+    assert optimizer is not None
+    (kept,) = optimizer.state.values()
+    held = [t for t in [*kept.values(), *stash.state_dict().get("shadow", {}).values()] if t.dim() > 0]
+    cost = of_step(recipe, weights)
+    assert cost is not None
+    assert sum(t.numel() * t.element_size() for t in held) == 64 * 64 * cost.state
+    if name == "nesterov":
+        assert cost == (state, traffic)
+
+
 def test_a_rotated_rule_keeps_what_is_counted():
     recipe = recipes()["nesterov-rotated"]
     optimizer = recipe.rule([nn.Parameter(torch.randn(128, 192))], lr=1e-2, **recipe.options)

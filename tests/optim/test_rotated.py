@@ -316,3 +316,35 @@ def test_a_first_gradient_of_low_rank_has_a_basis(failing: Any, monkeypatch: pyt
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="a parameter is complex; rotated optimizers only step real, unsharded"):
         npp.RotatedNAdam([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("versions", [None, 3])
+def test_the_master_is_a_float32_run_and_the_parameter_its_rounding(
+    rule: Any, dtype: torch.dtype, versions: int | None
+) -> None:
+    low, full = net(dtype), net(dtype).float()
+    stash = None if versions is None else npp.WeightStash(low, versions)
+    ours = rule(low.parameters(), lr=1e-2, block_size=8, refresh_every=3, stash=stash, master_weights=True)
+    theirs = rule(full.parameters(), lr=1e-2, block_size=8, refresh_every=3)
+    states = list(ours.state.values())
+    for k in range(12):
+        gradients(low, k)
+        for p, q in zip(low.parameters(), full.parameters(), strict=True):
+            q.grad = p.grad.float()
+        ours.step()
+        theirs.step()
+        for p, q, state in zip(low.parameters(), full.parameters(), states, strict=True):
+            assert torch.equal(state["master_weight"], q)
+            assert torch.equal(p, q.to(dtype))
+    with torch.no_grad():
+        low[0].weight[0] = 7.0  # the master follows, and the state goes on bit for bit
+    again = net(dtype)
+    again.load_state_dict(copy.deepcopy(low.state_dict()))
+    other = rule(again.parameters(), lr=1e-2, block_size=8, refresh_every=3, master_weights=True)
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(low, ours, range(12, 15))
+    train(again, other, range(12, 15))
+    assert_same(low, again)
+    assert (low[0].weight[0] > 6.0).all()

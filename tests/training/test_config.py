@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
+import torch
 
 from nesterov_pp.pipeline import recipes
-from nesterov_pp.training.config import Config, UserError, derived_seed, settle
+from nesterov_pp.training.config import LATER, Config, UserError, derived_seed, settle
 
 
 def test_the_defaults_are_usable_with_every_method() -> None:
@@ -23,12 +24,67 @@ def test_the_defaults_are_usable_with_every_method() -> None:
         ({"method": "gpipe", "microbatches": 2001}, "must be a multiple of 4, not 2001"),
         ({"method": "nesterov-no-stash", "autocast": "bfloat16"}, "use a method with a stash, or turn autocast off"),
         ({"method": "pipemare", "recompute": True}, "keeps activations of older weights, which cannot be recomputed"),
+        (
+            {"master_weights": True},
+            "--master-weights are float32 copies of bfloat16 weights; add --weights-dtype bfloat16",
+        ),
+        ({"stochastic_rounding": True}, "--stochastic-rounding has nothing to round"),
+        (
+            {"stochastic_rounding": True, "weights_dtype": "bfloat16", "master_weights": True},
+            "--stochastic-rounding has nothing to round",
+        ),
+        ({"autocast": "bfloat16", "weights_dtype": "bfloat16"}, "--autocast is for float32 weights; omit it, or"),
+        (
+            {"method": "gpipe-muon", "weights_dtype": "bfloat16", "master_weights": True},
+            "has no master_weights, because",
+        ),
+        ({"method": "nesterov-rotated", "state_dtype": "bfloat16"}, "has no state_dtype, because RotatedNAdam"),
+        ({"method": "basis-rotation", "weights_dtype": "bfloat16"}, "steps float32 and float64 weights only"),
+        ({"method": "gpipe-muon", "no_decay": True}, "takes no param_groups; its rule groups the parameters itself"),
+        ({"method": "nesterov-sgd", "betas": "0.9,0.99"}, "has no hyper-parameter 'betas'; it has momentum"),
+        ({"method": "nesterov:beta1=0.9", "betas": "0.9,0.99"}, "--betas is given twice: it is also in --method nest"),
         ({"method": "adam"}, "unknown method 'adam'; choose one of nesterov, "),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Config(**changes).check()  # type: ignore[arg-type]
+
+
+def test_given_settings_of_the_optimizer_reach_the_recipe() -> None:
+    settings = {"weight_decay": 0.0, "betas": "0.8,0.9", "state_dtype": "bfloat16", "stochastic_rounding": True}
+    options = Config(method="nesterov-no-stash", **settings).own_recipe.options
+    assert {name: options[name] for name in settings} == {
+        "weight_decay": 0.0,
+        "betas": (0.8, 0.9),
+        "state_dtype": torch.bfloat16,
+        "stochastic_rounding": True,
+    }
+
+
+def parse(name: str, text: str) -> object:
+    (setting,) = (f for f in fields(Config) if f.name == name)
+    return setting.metadata["parse"](text)
+
+
+def test_texts_of_settings() -> None:
+    assert parse("betas", "0.9, 0.999") == "0.9,0.999"
+    assert parse("weight_decay", "0") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("betas", "0.9", "needs two numbers separated by a comma, such as 0.9,0.999, not '0.9'"),
+        ("betas", "1,0.9", "needs a number from 0 to below 1, not '1'"),
+        ("weight_decay", "-1", "needs a number of at least 0, not '-1'"),
+        ("weights_dtype", "float16", "needs one of float32, bfloat16, not 'float16'"),
+    ],
+)
+def test_texts_that_are_no_settings(name: str, text: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(name, text)
+    assert str(error.value) == sentence
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -70,6 +126,13 @@ def test_another_setting_is_refused() -> None:
         settle({"lr": 0.5}, recorded)
     with pytest.raises(UserError, match="this run has --flush-every unset, not 5"):
         settle({"flush_every": 5}, recorded)
+
+
+def test_runs_from_before_a_setting_have_its_default() -> None:
+    before = {name: value for name, value in asdict(Config(lr=0.5)).items() if name not in LATER}
+    assert settle({}, before) == Config(lr=0.5)
+    with pytest.raises(UserError, match="this run has --weights-dtype float32, not bfloat16"):
+        settle({"weights_dtype": "bfloat16"}, before)
 
 
 @pytest.mark.parametrize("recorded", [{}, {"lr": 0.001}, {**asdict(Config()), "new_setting": 1}])

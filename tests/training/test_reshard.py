@@ -14,6 +14,8 @@ from nesterov_pp.training import checkpoint
 from nesterov_pp.training.metrics import read_curves
 from nesterov_pp.training.trainer import train
 
+LOW = {"weights_dtype": "bfloat16", "master_weights": True, "no_decay": True, "weight_decay": 0.3}
+
 
 def given(text_file: Path, stages: int, method: str, **more: Any) -> dict[str, Any]:
     model = {"stages": stages, "layers": 5, "width": 16, "heads": 2, "context": 16, "batch": 4}
@@ -29,13 +31,21 @@ def half_way(text_file: Path, out: Path, stages: int, method: str, **more: Any) 
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "method"), [(1, 5, "gpipe-1"), (5, 2, "gpipe-1"), (2, 3, "gpipe-1"), (5, 2, "gpipe-1-rotated-nadam")]
+    ("old", "new", "method", "more"),
+    [
+        (1, 5, "gpipe-1", {}),
+        (5, 2, "gpipe-1", {}),
+        (2, 3, "gpipe-1", {**LOW, "state_dtype": "bfloat16"}),
+        (2, 3, "gpipe-1-nadam", {"no_decay": True, "weight_decay": 0.3, "betas": "0.9,0.95"}),
+        (5, 2, "gpipe-1-rotated-nadam", {}),
+        (2, 5, "gpipe-1-rotated", LOW),
+    ],
 )
 def test_without_delay_the_losses_do_not_change(
-    text_file: Path, tmp_path: Path, old: int, new: int, method: str
+    text_file: Path, tmp_path: Path, old: int, new: int, method: str, more: dict[str, Any]
 ) -> None:
-    train(given(text_file, old, method, embedding_lr=3.0), tmp_path / "whole")
-    half_way(text_file, tmp_path / "old", old, method, embedding_lr=3.0)
+    train(given(text_file, old, method, embedding_lr=3.0, **more), tmp_path / "whole")
+    half_way(text_file, tmp_path / "old", old, method, embedding_lr=3.0, **more)
     arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", str(new), "--out", str(tmp_path / "new")]
     assert main([*arguments, "--one-process"]) == 0
     assert main(["train", "--resume", "--out", str(tmp_path / "new")]) == 0
@@ -44,13 +54,18 @@ def test_without_delay_the_losses_do_not_change(
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["nesterov", *(pytest.param(m, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare"))],
+    ("method", "more"),
+    [
+        ("nesterov", {}),
+        ("xpipe", LOW),
+        *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare")),
+        *(pytest.param(m, LOW, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "nesterov-rotated")),
+    ],
 )
 def test_into_the_stages_of_several_processes(
-    text_file: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    text_file: Path, tmp_path: Path, method: str, more: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    half_way(text_file, tmp_path / "old", 4, method, tokenizer="bpe", vocab_size=270)
+    half_way(text_file, tmp_path / "old", 4, method, tokenizer="bpe", vocab_size=270, **more)
     arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", "2"]
     assert main([*arguments, "--out", str(tmp_path / "new")]) == 0
     assert "The ring starts again from the newest weights" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nesterov_pp.cli import main
+from nesterov_pp.training import checkpoint
+from nesterov_pp.training.config import LATER
 from nesterov_pp.training.metrics import microbatches_done
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -91,3 +95,23 @@ def test_many_kills(tiny: list[str], tmp_path: Path, start: Start, undisturbed: 
             else:
                 assert process.returncode == 0, process.communicate()
         assert losses(out) == losses(undisturbed)
+
+
+def test_a_run_from_before_the_settings_of_the_optimizer_goes_on(tiny: list[str], tmp_path: Path) -> None:
+    """Its folder has the format of that time."""
+    run = ["train", *tiny, "--microbatches", "60", "--checkpoint-every", "30"]
+    assert main([*run, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "run"
+    assert main([*run, "--out", str(out)]) == 0
+    checkpoint.checkpoints(out)[-1].unlink()
+    (out / "summary.json").unlink()
+    (saved,) = checkpoint.checkpoints(out)
+    state = checkpoint.load(saved)
+    record = json.loads((out / "config.json").read_text())
+    for settings in (state["record"]["config"], record["config"]):
+        for name in LATER:
+            del settings[name]
+    torch.save(state, saved)
+    (out / "config.json").write_text(json.dumps(record))
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert losses(out) == losses(tmp_path / "whole")

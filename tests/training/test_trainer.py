@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nesterov_pp.pipeline import VirtualPipeline
-from nesterov_pp.training import checkpoint
+from nesterov_pp.training import checkpoint, report
 from nesterov_pp.training.config import RunError, UserError
 from nesterov_pp.training.metrics import MetricsLog, read_curves
 from nesterov_pp.training.sample import generate, printable
@@ -69,8 +69,9 @@ def test_a_run_leaves_its_results(given: Given, tmp_path: Path, capsys: pytest.C
         assert part in printed
 
 
-def test_the_memory_line_is_exact(given: Given, tmp_path: Path) -> None:
-    train(given, tmp_path)
+@pytest.mark.parametrize("low", [False, True])
+def test_the_memory_line_is_exact(given: Given, tmp_path: Path, low: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    train({**given, **({"weights_dtype": "bfloat16", "master_weights": True} if low else {})}, tmp_path)
     state = checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])
     stashes = [stage["stash"]["weights"] for stage in state["pipeline"]["stages"].values()]
 
@@ -80,7 +81,11 @@ def test_the_memory_line_is_exact(given: Given, tmp_path: Path) -> None:
     memory = json.loads((tmp_path / "summary.json").read_text())["pipeline_memory"]
     assert memory["weights"] == sum(size(versions[-1]) for versions in stashes)
     assert memory["stash"] == sum(size(v) for versions in stashes for v in versions[:-1])
-    assert memory["moments"] == 2 * memory["weights"]
+    assert memory["moments"] == (4 if low else 2) * memory["weights"]
+    assert memory["masters"] == (2 * memory["weights"] if low else 0)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory: "))
+    assert line == report.memory_line(memory, [2, 1, 0])
+    assert ("masters" in line) == low
 
 
 def test_tensorboard_has_the_same_losses(given: Given, tmp_path: Path) -> None:

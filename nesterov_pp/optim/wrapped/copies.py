@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from nesterov_pp.optim.options import LOW_PRECISION
 from nesterov_pp.optim.uninterrupted import uninterrupted
 from nesterov_pp.optim.wrapped.rotation import BasisRotation
 from nesterov_pp.stash import Shadow, WeightStash
@@ -74,6 +75,9 @@ class StepsCopies:
         self.max_grad_norm = max_grad_norm
         self._stash = stash
         named = stash.weights()
+        low = sorted({str(p.dtype).removeprefix("torch.") for p in named.values() if p.dtype in LOW_PRECISION})
+        if base == "basis-rotation" and low:
+            raise ValueError(f"basis-rotation steps float32 and float64 weights only, and some here are {low[0]}")
         self._weights = list(named.values())
         self._inner = _BASES[base](named, lr, momentum, options)
         self._half_way = False

@@ -29,6 +29,7 @@ from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
+    Trained,
     autocasting,
     build_optimizer,
     build_stash,
@@ -166,7 +167,9 @@ class AsyncPipeline:
             max_grad_norm=None if over_all else max_grad_norm,
             backend=backend,
             param_groups=param_groups,
+            seed=seed,
         )
+        self._trained = Trained()
         self.device = torch.device(device) if device is not None else device_of(self.module)
         self._links = links(world, replicas)
         self._average = None
@@ -222,11 +225,13 @@ class AsyncPipeline:
             PipelineError: a loss or an activation is not finite, another stage has stopped or cannot be reached, or, in
                 the first step, the processes do not fit together: they have other settings or positions, or two stages
                 share a parameter.
-            ValueError: the run is over; or ``loss_fn`` returned something else than a loss.
+            ValueError: the run is over; ``loss_fn`` returned something else than a loss; or the stage's parameters were
+                changed in a way that cannot be followed.
         """
         m = self.microbatches
         if m >= self.total:
             raise ValueError(f"the run of {self.total} microbatches is over")
+        self._trained.check(self.stash, m % self.microbatches_per_update)
         if not self._prepared:
             self._prepare()
         limit = forward_limit(
@@ -288,7 +293,7 @@ class AsyncPipeline:
     # ------------------------------------------------------------------ checkpoints
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes this stage holds: ``weights`` (one version), ``stash`` (the others), ``moments``."""
+        """Return the bytes this stage holds, as ``VirtualPipeline.memory`` does for all stages."""
         return self._state().memory()
 
     def keep_for(self, update: int) -> None:

@@ -53,10 +53,14 @@ class GradientAverage:
     def expect(self, slot: int) -> None:
         """Announce that the next backward completes the gradients of ``slot``."""
         self._slot, self._next = slot, 0
-        self._missing = [set(members) for members in self._buckets]
+        leaves = self._leaves[slot]
+        self._missing = [{i for i in members if leaves[i].requires_grad} for members in self._buckets]
 
     def finish(self) -> None:
-        """Send the remaining buckets, with zeros for missing gradients, and write the averages into ``.grad``."""
+        """Send the remaining buckets, with zeros for missing gradients, and write the averages into ``.grad``.
+
+        Parameters that are frozen, on all replicas alike, have no gradient.
+        """
         while self._next < len(self._buckets):
             self._send()
         self._slot = -1
@@ -79,8 +83,11 @@ class GradientAverage:
         return arrived
 
     def _send(self) -> None:
-        parameters = [self._leaves[self._slot][i] for i in self._buckets[self._next]]
+        leaves = self._leaves[self._slot]
+        parameters = [leaves[i] for i in self._buckets[self._next] if leaves[i].requires_grad]
         self._next += 1
+        if not parameters:
+            return
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

@@ -18,7 +18,8 @@ class Versions:
     """The weights that a microbatch runs with: a version of the ring or, without a stash, the newest weights.
 
     Without a stash (a ring of one), the forwards of microbatches in flight can run again after a restart only if the
-    weights that they began with were copied. ``kept`` holds these copies.
+    weights that they began with were copied. ``kept`` holds these copies; a version's lacks the parameters that were
+    frozen in it, which have not moved since as long as a microbatch that began with it is in flight.
     """
 
     def __init__(self, stash: WeightStash, delay: int) -> None:
@@ -62,6 +63,9 @@ class Versions:
                 yield
             return
         with self._as_it_was(version), self._stash.use(self._stash.newest, linearise_at=linearise_at):
+            if version == self._stash.newest and version in self.kept:
+                live = self._stash.parameters(version)
+                self.kept[version] = {n: w for n, w in self.kept[version].items() if live[n].requires_grad}
             yield
         if self._stash.in_flight(self._stash.newest):
             self._stash.release(self._stash.newest)  # its backward uses the weights that are newest then
@@ -105,13 +109,18 @@ class Versions:
         if version >= newest:
             yield
             return
-        live = self._stash.parameters(newest)
-        now = {n: p.detach().clone() for n, p in live.items()}
+        live, then = self._stash.parameters(newest), self.kept[version]
+        now = {n: live[n].detach().clone() for n in then}
+        resting = [p for n, p in live.items() if n not in then and p.requires_grad]
         try:
-            for name, p in live.items():
-                p.detach().copy_(self.kept[version][name])
+            for p in resting:
+                p.requires_grad_(False)
+            for name, weights in then.items():
+                live[name].detach().copy_(weights)
             with torch.enable_grad():
                 yield
         finally:
-            for name, p in live.items():
-                p.detach().copy_(now[name])
+            for name, weights in now.items():
+                live[name].detach().copy_(weights)
+            for p in resting:
+                p.requires_grad_(True)
