@@ -61,6 +61,7 @@ def analyze(
 ) -> bytes:
     """Print the tables. Returns the plot as the contents of a PNG file."""
     from nesterov_pp.analysis import figure, report
+    from nesterov_pp.terminal import say
 
     shown = report.same_mean(delay) if random is None else random
     console.print(report.steps_table(delay, momentum, horizon))
@@ -68,7 +69,7 @@ def analyze(
     if step is not None:
         console.print(report.damping_table([fixed(delay), *shown], step))
     for line in report.lines(delay):
-        console.print(line, soft_wrap=True)
+        say(console, line)
     file = io.BytesIO()
     figure.draw(file, delay, momentum, shown)
     return file.getvalue()

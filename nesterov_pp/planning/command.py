@@ -16,7 +16,8 @@ from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from nesterov_pp.terminal import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 _GIB = float(1 << 30)
@@ -54,6 +55,7 @@ def plan(
     Raises:
         ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
     """
+    from nesterov_pp.terminal import say
     from nesterov_pp.training.config import Config
     from nesterov_pp.training.pace import MODEL, measure_model
 
@@ -79,22 +81,16 @@ def plan(
     console.print(_table(rows, tokens, memory * _GIB, per_update))
     fitting = [row for row in rows if row[3] <= memory * _GIB]
     if not fitting:
-        console.print(
-            "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).",
-            soft_wrap=True,
-        )
+        say(console, "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).")
         return
     count, schedule, found, held, delays = min(fitting, key=lambda row: row[2].seconds_per_microbatch)
     late = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
-    console.print(
-        f"Fastest that fits: {schedule} with {count} stages, {tokens / found.seconds_per_microbatch:,.0f} tokens/s"
-        f"{late}.",
-        soft_wrap=True,
-    )
+    speed_found = f"{tokens / found.seconds_per_microbatch:,.0f} tokens/s"
+    say(console, f"Fastest that fits: {schedule} with {count} stages, {speed_found}{late}.")
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
-    from rich.table import Table
+    from nesterov_pp.terminal import Table
 
     table = Table(title=f"Simulated pipelines; gpipe and 1f1b update every {per_update} microbatches")
     for heading in ("Stages", "Schedule", "Busy", "ms/microbatch", "us/token", "Tokens/s", "Largest stage", "Delay"):

@@ -15,6 +15,9 @@ T = TypeVar("T")
 CUT = 4
 """Geometric delays are cut off at this multiple of their mean."""
 
+LONGEST = 10_000
+"""The longest delay, in updates; a stage keeps one version of its weights for each of them."""
+
 FORMS = (
     "own, 3,2,1,0, uniform:0-4, geometric:2.5 or trace:FILE, optionally followed by +stragglers:0.1:5 or +dropouts:0.05"
 )
@@ -49,6 +52,8 @@ def read_delays(words: str, recipe: Recipe, stages: int, microbatches_per_update
         delays = Fixed(listed(usual, int))
     for text in more:
         delays = _modified(words, delays, text, seed)
+    if max(delays.largest) > LONGEST:
+        raise ValueError(f"delays can be at most {LONGEST} updates, but those of {words!r} reach {max(delays.largest)}")
     return delays
 
 
