@@ -338,11 +338,13 @@ def _plan(arguments: dict[str, Any]) -> None:
     from nesterov_pp.planning.command import plan
     from nesterov_pp.terminal import make_console
     from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.driver import enough_memory
     from nesterov_pp.training.pace import MODEL
 
     model = {name: arguments.pop(name) for name in MODEL if name in arguments}
     try:
-        plan(make_console(), model, **arguments)
+        with enough_memory(UserError, "this model; use a smaller --width or fewer --layers"):
+            plan(make_console(), model, **arguments)
     except ValueError as error:
         raise UserError(str(error)) from None
 

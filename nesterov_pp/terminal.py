@@ -16,10 +16,15 @@ from rich.text import Text
 _PLAIN_WIDTH = 120
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # for the command line, which has an exit status for it
+
+
 def make_console() -> Console:
-    """Return a console on standard output, wide enough for the tables where that is not a terminal."""
+    """Return a console on standard output, wide enough for the tables where neither that nor ``COLUMNS`` says how."""
     fixed = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=_PLAIN_WIDTH if fixed else None, highlight=False)
+    return _Console(width=_PLAIN_WIDTH if fixed else None, highlight=False)
 
 
 def say(console: Console, sentence: str) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 _GIB = float(1 << 30)
+_LARGEST = 1e12
+_MOST = 10_000  # devices, or microbatches per update: more take minutes to simulate
 
 
 def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
@@ -53,12 +55,14 @@ def plan(
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
     Raises:
+        UserError: the settings of the model contradict each other.
         ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
     """
     from nesterov_pp.terminal import say
     from nesterov_pp.training.config import Config
     from nesterov_pp.training.pace import MODEL, measure_model
 
+    Config(stages=1, **model).check()
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
         raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
@@ -116,9 +120,9 @@ def _size(count: int) -> str:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"needs a whole number of at least 1, not {text!r}")
-    return int(text)
+    from nesterov_pp.training.config import whole
+
+    return whole(1, _MOST)(text)
 
 
 def _counts(text: str) -> list[int]:
@@ -132,6 +136,8 @@ def _number(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"needs a number, not {text!r}")
+    if value and not 1.0 / _LARGEST <= abs(value) <= _LARGEST:
+        raise ValueError(f"needs a number from {1.0 / _LARGEST:g} to {_LARGEST:g}, not {text!r}")
     return value
 
 

@@ -89,6 +89,12 @@ def _probability(text: str) -> float:
     return value
 
 
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError(f"needs the path of a file or folder, not {text!r}")
+    return text
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
@@ -117,15 +123,15 @@ class Config:
     microbatches: int = _option(2000, whole(1), "length of the run, in microbatches")
     seed: int = _option(0, whole(0, LARGEST_SEED), "seed for initialization, data order and dropout")
     data: str | None = _option(
-        None, str, "text file, or folder of text files, to train on (default: the Python standard library's source)"
+        None, _path, "text file, or folder of text files, to train on (default: the Python standard library's source)"
     )
     tokenizer: str = _option(
         "bytes", _choice("bytes", "bpe"), "bytes: one token per byte; bpe: a byte-level BPE trained on the data"
     )
     vocab_size: int = _option(
-        1024, whole(257), "vocabulary size, in tokens; training uses it with --tokenizer bpe only"
+        1024, whole(257, 10_000_000), "vocabulary size, in tokens; training uses it with --tokenizer bpe only"
     )
-    layers: int = _option(8, whole(1), "number of transformer blocks, divided among the stages")
+    layers: int = _option(8, whole(1, 10_000), "number of transformer blocks, divided among the stages")
     width: int = _option(64, whole(1), "width of the residual stream, the model dimension")
     heads: int = _option(4, whole(1), "number of attention heads in each block")
     context: int = _option(64, whole(1), "sequence length, in tokens")

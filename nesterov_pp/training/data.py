@@ -116,6 +116,8 @@ def read_text(data: str | None, *, whole_characters: bool = False) -> Text:
         return _split_by_bytes(str(path), texts, skipped, whole_characters)
     if not os.path.lexists(path):
         raise UserError(f"--data {path} does not exist; give a text file or a folder of text files")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--data {path} is neither a file nor a folder; give a text file or a folder of text files")
     content = _read(path)
     if not content:
         raise UserError(f"--data {path} is empty; give a file with text in it")

@@ -41,7 +41,7 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
             method's state cannot be regrouped.
     """
     folder = RunFolder(source)
-    record = folder.recorded(resume=True)
+    record = folder.recorded(resume=True) if source.is_dir() else None
     if record is None:
         raise UserError(f"{source} holds no run; give the folder of a run")
     if not is_fresh(out):
