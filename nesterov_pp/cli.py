@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,10 +44,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports a bad flag in one line."""
+    """A parser that reports a bad flag in one line, which points at the help of the command that refuses the flag."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{_PROGRAM}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{_PROGRAM}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nesterov_pp.training.config import UserError
     from nesterov_pp.training.signals import InterruptionError
 
+    _make_printable()
     try:
         arguments = vars(_parser().parse_args(argv))
         command: Callable[[dict[str, Any]], None] = arguments.pop("command")
@@ -66,10 +74,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             "stopped immediately by Ctrl-C; what was written is kept, and --resume continues from there", 130
         )
     except BrokenPipeError:
-        # Nobody reads the output any more; keep the interpreter from failing when it flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.filename is None:  # every other file's errors name it
+            _discard_output()
+        where = "standard output" if error.filename is None else error.filename
+        return _complain(f"{where} cannot be used: {error.strerror or error}", 1)
     return 0
+
+
+def _make_printable() -> None:
+    """Have what standard output cannot encode, or a closed one, never end a run."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from failing when it flushes, at exit, what cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(sentence: str, status: int) -> int:
@@ -86,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.training.pace import MODEL, STORAGE
 
     parser = _Parser(prog=f"python -m {_PROGRAM}", description=nesterov_pp.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {nesterov_pp.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     shown = {f.name: f for f in fields(Config)}
 
@@ -134,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"methods to compare (default: {','.join(COMPARED['methods'])})",
     )
     sub.add_argument(
-        "--seeds", type=_typed(_seeds), metavar="N,N,...", help="seeds to run each method with (default: 0,1,2)"
+        "--seeds",
+        type=_typed(_several("seed")),
+        metavar="N,N,...",
+        help="seeds to run each method with (default: 0,1,2)",
     )
     sub.add_argument(
         "--jobs", type=_typed(_count), metavar="N", help="number of runs at a time (default: the number of cores)"
@@ -150,13 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also show the loss over the time that one device for each stage would take, as plan simulates it",
     )
-    for name, parse, many in (
-        ("lr", _rates, "if several, the first seed tries all of them and the other seeds use each method's best"),
-        ("stages", _depths, "if several, each has a table of its own"),
+    for name, many in (
+        ("lr", "if several, the first seed tries all of them and the other seeds use each method's best"),
+        ("stages", "if several, each has a table of its own"),
     ):
         setting = shown[name]
         what = f"{setting.metadata['help']} (default: {setting.default}); {many}"
-        sub.add_argument(f"--{name}", type=_typed(parse), metavar="X[,...]", help=what)
+        sub.add_argument(f"--{name}", type=_typed(_several(name)), metavar="X[,...]", help=what)
     add_settings(sub, "method", "seed", "lr", "stages")
     sub = command("analyze", _analyze, "show what a delay does to the step size in theory, in tables and a plot")
     analysis_arguments(sub, _typed)
@@ -201,18 +230,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _seeds(text: str) -> list[int]:
-    if not all(name.isdecimal() for name in _names(text)):
-        raise ValueError(f"needs whole numbers of at least 0, separated by commas, not {text!r}")
-    return [int(name) for name in _names(text)]
+def _several(name: str) -> Callable[[str], list[Any]]:
+    """Return the function that parses distinct values of a setting of a run."""
 
+    def parse(text: str) -> list[Any]:
+        values = [_setting(name)(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ValueError(f"needs distinct numbers separated by commas, not {text!r}")
+        return values
 
-def _rates(text: str) -> list[float]:
-    return [_setting("lr")(name) for name in _names(text)]
-
-
-def _depths(text: str) -> list[int]:
-    return [_setting("stages")(name) for name in _names(text)]
+    return parse
 
 
 def _setting(name: str) -> Callable[[str], Any]:
@@ -224,9 +251,9 @@ def _setting(name: str) -> Callable[[str], Any]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"needs a whole number of at least 1, not {text!r}")
-    return int(text)
+    from nesterov_pp.training.config import whole
+
+    return whole(1)(text)
 
 
 def _preset(text: str) -> dict[str, Any]:
@@ -285,10 +312,10 @@ def _compare(arguments: dict[str, Any]) -> None:
 def _analyze(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "scipy", extra="analysis")
     from nesterov_pp.analysis import command
+    from nesterov_pp.terminal import make_console, say
     from nesterov_pp.training.checkpoint import write_atomic
     from nesterov_pp.training.config import UserError
     from nesterov_pp.training.folder import make_folder
-    from nesterov_pp.training.report import make_console
 
     path: Path = arguments.pop("out", Path("runs/analysis.png"))
     if path.suffix.lower() != ".png" or path.is_dir():
@@ -297,7 +324,7 @@ def _analyze(arguments: dict[str, Any]) -> None:
     console = make_console()
     picture = command.analyze(console, **arguments)
     write_atomic(path, lambda file: file.write(picture))
-    console.print(f"The plot is in {path}.", soft_wrap=True)
+    say(console, f"The plot is in {path}.")
 
 
 def _reshard(arguments: dict[str, Any]) -> None:
@@ -311,23 +338,23 @@ def _reshard(arguments: dict[str, Any]) -> None:
 def _plan(arguments: dict[str, Any]) -> None:
     _require("rich")
     from nesterov_pp.planning.command import plan
+    from nesterov_pp.terminal import make_console
     from nesterov_pp.training.config import UserError
+    from nesterov_pp.training.driver import enough_memory
     from nesterov_pp.training.pace import MODEL
-    from nesterov_pp.training.report import make_console
 
     model = {name: arguments.pop(name) for name in MODEL if name in arguments}
     try:
-        plan(make_console(), model, **arguments)
+        with enough_memory(UserError, "this model; use a smaller --width or fewer --layers"):
+            plan(make_console(), model, **arguments)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
 def _methods(storage: dict[str, Any]) -> None:
     _require("rich")
-    from rich.table import Table
-
+    from nesterov_pp.terminal import Table, make_console, say
     from nesterov_pp.training.config import Config, UserError
-    from nesterov_pp.training.report import make_console
 
     Config(**storage).check_optimizer()
 
@@ -354,12 +381,13 @@ def _methods(storage: dict[str, Any]) -> None:
         )
     console = make_console()
     console.print(table)
-    console.print(
+    say(
+        console,
         "Extra weights: the number of weight versions that stage i keeps besides the newest, in a real pipeline. "
         f"State: bytes per {Config(**storage).weights_dtype} parameter besides all weight versions, including masters "
         "and a predicted copy. Step: bytes per parameter that a step reads and writes; more: several passes; refused: "
         "the method does not take these settings. Delay: the delays that the method takes; "
-        "constant: it is told the expected one. Runs in: both pipelines, or the virtual one only."
+        "constant: it is told the expected one. Runs in: both pipelines, or the virtual one only.",
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -95,7 +97,30 @@ BAD = [
     ("compare --methods nesterov,adam --data text.txt", "unknown method 'adam'"),
     ("compare --methods nesterov,nesterov", "argument --methods: needs distinct names"),
     ("compare --methods ,", "argument --methods: needs distinct names"),
-    ("compare --seeds 0,one", "argument --seeds: needs whole numbers"),
+    ("compare --seeds 0,one", "argument --seeds: needs a whole number of at least 0, not 'one'"),
+    ("compare --seeds 0,00", "argument --seeds: needs distinct numbers"),
+    ("compare --lr 0.1,0.10", "argument --lr: needs distinct numbers"),
+    ("compare --seeds 0,18446744073709551616", "argument --seeds: needs a whole number of at most 1844674407370955161"),
+    ("train --seed 18446744073709551616", "argument --seed: needs a whole number of at most 18446744073709551615"),
+    (f"train --seed 1{'0' * 5000}", "argument --seed: needs a whole number of at most 18446744073709551615"),
+    ("train --microbatches 1000000000", "argument --microbatches: needs a whole number of at most 999999999"),
+    ("train --threads 1000000", "argument --threads: needs a whole number of at most 1024"),
+    ("train --temperature 1e-300", "argument --temperature: needs a number from 1e-30 to 1e+30"),
+    ("train --lr 1e308", "argument --lr: needs a number from 1e-30 to 1e+30"),
+    (f"train {SMALL} --delays uniform:0-99999999999", "delays can be at most 10000 updates"),
+    (f"train {SMALL} --delays geometric:inf", "delays must be given as own"),
+    (f"train {SMALL} --delays trace:image.png", "names a file that is not text"),
+    ("plan --width 7", "--width must be a multiple of --heads"),
+    ("plan --per-update 99999999", "argument --per-update: needs a whole number of at most 10000"),
+    ("plan --speed 1e-320", "argument --speed: needs a number from 1e-12 to 1e+12"),
+    ("reshard --run text.txt --stages 1 --out new", "text.txt holds no run; give the folder of a run"),
+    ("train --unheard-of 1", "(see python -m nesterov_pp train --help)"),
+    ("compare surplus", "(see python -m nesterov_pp compare --help)"),
+    ("plan --unheard-of", "(see python -m nesterov_pp plan --help)"),
+    ("analyze --unheard-of", "(see python -m nesterov_pp analyze --help)"),
+    ("reshard --stages 2", "(see python -m nesterov_pp reshard --help)"),
+    ("info --unheard-of", "(see python -m nesterov_pp info --help)"),
+    ("--unheard-of", "(see python -m nesterov_pp --help)"),
     ("compare --seeds -1", "argument --seeds"),
     ("compare --jobs 0", "argument --jobs: needs a whole number of at least 1"),
     ("compare --preset huge", "argument --preset: needs one of demo"),
@@ -109,7 +134,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD, ids=[line or "nothing" for line, _ in BAD])
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[line[:60] or "nothing" for line, _ in BAD])
 def test_bad_input_is_one_sentence_and_changes_nothing(
     place: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
@@ -142,7 +167,8 @@ def test_a_real_process_refuses_alike(place: Path, line: str) -> None:
 
 def python_m(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nesterov_pp", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # readline may set it
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_a_real_process_trains(place: Path) -> None:
@@ -178,6 +204,62 @@ def test_an_output_that_nobody_reads_is_no_traceback(place: Path) -> None:
         check=False,
     )
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["methods", f"train {SMALL} --sample-length 40 --out caf\u00e9"])
+def test_what_standard_output_cannot_encode_ends_no_command(
+    place: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(command.split()) == 0
+    printed = raw.getvalue().decode("ascii")
+    assert "+--" in printed
+    assert "nesterov" in printed
+    if command != "methods":
+        assert "are in caf\\xe9." in printed
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(place: Path) -> None:
+    command = [sys.executable, "-m", "nesterov_pp", "info"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "nesterov_pp: error: standard output cannot be used: No space left on device\n"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"nesterov_pp {nesterov_pp.__version__}\n"
+
+
+def test_a_folder_of_another_version_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"train {SMALL} --out runs/nesterov/seed-0".split()) == 0
+    record = place / "runs/nesterov/seed-0/config.json"
+    theirs = json.loads(record.read_text())
+    capsys.readouterr()
+    commands = [
+        "train --resume --out runs/nesterov/seed-0",
+        "reshard --run runs/nesterov/seed-0 --stages 1 --out new",
+        f"compare {SMALL} --methods nesterov --seeds 0 --out runs --resume",
+    ]
+    for there in ({**theirs["config"], "new_setting": 1}, [], {"lr": 1}, {**theirs["config"], "lr": "fast"}):
+        record.write_text(json.dumps({**theirs, "nesterov_pp": "9.9", "config": there}))
+        before = snapshot(place)
+        for command in commands:
+            assert main(command.split()) == 2
+            (sentence,) = capsys.readouterr().err.splitlines()
+            assert "config.json" in sentence
+            assert snapshot(place) == before
+    record.write_text(json.dumps({**theirs, "nesterov_pp": "9.9"}))
+    (record.parent / "summary.json").write_text("{}")
+    assert main(commands[0].split()) == 2
+    assert "summary.json is damaged or of another version" in capsys.readouterr().err
+    (record.parent / "summary.json").unlink()
+    assert main(commands[0].split()) == 0
+    assert "Warning: this run was begun with nesterov_pp 9.9" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", PRESETS)

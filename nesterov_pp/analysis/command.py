@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
     add("--momentum", _momentum, "X", "momentum of the rules that have one (default: 0.99)")
     add(
         "--horizon",
-        _number("at least 0", lambda x: x >= 0.0),
+        _number("from 0 to 1e6", lambda x: 0.0 <= x <= 1e6),
         "X",
         "a further look-ahead horizon to show besides 1 and the delay, in updates (default: none)",
     )
     add(
         "--step",
-        _number("above 0", lambda x: x > 0.0),
+        _number("from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6),
         "X",
         "step size x curvature at which to show the damping (default: no damping table)",
     )
@@ -61,6 +61,7 @@ def analyze(
 ) -> bytes:
     """Print the tables. Returns the plot as the contents of a PNG file."""
     from nesterov_pp.analysis import figure, report
+    from nesterov_pp.terminal import say
 
     shown = report.same_mean(delay) if random is None else random
     console.print(report.steps_table(delay, momentum, horizon))
@@ -68,14 +69,14 @@ def analyze(
     if step is not None:
         console.print(report.damping_table([fixed(delay), *shown], step))
     for line in report.lines(delay):
-        console.print(line, soft_wrap=True)
+        say(console, line)
     file = io.BytesIO()
     figure.draw(file, delay, momentum, shown)
     return file.getvalue()
 
 
 def _delay(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= LONGEST_DELAY:
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= LONGEST_DELAY:
         raise ValueError(f"needs a whole number from 1 to {LONGEST_DELAY}, not {text!r}")
     return int(text)
 
@@ -93,7 +94,7 @@ def _number(range_: str, fits: Callable[[float], bool]) -> Callable[[str], float
     return parse
 
 
-_momentum = _number("above 0 and below 1", lambda x: 0.0 < x < 1.0)
+_momentum = _number("from 1e-6 to 1 - 1e-6", lambda x: 1e-6 <= x <= 1.0 - 1e-6)
 
 
 def _delays(text: str) -> list[Delay]:

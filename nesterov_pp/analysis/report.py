@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
 from nesterov_pp.analysis import delays as kinds
 from nesterov_pp.analysis.alignment import noise_cosine
 from nesterov_pp.analysis.convex import safe_convex_step
@@ -16,6 +14,7 @@ from nesterov_pp.analysis.mean_square import max_mean_square_step
 from nesterov_pp.analysis.rules import LOOKING_AHEAD, LinearRule, linear_rule
 from nesterov_pp.analysis.sdde import damping, fastest_rate, stability_edge
 from nesterov_pp.analysis.stability import fastest_step, max_stable_step
+from nesterov_pp.terminal import Table
 
 NADAM_UPDATES = (1_000, 10_000, 50_000)
 """The updates at which NAdam is shown; its scalars change slowly over training."""

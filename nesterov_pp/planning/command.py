@@ -15,10 +15,13 @@ from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from nesterov_pp.terminal import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 _GIB = float(1 << 30)
+_LARGEST = 1e12
+_MOST = 10_000  # devices, or microbatches per update: more take minutes to simulate
 
 
 def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
@@ -54,11 +57,14 @@ def plan(
     ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
 
     Raises:
+        UserError: the settings of the model contradict each other.
         ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
     """
+    from nesterov_pp.terminal import say
     from nesterov_pp.training.config import Config
     from nesterov_pp.training.pace import MODEL, measure_model
 
+    Config(stages=1, **model).check()
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
         raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
@@ -83,22 +89,16 @@ def plan(
     console.print(_table(rows, tokens, memory * _GIB, per_update))
     fitting = [row for row in rows if row[3] <= memory * _GIB]
     if not fitting:
-        console.print(
-            "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).",
-            soft_wrap=True,
-        )
+        say(console, "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).")
         return
     count, schedule, found, held, delays = min(fitting, key=lambda row: row[2].seconds_per_microbatch)
     late = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
-    console.print(
-        f"Fastest that fits: {schedule} with {count} stages, {tokens / found.seconds_per_microbatch:,.0f} tokens/s"
-        f"{late}.",
-        soft_wrap=True,
-    )
+    speed_found = f"{tokens / found.seconds_per_microbatch:,.0f} tokens/s"
+    say(console, f"Fastest that fits: {schedule} with {count} stages, {speed_found}{late}.")
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
-    from rich.table import Table
+    from nesterov_pp.terminal import Table
 
     table = Table(title=f"Simulated pipelines; gpipe and 1f1b update every {per_update} microbatches")
     for heading in ("Stages", "Schedule", "Busy", "ms/microbatch", "us/token", "Tokens/s", "Largest stage", "Delay"):
@@ -124,9 +124,9 @@ def _size(count: int) -> str:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"needs a whole number of at least 1, not {text!r}")
-    return int(text)
+    from nesterov_pp.training.config import whole
+
+    return whole(1, _MOST)(text)
 
 
 def _counts(text: str) -> list[int]:
@@ -140,6 +140,8 @@ def _number(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"needs a number, not {text!r}")
+    if value and not 1.0 / _LARGEST <= abs(value) <= _LARGEST:
+        raise ValueError(f"needs a number from {1.0 / _LARGEST:g} to {_LARGEST:g}, not {text!r}")
     return value
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
-from nesterov_pp.training.config import RunError, UserError
+from nesterov_pp.training.config import UserError
+from nesterov_pp.training.metrics import writing
 
 KEPT = 2
-_FORMAT = "nesterov_pp run 1"
+_FAMILY = "nesterov_pp run "
+_FORMAT = f"{_FAMILY}1"
 _PREFIX = "checkpoint-"
 _DIGITS = 9
-
-
-@contextmanager
-def _readable_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -35,14 +29,14 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         RunError: the file cannot be written (the disk is full, ...); ``path`` is left as it was.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with _readable_errors(path):
+    with writing(path):
         try:
             with temporary.open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
@@ -82,18 +76,38 @@ def save(folder: Path, microbatch: int, state: dict[str, Any], *, part: str = ""
         RunError: the checkpoint cannot be written; the older ones are kept.
     """
     path = folder / f"{_PREFIX}{microbatch:0{_DIGITS}d}{part}.pt"
-    write_atomic(path, lambda file: torch.save({"format": _FORMAT, "microbatch": microbatch, **state}, file))
+    write_atomic(path, lambda file: _serialise({"format": _FORMAT, "microbatch": microbatch, **state}, file))
     certain = microbatch if certain is None else certain
-    with _readable_errors(folder):
+    with writing(folder):
         for old in [p for p in checkpoints(folder, part) if microbatch_of(p) <= certain][:-KEPT]:
             old.unlink()
+
+
+def _serialise(state: dict[str, Any], file: IO[bytes]) -> None:
+    """Write a state with ``torch.save``; raise the ``OSError`` of a failed write, for which torch has another error."""
+    failed: list[OSError] = []
+
+    class Watched(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+    try:
+        torch.save(state, cast(IO[bytes], Watched()))
+    except RuntimeError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return what ``save`` wrote, including ``microbatch``. No code in the file is executed.
 
     Raises:
-        UserError: the file is truncated, damaged or not a checkpoint.
+        UserError: the file is truncated, damaged, not a checkpoint, or one of another version.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,6 +117,8 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         state = None
+    if isinstance(state, dict) and state.get("format") != _FORMAT and str(state.get("format")).startswith(_FAMILY):
+        raise UserError(f"{path} was written by another version of nesterov_pp; resume the run with that version")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         others = [p.name for p in checkpoints(path.parent, path.stem[len(_PREFIX) + _DIGITS :]) if p < path]
         then = f"continue from {others[-1]}" if others else "start from the beginning"

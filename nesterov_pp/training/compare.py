@@ -10,8 +10,9 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from nesterov_pp.terminal import make_console, say
 from nesterov_pp.training import checkpoint, plots, report, results
-from nesterov_pp.training.config import FREE, Config, RunError, UserError, differs, flag, settle
+from nesterov_pp.training.config import FREE, Config, RunError, UserError, differs, flag, recorded_settings, settle
 from nesterov_pp.training.data import read_text, tokenize
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder, read_object
 from nesterov_pp.training.jobs import Job, run_all
@@ -47,7 +48,7 @@ def compare(
         RunError: some runs have failed; the table of the others has been written.
         InterruptionError: SIGINT or SIGTERM arrived; the runs have written checkpoints.
     """
-    console = console or report.make_console()
+    console = console or make_console()
     if given.get("data") is not None:
         given = {**given, "data": str(Path(given["data"]).resolve())}
     if not is_fresh(out) and not resume:
@@ -61,10 +62,10 @@ def compare(
     others = [job for job in every if job.config.seed != seeds[0]]
     count = len(tried) + len(others) // max(1, len(rates))
     finished = sum(job.finished for job in every)
-    console.print(
+    say(
+        console,
         f"{len(methods)} methods, {len(seeds)} seeds: {count} runs of {every[0].config.microbatches} microbatches, "
         f"{jobs} at a time" + (f"; {finished} are already finished." if finished else "."),
-        soft_wrap=True,
     )
     failed = run_all(tried, lambda: _with_best_rates(tried, others), count, jobs, out, console)
     plan = [*tried, *_with_best_rates(tried, others)]
@@ -76,7 +77,7 @@ def compare(
 
 def _check_data(config: Config) -> None:
     """Raise UserError if no run could train on the data."""
-    text = read_text(config.data)
+    text = read_text(config.data, whole_characters=config.tokenizer == "bpe")
     tokenize(text, ByteTokenizer(), config.context)
     if config.tokenizer == "bpe":
         check_text(text.train + text.validation)
@@ -114,7 +115,7 @@ def _job(given: Mapping[str, Any], out: Path, several_rates: bool, several_depth
         out /= f"lr-{config.lr:g}"
     folder = RunFolder(out / config.method / f"seed-{config.seed}")
     if folder.config.exists():
-        there = settle({}, read_object(folder.config).get("config", {}))
+        there = settle({}, recorded_settings(read_object(folder.config), folder.config))
         for name, value in vars(config).items():
             if name not in FREE and getattr(there, name) != value:
                 raise UserError(f"{folder.path}: {differs(flag(name), getattr(there, name), value)}")
@@ -154,8 +155,8 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
     result = {"methods": rows, "comparison": " ".join(sentences), "failed": list(failed)}
     checkpoint.write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
     for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
-    console.print(f"The table and the plot are in {out}: compare.md, compare.json, compare.png.", soft_wrap=True)
+        say(console, sentence)
+    say(console, f"The table and the plot are in {out}: compare.md, compare.json, compare.png.")
 
 
 def _planned(config: Config, methods: Sequence[str]) -> dict[str, float]:
@@ -179,7 +180,7 @@ def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[C
         runs.setdefault((job.config.method, job.config.lr), []).append(job)
     rows = [
         {
-            **results.summarise([read_object(job.folder.summary) for job in of_point]),
+            **results.summarise([report.read_summary(job.folder.summary) for job in of_point]),
             "stages": of_point[0].config.stages,
             "lr": of_point[0].config.lr,
         }

@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+import nesterov_pp
 from nesterov_pp.kernels import BACKENDS
 from nesterov_pp.pipeline import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.stage import build_optimizer, build_stash
@@ -31,6 +33,14 @@ LATER = (
     "stochastic_rounding",
 )
 """Settings that the first runs did not record, and had at what are their defaults now."""
+LARGEST_SEED = 2**64 - 1
+LARGEST_COUNT = 10**9 - 1
+"""The largest number of microbatches, which names of checkpoints have room for, and of anything else."""
+
+LARGEST = 1e30
+"""The largest positive number, and the inverse of the smallest: float32 has room for products with either."""
+
+_LONG = 40  # characters of a number that a message shows
 
 FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature", "timeout")
 """Settings that may change when a run is resumed: no loss depends on them (the data's content is checked instead)."""
@@ -49,27 +59,37 @@ class RunError(UserError):
     status = 1
 
 
-def _whole(at_least: int) -> Callable[[str], int]:
+def whole(at_least: int, at_most: int = LARGEST_COUNT) -> Callable[[str], int]:
+    """Return a function that parses a whole number in a range, both ends included; it raises ValueError."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
-        except ValueError:
-            value = at_least - 1
+        except ValueError:  # not a number, or one of thousands of digits
+            value = at_most + 1 if text.isdecimal() else at_least - 1
         if value < at_least:
             raise ValueError(f"needs a whole number of at least {at_least}, not {text!r}")
+        if value > at_most:
+            shown = text if len(text) < _LONG else f"{text[:_LONG]}..."
+            raise ValueError(f"needs a whole number of at most {at_most}, not {shown!r}")
         return value
 
     return parse
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"needs a number above 0, not {text!r}")
-    return value
+def _positive(at_most: float = LARGEST) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"needs a number above 0, not {text!r}")
+        if not 1.0 / LARGEST <= value <= at_most:
+            raise ValueError(f"needs a number from {1.0 / LARGEST:g} to {at_most:g}, not {text!r}")
+        return value
+
+    return parse
 
 
 def _probability(text: str) -> float:
@@ -99,6 +119,12 @@ def _betas(text: str) -> str:
     return ",".join(str(_probability(part)) for part in parts)
 
 
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError(f"needs the path of a file or folder, not {text!r}")
+    return text
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
@@ -123,26 +149,26 @@ class Config:
     """Settings of one run. Each is a command-line flag; ``None`` means "none" or "never"."""
 
     method: str = _option("nesterov", str, "training method, a name from `python -m nesterov_pp methods`")
-    stages: int = _option(8, _whole(1), "number of pipeline stages")
-    microbatches: int = _option(2000, _whole(1), "length of the run, in microbatches")
-    seed: int = _option(0, _whole(0), "seed for initialization, data order and dropout")
+    stages: int = _option(8, whole(1), "number of pipeline stages")
+    microbatches: int = _option(2000, whole(1), "length of the run, in microbatches")
+    seed: int = _option(0, whole(0, LARGEST_SEED), "seed for initialization, data order and dropout")
     data: str | None = _option(
-        None, str, "text file, or folder of text files, to train on (default: the Python standard library's source)"
+        None, _path, "text file, or folder of text files, to train on (default: the Python standard library's source)"
     )
     tokenizer: str = _option(
         "bytes", _choice("bytes", "bpe"), "bytes: one token per byte; bpe: a byte-level BPE trained on the data"
     )
     vocab_size: int = _option(
-        1024, _whole(257), "vocabulary size, in tokens; training uses it with --tokenizer bpe only"
+        1024, whole(257, 10_000_000), "vocabulary size, in tokens; training uses it with --tokenizer bpe only"
     )
-    layers: int = _option(8, _whole(1), "number of transformer blocks, divided among the stages")
-    width: int = _option(64, _whole(1), "width of the residual stream, the model dimension")
-    heads: int = _option(4, _whole(1), "number of attention heads in each block")
-    context: int = _option(64, _whole(1), "sequence length, in tokens")
-    batch: int = _option(8, _whole(1), "number of sequences in a microbatch")
+    layers: int = _option(8, whole(1, 10_000), "number of transformer blocks, divided among the stages")
+    width: int = _option(64, whole(1), "width of the residual stream, the model dimension")
+    heads: int = _option(4, whole(1), "number of attention heads in each block")
+    context: int = _option(64, whole(1), "sequence length, in tokens")
+    batch: int = _option(8, whole(1), "number of sequences in a microbatch")
     dropout: float = _option(0.0, _probability, "dropout probability")
-    lr: float = _option(1e-3, _positive, "peak learning rate")
-    embedding_lr: float = _option(1.0, _positive, "factor of --lr for the token and position embeddings")
+    lr: float = _option(1e-3, _positive(), "peak learning rate")
+    embedding_lr: float = _option(1.0, _positive(), "factor of --lr for the token and position embeddings")
     weight_decay: float | None = _option(
         None, _rate, "weight decay rate, which a step multiplies by the learning rate (default: the method's)"
     )
@@ -165,7 +191,7 @@ class Config:
         False, _yes_or_no, "round bfloat16 weights without masters, and bfloat16 moments, at random (default: no)"
     )
     warmup: int = _option(
-        100, _whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
+        100, whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
     )
     delays: str | None = _option(
         None,
@@ -173,28 +199,30 @@ class Config:
         "delays of the stages, in updates: 3,2,1,0 (one per stage), uniform:0-4, geometric:2.5, trace:FILE or own, "
         "optionally followed by +stragglers:0.1:5 or +dropouts:0.05 (default: own, the method's delays)",
     )
-    flush_every: int | None = _option(None, _whole(1), "drain the pipeline after every X updates (default: never)")
+    flush_every: int | None = _option(None, whole(1), "drain the pipeline after every X updates (default: never)")
     max_grad_norm: float | None = _option(
-        None, _positive, "clip the gradient norm of each stage to X (default: no clipping)"
+        None, _positive(), "clip the gradient norm of each stage to X (default: no clipping)"
     )
-    eval_every: int = _option(100, _whole(1), "interval between validations, in microbatches")
+    eval_every: int = _option(100, whole(1), "interval between validations, in microbatches")
     eval_batches: int = _option(
-        16, _whole(1), "number of batches in a validation, evenly spaced over the validation text"
+        16, whole(1), "number of batches in a validation, evenly spaced over the validation text"
     )
-    checkpoint_every: int = _option(500, _whole(1), "interval between checkpoints, in updates")
+    checkpoint_every: int = _option(500, whole(1), "interval between checkpoints, in updates")
     diagnostics: int | None = _option(
         None,
-        _whole(1),
+        whole(1),
         "every X updates, measure how well each late stage's look-ahead points where its weights will go "
         "(default: never)",
     )
-    sample_length: int = _option(300, _whole(0), "length of the text generated at the end, in tokens")
-    temperature: float = _option(0.8, _positive, "sampling temperature for the generated text")
-    threads: int = _option(1, _whole(1), "CPU threads per process; more than one pays off in wide models only")
+    sample_length: int = _option(300, whole(0), "length of the text generated at the end, in tokens")
+    temperature: float = _option(0.8, _positive(), "sampling temperature for the generated text")
+    threads: int = _option(1, whole(1, 1024), "CPU threads per process; more than one pays off in wide models only")
     replicas: int = _option(
-        1, _whole(1), "number of processes that share the work of each stage, each with its own microbatches"
+        1, whole(1), "number of processes that share the work of each stage, each with its own microbatches"
     )
-    timeout: float = _option(60.0, _positive, "time that processes wait for each other before they give up, in seconds")
+    timeout: float = _option(
+        60.0, _positive(1e8), "time that processes wait for each other before they give up, in seconds"
+    )
     recompute: bool = _option(
         False, _yes_or_no, "save memory by running a stage's forward again before its backward (default: no)"
     )
@@ -335,13 +363,10 @@ def settle(given: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Conf
     """Return the configuration of a run: the given settings, else those of the run to resume, else the defaults.
 
     Raises:
-        UserError: a given setting differs from that of the run to resume, or another version made that run.
+        UserError: a given setting differs from that of the run to resume.
     """
     if recorded is None:
         return Config(**given)
-    recorded = completed(recorded)
-    if set(recorded) != {f.name for f in fields(Config)}:
-        raise UserError("this run was made by another version of nesterov_pp; give another --out")
     for name, value in given.items():
         if name not in FREE and recorded[name] != value:
             raise UserError(differs(flag(name), recorded[name], value))
@@ -351,6 +376,35 @@ def settle(given: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Conf
 def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a run recorded, with the defaults of those that came ``LATER``."""
     return {**{f.name: f.default for f in fields(Config) if f.name in LATER}, **recorded}
+
+
+def recorded_settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings in a run's record, the contents of the file ``path``.
+
+    Raises:
+        UserError: a setting is missing or unknown (the run is of another version), or its value is not possible.
+    """
+    settings = record.get("config")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged; give another --out")
+    known = {f.name: f for f in fields(Config)}
+    settings = completed(settings)
+    if other := sorted(settings.keys() ^ known.keys()):
+        raise UserError(
+            f"{path} was written by another version of nesterov_pp ({record.get('nesterov_pp', 'unknown')}): only one "
+            f"of it and this version ({nesterov_pp.__version__}) has {', '.join(map(flag, other))}; use that version "
+            "for this run, or give another --out"
+        )
+    for name, value in settings.items():
+        if value is None and known[name].default is None:
+            continue
+        try:
+            fits = known[name].metadata["parse"](_as_text(value)) == value
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"{path} has {value!r} for {flag(name)}, which is not possible; give another --out")
+    return settings
 
 
 def differs(what: str, there: object, here: object) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,17 @@ def tokenize(text: Text, tokenizer: Tokenizer, context: int) -> Corpus:
     return Corpus(**parts)
 
 
-def read_text(data: str | None) -> Text:
-    """Read a file, split at nine tenths, or a folder, split by file; without ``data``, Python's standard library.
+def read_text(data: str | None, *, whole_characters: bool = False) -> Text:
+    """Read a file or a folder, a tenth of whose bytes are for validation; without ``data``, Python's standard library.
 
-    In a folder, files that are hidden, empty or binary (they contain NUL bytes) and hidden folders are left out.
+    A file is cut at nine tenths. In a folder, whole files are taken for validation, in an order that depends on their
+    paths alone; the last of them is cut, so that the share is a tenth whatever the sizes of the files. Files that are
+    hidden, empty or binary (they contain NUL bytes) and hidden folders are left out. The standard library is split by
+    file: a tenth of its files is for validation.
+
+    Args:
+        data: path of the file or folder.
+        whole_characters: cut before a character of UTF-8, not inside one.
 
     Raises:
         UserError: ``data`` does not exist, cannot be read, or contains no text.
@@ -101,18 +108,22 @@ def read_text(data: str | None) -> Text:
         paths = [p for p in _files(root, _NOT_CORPUS) if p.suffix == ".py"]
         if len(paths) < 2:
             raise UserError(f"this Python has no standard library source in {root}; give a text with --data")
-        return _split_by_file(f"the Python {platform.python_version()} standard library", root, paths)
+        texts, skipped = _texts(root, paths)
+        return _split_by_file(f"the Python {platform.python_version()} standard library", texts, skipped)
     path = Path(data)
     if path.is_dir():
-        return _split_by_file(str(path), path, list(_files(path)))
-    if not path.exists():
+        texts, skipped = _texts(path, list(_files(path)))
+        return _split_by_bytes(str(path), texts, skipped, whole_characters)
+    if not os.path.lexists(path):
         raise UserError(f"--data {path} does not exist; give a text file or a folder of text files")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--data {path} is neither a file nor a folder; give a text file or a folder of text files")
     content = _read(path)
     if not content:
         raise UserError(f"--data {path} is empty; give a file with text in it")
     if b"\0" in content:
         raise UserError(f"--data {path} is binary (it contains NUL bytes); give a text file")
-    return _split_one(str(path), content)
+    return _split_by_bytes(str(path), {path.name: content}, 0, whole_characters)
 
 
 def _files(root: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
@@ -136,23 +147,47 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _split_one(name: str, content: bytes) -> Text:
-    cut = int(len(content) * (1.0 - VALIDATION_SHARE))
-    return Text(name, [content[:cut]], [content[cut:]])
-
-
-def _split_by_file(name: str, root: Path, paths: list[Path]) -> Text:
-    """Split the files: validation is the tenth of them (at least one) whose paths have the smallest hashes."""
+def _texts(root: Path, paths: list[Path]) -> tuple[dict[str, bytes], int]:
+    """Return the contents of the files with text in them by their paths below ``root``, and the number of others."""
     contents = {p.relative_to(root).as_posix(): _read(p) for p in paths}
     texts = {p: c for p, c in contents.items() if c and b"\0" not in c}
     if not texts:
         found = f"its {len(contents)} files are empty or binary" if contents else "it has no files"
-        raise UserError(f"--data {name} holds no text ({found}); give a folder of text files")
-    skipped = len(contents) - len(texts)
-    if len(texts) == 1:
-        alone = _split_one(name, next(iter(texts.values())))
-        return Text(name, alone.train, alone.validation, skipped)
-    by_hash = sorted(texts, key=lambda p: hashlib.sha256(os.fsencode(p)).digest())
-    held_out = set(by_hash[: max(1, round(VALIDATION_SHARE * len(texts)))])
+        raise UserError(f"--data {root} holds no text ({found}); give a folder of text files")
+    return texts, len(contents) - len(texts)
+
+
+def _by_hash(texts: Mapping[str, bytes]) -> list[str]:
+    return sorted(texts, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+
+
+def _split_by_file(name: str, texts: Mapping[str, bytes], skipped: int) -> Text:
+    """Split the files: validation is the tenth of them whose paths have the smallest hashes."""
+    held_out = set(_by_hash(texts)[: max(1, round(VALIDATION_SHARE * len(texts)))])
     train = [content for path, content in texts.items() if path not in held_out]
     return Text(name, train, [content for path, content in texts.items() if path in held_out], skipped)
+
+
+def _split_by_bytes(name: str, texts: Mapping[str, bytes], skipped: int, whole_characters: bool) -> Text:
+    """Split the bytes: validation is a tenth of them, from the files whose paths have the smallest hashes.
+
+    The last of these files has room for its end only; its beginning is for training.
+    """
+    total = sum(map(len, texts.values()))
+    room = total - int(total * (1.0 - VALIDATION_SHARE))
+    cuts: dict[str, int] = {}
+    for path in _by_hash(texts):
+        size = len(texts[path])
+        cuts[path] = _cut(texts[path], max(0, size - room), whole_characters)
+        room -= min(room, size)
+    train = [content[: cuts[path]] for path, content in texts.items() if cuts[path] > 0]
+    validation = [content[cuts[path] :] for path, content in texts.items() if cuts[path] < len(content)]
+    return Text(name, train, validation, skipped)
+
+
+def _cut(content: bytes, place: int, whole_characters: bool) -> int:
+    """Return where to cut: at ``place``, or up to three bytes before it, where a character of UTF-8 begins."""
+    if not whole_characters:
+        return place
+    starts = (k for k in range(place, max(-1, place - 4), -1) if k == len(content) or content[k] & 0xC0 != 0x80)
+    return next(starts, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 CUT = 4
 """Geometric delays are cut off at this multiple of their mean."""
+
+LONGEST = 10_000
+"""The longest delay, in updates; a stage keeps one version of its weights for each of them."""
 
 FORMS = (
     "own, 3,2,1,0, uniform:0-4, geometric:2.5 or trace:FILE, optionally followed by +stragglers:0.1:5 or +dropouts:0.05"
@@ -41,7 +45,7 @@ def read_delays(words: str, recipe: Recipe, stages: int, microbatches_per_update
         pairs = listed(rest, _range)
         delays = Uniform([low for low, _ in pairs], [high for _, high in pairs], seed)
     elif kind == "geometric":
-        means = listed(rest, float)
+        means = listed(rest, _mean)
         delays = Geometric(means, [max(1, round(CUT * mean)) if mean > 0.0 else 0 for mean in means], seed)
     elif kind == "trace" and rest:
         delays = Trace.read(rest)
@@ -49,6 +53,8 @@ def read_delays(words: str, recipe: Recipe, stages: int, microbatches_per_update
         delays = Fixed(listed(usual, int))
     for text in more:
         delays = _modified(words, delays, text, seed)
+    if max(delays.largest) > LONGEST:
+        raise ValueError(f"delays can be at most {LONGEST} updates, unlike the largest of {words!r}")
     return delays
 
 
@@ -78,6 +84,13 @@ def _listed(words: str, stages: int, text: str, parse: Callable[[str], T]) -> Se
 def _range(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     return int(low), int(high)
+
+
+def _mean(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no mean")
+    return value
 
 
 def _unreadable(words: str) -> ValueError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -200,6 +201,8 @@ def _delays(config: Config) -> Delays | None:
         return read_delays(config.delays, config.recipe, config.stages, k, config.seed)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--delays {config.delays} names a file that is not text; give a trace of delays") from None
 
 
 def pipeline_options(config: Config) -> dict[str, Any]:
@@ -226,13 +229,21 @@ def _groups(config: Config) -> ParamGroups | None:
 def refusals_explained(build: Callable[[], T]) -> T:
     """Return ``build()``; raise UserError if the pipeline refuses the settings or there is not enough memory."""
     try:
-        return build()
+        with enough_memory(UserError, "this model; use a smaller --width or fewer --layers"):
+            return build()
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+@contextmanager
+def enough_memory(kind: type[UserError], needed: str) -> Iterator[None]:
+    """Raise ``kind``, which says what is ``needed``, if there is not enough memory for the block."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        raise UserError("there is not enough memory for this model; use a smaller --width or fewer --layers") from None
+        raise kind(f"there is not enough memory for {needed}") from None
 
 
 def fits(load: Callable[[], None]) -> None:

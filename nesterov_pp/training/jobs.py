@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from nesterov_pp.terminal import say
 from nesterov_pp.training import report
 from nesterov_pp.training.config import Config
-from nesterov_pp.training.folder import RunFolder, make_folder, read_object
+from nesterov_pp.training.folder import RunFolder, make_folder
 from nesterov_pp.training.metrics import microbatches_done
 from nesterov_pp.training.signals import InterruptionError, StopRequest
 
@@ -174,13 +175,13 @@ class _Progress:
         if reason is not None:
             outcome = f"failed: {reason}"
         else:
-            outcome = f"validation loss {read_object(job.folder.summary)['validation_loss']:.4f}"
+            outcome = f"validation loss {report.read_summary(job.folder.summary)['validation_loss']:.4f}"
         left = ""
         done = sum(self._done.values())
         if done > self._first:
             seconds = (time.monotonic() - self._began) / (done - self._first) * (self._total - done)
             left = f"  ({math.ceil(seconds / 6.0) / 10.0:.1f} min left)" if seconds > 0 else ""
-        self._console.print(f"{job.name}: {outcome}{left}", soft_wrap=True, markup=False)
+        say(self._console, f"{job.name}: {outcome}{left}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nesterov_pp.training.config import RunError, UserError
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 _FLUSH_EVERY = 10
+_NUMBERS = count()
 
 
 class MetricsLog:
@@ -34,31 +37,81 @@ class MetricsLog:
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
             raise UserError(f"{path} has lost lines that the checkpoint relies on; the run cannot be resumed")
-        self._file = path.open("ab")
-        self._file.truncate(keep)
+        with writing(path):
+            self._file = path.open("ab")
+            self._file.truncate(keep)
         self._lines = 0
 
     def write(self, **values: float) -> None:
         """Append a line; raise RunError if the file cannot be written (the disk is full, ...)."""
-        try:
+        with writing(self.path):
             self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
             self._lines += 1
             if self._lines % _FLUSH_EVERY == 0:
                 self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def sync(self) -> int:
         """Write every line to disk; return the number of bytes up to here."""
-        try:
+        with writing(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        """Write the remaining lines; raise RunError if the file cannot be written."""
+        with writing(self.path):
+            self._file.close()
+
+
+class ScalarLog:
+    """A new TensorBoard event file, which hides scalars written earlier for microbatches after ``microbatch``.
+
+    TensorBoard's own writer writes in a thread, which reports a full disk by a stack trace.
+    """
+
+    def __init__(self, folder: Path, microbatch: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # The number tells apart the files of processes that begin within a second.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self.path = folder / name
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=microbatch + 1, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def add(self, tag: str, value: float, microbatch: int) -> None:
+        """Add a scalar; raise RunError if the file cannot be written."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._write(step=microbatch, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+
+    def flush(self) -> None:
+        with writing(self.path):
+            self._records.flush()
+
+    def close(self) -> None:
+        with writing(self.path):
+            self._records.close()
+
+    def _write(self, **parts: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with writing(self.path):
+            self._records.write(Event(wall_time=time.time(), **parts).SerializeToString())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError, which names the file, for a write in the block that fails (the disk is full, ...)."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -102,10 +155,3 @@ def microbatches_done(path: Path) -> int:
         return int(json.loads(lines[-1])["microbatch"]) if lines else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def tensorboard_writer(folder: Path, microbatch: int) -> SummaryWriter:
-    """Return a writer that hides scalars written earlier for microbatches after ``microbatch``."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=microbatch + 1)

@@ -23,8 +23,7 @@ def draw_run(file: IO[bytes], curves: Curves, method: str) -> None:
     steps = np.arange(1, len(train) + 1)
     window = max(1, len(train) // 50)
     axes.plot(steps, train, color="0.8", linewidth=0.6, label="train, each microbatch")
-    smooth = np.convolve(train, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=1.5, label=f"train, mean over {window}")
+    axes.plot(*_moving_mean(steps, train, window), color=COLOURS[0], linewidth=1.5, label=f"train, mean over {window}")
     where, losses = zip(*curves.validation, strict=True)
     axes.plot(where, losses, "o", color=COLOURS[1], markersize=4, label="validation")
     axes.set_title(f"{method}: validation loss {losses[-1]:.3f} at the end")
@@ -81,14 +80,12 @@ def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, fl
     for k, (stage, points) in enumerate(cosines.items()):
         where, values = np.array(points).T
         window = max(1, len(values) // 10)
-        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         # From dark (input side) to light; the light end of the map is too light on white.
         colour = colormaps["viridis"](0.9 * k / max(1, len(cosines) - 1))
         label = f"stage {stage}, delay {delays[stage - 1]}: {values.mean():.2f}"
         axes.plot(where, values, color=colour, linewidth=0.5, alpha=0.25)
-        axes.plot(
-            where[window - 1 :], smooth, color=colour, linestyle=LINES[k % len(LINES)], linewidth=1.8, label=label
-        )
+        smooth = _moving_mean(where, values, window)
+        axes.plot(*smooth, color=colour, linestyle=LINES[k % len(LINES)], linewidth=1.8, label=label)
     axes.set_ylabel("cosine of look-ahead and displacement")
     axes.set_title("Does the look-ahead point where the weights will go? (1: exactly)")
     columns = 1 + (len(cosines) - 1) // 12
@@ -112,6 +109,12 @@ def draw_depths(file: IO[bytes], by_depth: Mapping[int, Sequence[Mapping[str, An
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False, handlelength=3.5)
     _save(figure, file)
+
+
+def _moving_mean(where: Any, values: Any, window: int) -> tuple[Any, Any]:
+    """Return the means of every ``window`` neighbouring values, and the middles of their places."""
+    weights = np.ones(window) / window
+    return np.convolve(where, weights, mode="valid"), np.convolve(values, weights, mode="valid")
 
 
 def _line(k: int) -> Any:

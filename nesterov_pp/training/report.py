@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text as RichText
 
-from nesterov_pp.training.config import Config
+from nesterov_pp.terminal import Table, say
+from nesterov_pp.training.config import Config, UserError
+from nesterov_pp.training.folder import read_object
 from nesterov_pp.training.metrics import Curves
 
 TRAIN_LOSS_OVER = 100
 """The number of last microbatches over which the train loss in a table is averaged."""
 
-_PLAIN_WIDTH = 120
 _SMOOTHING = 0.95
-
-
-def make_console() -> Console:
-    """Return a console on standard output, wide enough for the tables where that is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+_SHOWN: dict[str, Any] = {
+    "method": str,
+    **dict.fromkeys(("stages", "seed", "microbatches", "peak_memory"), int),
+    **dict.fromkeys(("train_loss", "validation_loss", "perplexity", "tokens_per_second", "optimizer_share"), float),
+}
+_BAR = 40  # characters of the progress bar
+_BESIDE_BAR = 80  # characters for what is next to it
 
 
 def size(bytes_: float) -> str:
@@ -48,14 +51,18 @@ def memory_line(memory: Mapping[str, int], delays: Sequence[int]) -> str:
 
 
 def make_bar(console: Console, total: int, done: int) -> Progress:
-    """Start and return a progress bar with one task, counted in microbatches."""
+    """Start and return a progress bar with one task, counted in microbatches.
+
+    A narrow terminal has no room for the bar and the time so far; the description is broken between words.
+    """
+    room = min(_BAR, console.width - _BESIDE_BAR)
     bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
+        *([BarColumn(room)] if room >= _BAR // 4 else []),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+        *([TimeElapsedColumn(Column(no_wrap=True))] if console.width >= _BESIDE_BAR else []),
         TextColumn("ETA"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
     )
     bar.add_task("", total=total, completed=done)
@@ -88,7 +95,7 @@ class RunProgress:
         if self._bar is None:
             left = (time.monotonic() - self._began) / (self._done - self._start) * (self._total - self._done)
             eta = f"{int(left) // 60}:{int(left) % 60:02d}"
-            self._console.print(f"microbatch {self._done}/{self._total}  {self._text()}  ETA {eta}", soft_wrap=True)
+            say(self._console, f"microbatch {self._done}/{self._total}  {self._text()}  ETA {eta}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -135,6 +142,14 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the numbers of a finished run from its file; raise UserError if it lacks one of those that are shown."""
+    summary = read_object(path)
+    if not all(isinstance(summary.get(name), kind) for name, kind in _SHOWN.items()):
+        raise UserError(f"{path} is damaged or of another version of nesterov_pp; give another --out")
+    return summary
+
+
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the final table of a run."""
     table = Table(title=f"{summary['method']}, {summary['stages']} stages, {summary['microbatches']} microbatches")
@@ -151,9 +166,10 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(table)
     if summary.get("cosines"):
         by_stage = ", ".join(f"{stage}: {cosine:.3f}" for stage, cosine in summary["cosines"].items())
-        console.print(f"Mean cosine of look-ahead and displacement, by stage: {by_stage}.", soft_wrap=True)
+        say(console, f"Mean cosine of look-ahead and displacement, by stage: {by_stage}.")
 
 
 def print_sample(console: Console, sample: str) -> None:
-    """Print generated text in a frame."""
+    """Print generated text in a frame, with a question mark for what standard output cannot encode."""
+    sample = sample.encode(console.encoding, errors="replace").decode(console.encoding)
     console.print(Panel(RichText(sample), title=escape("Sample (continues the beginning of the validation text)")))

@@ -15,7 +15,7 @@ from torch import Tensor
 from nesterov_pp.pipeline import VirtualPipeline
 from nesterov_pp.pipeline.stage_state import as_saved_now
 from nesterov_pp.training import checkpoint
-from nesterov_pp.training.config import Config, UserError, settle
+from nesterov_pp.training.config import Config, UserError, recorded_settings, settle
 from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder
 from nesterov_pp.training.model import next_token_loss
@@ -41,12 +41,12 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
             method's state cannot be regrouped.
     """
     folder = RunFolder(source)
-    record = folder.recorded(resume=True)
+    record = folder.recorded(resume=True) if source.is_dir() else None
     if record is None:
         raise UserError(f"{source} holds no run; give the folder of a run")
     if not is_fresh(out):
         raise UserError(f"{out} is not empty; give an empty or new folder with --out")
-    config = settle({}, record["config"])
+    config = settle({}, recorded_settings(record, folder.config))
     state = _newest(source, config)
     processes = 1 if one_process else stages
     new = replace(config, stages=stages, replicas=1)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
-
 from nesterov_pp.pipeline import recipes
+from nesterov_pp.terminal import Table
 from nesterov_pp.training.metrics import Curves
 from nesterov_pp.training.report import perplexity, size
 

@@ -20,12 +20,23 @@ from rich.console import Console
 
 import nesterov_pp
 from nesterov_pp.pipeline.distributed.world import launched
+from nesterov_pp.terminal import make_console, say
 from nesterov_pp.training import checkpoint, plots, report
-from nesterov_pp.training.config import FREE, Config, RunError, UserError, completed, derived_seed, flag, settle
+from nesterov_pp.training.config import (
+    FREE,
+    Config,
+    RunError,
+    UserError,
+    completed,
+    derived_seed,
+    flag,
+    recorded_settings,
+    settle,
+)
 from nesterov_pp.training.data import Corpus, Text, read_text, tokenize
 from nesterov_pp.training.distributed import stage_driver
-from nesterov_pp.training.driver import Driver, VirtualDriver
-from nesterov_pp.training.folder import RunFolder, read_object
+from nesterov_pp.training.driver import Driver, VirtualDriver, enough_memory
+from nesterov_pp.training.folder import RunFolder
 from nesterov_pp.training.metrics import read_curves
 from nesterov_pp.training.outputs import Outputs, Silence
 from nesterov_pp.training.sample import generate, printable
@@ -59,11 +70,11 @@ def train(given: Mapping[str, Any], out: Path, *, resume: bool = False, console:
         InterruptionError: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     if not launched():
-        _train(VirtualDriver(), given, out, resume, console or report.make_console())
+        _train(VirtualDriver(), given, out, resume, console or make_console())
         return
     with stage_driver(given.get("timeout", Config.timeout), given.get("replicas", Config.replicas)) as driver:
         quiet = Console(quiet=True)
-        _train(driver, given, out, resume, console or (report.make_console() if driver.reports else quiet))
+        _train(driver, given, out, resume, console or (make_console() if driver.reports else quiet))
 
 
 def _train(driver: Driver, given: Mapping[str, Any], out: Path, resume: bool, console: Console) -> None:
@@ -74,9 +85,16 @@ def _train(driver: Driver, given: Mapping[str, Any], out: Path, resume: bool, co
         resume = driver.resumes(resume)
         config, recorded = driver.agree(lambda: _settled(driver, given, folder, resume))
         if recorded is not None and folder.summary.exists():
-            console.print(f"The run in {out} is finished.")
-            report.print_summary(console, read_object(folder.summary))
+            say(console, f"The run in {out} is finished.")
+            report.print_summary(console, report.read_summary(folder.summary))
             return
+        if recorded is not None and recorded.get("nesterov_pp") != nesterov_pp.__version__:
+            begun = recorded.get("nesterov_pp", "an unknown version")
+            say(
+                console,
+                f"Warning: this run was begun with nesterov_pp {begun} and continues with {nesterov_pp.__version__}; "
+                "its losses may differ from those of an uninterrupted run.",
+            )
         torch.set_num_threads(config.threads)
         text, tokenizer, corpus = driver.agree(lambda: _data(config, recorded, folder))
         record = {
@@ -112,24 +130,17 @@ def _settled(
             f"the run in {folder.path} has {there} process(es), not {driver.processes}; "
             f"resume with: {how} nesterov_pp train --resume --out {folder.path}"
         )
-    config = settle(given, None if recorded is None else _part(recorded, "config", folder.config))
+    config = settle(given, None if recorded is None else recorded_settings(recorded, folder.config))
     config.check()
     return config, recorded
 
 
 def _data(config: Config, recorded: dict[str, Any] | None, folder: RunFolder) -> tuple[Text, Tokenizer, Corpus]:
-    text = read_text(config.data)
+    text = read_text(config.data, whole_characters=config.tokenizer == "bpe")
     if recorded is not None and recorded.get("data_digest") != text.digest:
         raise UserError(f"the text of {text.name} has changed since this run began; give another --out")
     tokenizer = _tokenizer(config, text, folder)
     return text, tokenizer, tokenize(text, tokenizer, config.context)
-
-
-def _part(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    part = record.get(name)
-    if not isinstance(part, dict):
-        raise UserError(f"{path} is damaged; give another --out")
-    return part
 
 
 def _tokenizer(config: Config, text: Text, folder: RunFolder) -> Tokenizer:
@@ -174,18 +185,19 @@ class _Run:
         self.folder, self.record, self.console = folder, record, console
         self.sums = Totals()
         driver.build(config, tokenizer.size, lambda m: corpus.batch(config.seed, m, config.batch, config.context))
-        self.validation = corpus.validation_batches(config.eval_batches, config.batch, config.context)
+        with enough_memory(UserError, "the batches of a validation; use fewer --eval-batches or a smaller --batch"):
+            self.validation = corpus.validation_batches(config.eval_batches, config.batch, config.context)
 
     def announce(self, text: Text) -> None:
         """Print what is about to run, and the memory it takes."""
         left_out = f", {text.skipped} empty or binary files left out" if text.skipped else ""
-        self.console.print(
+        say(
+            self.console,
             f"{self.config.method}, {self.config.stages} stages. Data: {text.name}, "
             f"{len(self.corpus.train):,} + {len(self.corpus.validation):,} tokens for training and validation, "
             f"vocabulary {self.tokenizer.size}{left_out}.",
-            soft_wrap=True,
         )
-        self.console.print(report.memory_line(self._memory(), self.driver.delays), soft_wrap=True)
+        say(self.console, report.memory_line(self._memory(), self.driver.delays))
 
     def go_on(self, state: dict[str, Any] | None, stop: StopRequest) -> None:
         """Train from a checkpoint (None: from the start) to the end, or until a signal."""
@@ -201,7 +213,7 @@ class _Run:
         if driver.reports:
             self.outputs = Outputs(config, self.folder, self.console, keep, start)
         seconds_before = self.sums.seconds
-        try:
+        with self.outputs:
             for m in range(start, config.microbatches):
                 done = m + 1
                 loss = self._step(m)
@@ -223,8 +235,6 @@ class _Run:
                 if stopping and not last:
                     number = stop.received or signal.SIGTERM
                     raise InterruptionError(number, self._how_to_go_on(done, number) if driver.reports else "")
-        finally:
-            self.outputs.close()
 
     def finish(self) -> None:
         """Write the plots, the sample and the summary (which marks the run as finished); print the table."""
@@ -262,11 +272,12 @@ class _Run:
         if config.sample_length:
             report.print_sample(self.console, sample)
         report.print_summary(self.console, summary)
-        self.console.print(f"The loss curves, the sample and the metrics are in {self.folder.path}.", soft_wrap=True)
+        say(self.console, f"The loss curves, the sample and the metrics are in {self.folder.path}.")
 
     def _step(self, m: int) -> float | None:
         begin = time.perf_counter()
-        loss = self.driver.step(self.config.learning_rate(m))
+        with enough_memory(RunError, "a microbatch; use a smaller --batch, --context or --width"):
+            loss = self.driver.step(self.config.learning_rate(m))
         self.sums.seconds += time.perf_counter() - begin
         if loss is not None and not math.isfinite(loss):
             self._diverged(loss, m + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,28 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path: Path, mo
     monkeypatch.setattr(os, "replace", noted_replace)
     checkpoint.save(tmp_path, 1, state(1.0))
     assert events == ["fsync file", "replace", "fsync folder"]
+
+
+def test_a_checkpoint_that_outgrows_the_disk_is_one_sentence_and_keeps_the_old_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1.0))
+    before = names(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 10, 3000, 5000):  # in the middle of torch's archive, where torch reports an error of its own
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(RunError, match=r"checkpoint-000000002.pt cannot be written: File too large"):
+                checkpoint.save(tmp_path, 2, state(2.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(tmp_path) == before
+    assert checkpoint.load(tmp_path / before[0])["totals"] == {"seconds": 1.0}
+
+
+def test_a_checkpoint_of_another_format_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-000000001.pt"
+    torch.save({"format": "nesterov_pp run 99", "microbatch": 1}, path)
+    with pytest.raises(UserError, match="was written by another version of nesterov_pp"):
+        checkpoint.load(path)
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from nesterov_pp.pipeline import recipes
-from nesterov_pp.training.config import LATER, Config, UserError, derived_seed, settle
+from nesterov_pp.training.config import LATER, Config, UserError, derived_seed, recorded_settings, settle
 
 
 def test_the_defaults_are_usable_with_every_method() -> None:
@@ -130,15 +132,34 @@ def test_another_setting_is_refused() -> None:
 
 def test_runs_from_before_a_setting_have_its_default() -> None:
     before = {name: value for name, value in asdict(Config(lr=0.5)).items() if name not in LATER}
-    assert settle({}, before) == Config(lr=0.5)
+    recorded = recorded_settings({"config": before}, Path("config.json"))
+    assert settle({}, recorded) == Config(lr=0.5)
     with pytest.raises(UserError, match="this run has --weights-dtype float32, not bfloat16"):
-        settle({"weights_dtype": "bfloat16"}, before)
+        settle({"weights_dtype": "bfloat16"}, recorded)
 
 
-@pytest.mark.parametrize("recorded", [{}, {"lr": 0.001}, {**asdict(Config()), "new_setting": 1}])
-def test_settings_of_another_version_are_refused(recorded: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="another version"):
-        settle({}, recorded)
+def test_settings_of_this_version_are_taken_as_they_are() -> None:
+    settings = asdict(Config(lr=1e-7, recompute=True, flush_every=3, seed=2**64 - 1, autocast="bfloat16"))
+    assert recorded_settings({"config": json.loads(json.dumps(settings))}, Path("config.json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "config.json is damaged"),
+        ([1], "config.json is damaged"),
+        ({**asdict(Config()), "new_setting": 1}, r"another version of nesterov_pp \(9\.9\): .* has --new-setting;"),
+        ({k: v for k, v in asdict(Config()).items() if k != "lr"}, r"another version .* has --lr; use that version"),
+        ({**asdict(Config()), "lr": "fast"}, "'fast' for --lr, which is not possible"),
+        ({**asdict(Config()), "lr": None}, "None for --lr, which is not possible"),
+        ({**asdict(Config()), "stages": 2.5}, r"2\.5 for --stages"),
+        ({**asdict(Config()), "stages": True}, "True for --stages"),
+        ({**asdict(Config()), "autocast": "float8"}, "'float8' for --autocast"),
+    ],
+)
+def test_settings_of_another_version_are_refused(settings: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recorded_settings({"nesterov_pp": "9.9", "config": settings}, Path("config.json"))
 
 
 def test_derived_seeds_are_stable_and_unrelated() -> None:

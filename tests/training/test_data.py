@@ -54,11 +54,34 @@ def test_the_split_depends_on_names_and_not_on_the_order_of_creation(tmp_path: P
     assert forth.digest == back.digest
 
 
-@pytest.mark.parametrize("files", [2, 3, 9])
-def test_a_small_folder_has_something_to_validate_on(tmp_path: Path, files: int) -> None:
-    text = read_text(str(folder_with(tmp_path, documents(files))))
-    assert len(text.validation) == 1
-    assert len(text.train) == files - 1
+@pytest.mark.parametrize("sizes", [[63, 100_000], [100_000, 63], [1, 1, 500], [40, 40], [7] * 9, [500, 300, 200, 9]])
+def test_a_tenth_of_the_bytes_of_a_folder_is_for_validation(tmp_path: Path, sizes: list[int]) -> None:
+    for names in (["README", "large.txt", "c", "d"], ["z.md", "a.txt", "y", "x"]):
+        files = {f"{k}{names[k % 4]}": bytes([65 + k]) * size for k, size in enumerate(sizes)}
+        text = read_text(str(folder_with(tmp_path / names[0], files)))
+        assert sum(map(len, text.train)) == int(0.9 * sum(sizes))
+        both = b"".join(text.train + text.validation)
+        assert sorted(both) == sorted(b"".join(files.values()))
+        cut = [part for part in text.train if part not in files.values()]
+        assert len(cut) <= 1
+        assert all(part and part in files[name] for part in cut for name in files if files[name][:1] == part[:1])
+
+
+def test_bytes_are_cut_between_characters_only_if_asked_to(tmp_path: Path) -> None:
+    for k in range(3):
+        content = b"x" * k + "\u4e2d\u6587".encode() * 50
+        (tmp_path / "a.txt").write_bytes(content)
+        cut = int(0.9 * len(content))
+        assert read_text(str(tmp_path / "a.txt")).train == [content[:cut]]
+        text = read_text(str(tmp_path / "a.txt"), whole_characters=True)
+        assert cut - 3 < len(text.train[0]) <= cut
+        assert (text.train[0] + text.validation[0]).decode() == content.decode()
+        assert text.train[0].decode() + text.validation[0].decode() == content.decode()
+
+
+def test_what_is_no_file_is_refused() -> None:
+    with pytest.raises(UserError, match="/dev/null is neither a file nor a folder"):
+        read_text("/dev/null")
 
 
 def test_binary_empty_and_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
