@@ -90,12 +90,26 @@ TWO_REPLICAS: dict[str, dict[str, Any]] = {
     "replicas": {},
     "replicas-in-small-buckets": {"bucket_bytes": 300},
     "replicas-two-per-update": {"microbatches_per_update": 2, "bucket_bytes": 300},
+    "replicas-weighted": {},
+    "replicas-weighted-two-per-update": {"microbatches_per_update": 2},
+    "replicas-clipped-over-all": {"clip_over": "pipeline"},
     "replicas-no-stash": {"method": "nesterov-no-stash", "correction_updates": 40},
     "sharded": {"method": "nesterov-no-stash", "correction_updates": 40},
     "sharded-two-per-update": {"method": "nesterov-no-stash", "correction_updates": 40, "microbatches_per_update": 2},
     "sharded-in-part": {"method": "nesterov-no-stash", "correction_updates": 40, "bucket_bytes": 300},
 }
-SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time", *nests.SCENARIOS)
+SHAPES = ("tuples", "frozen", "frozen-first", "bfloat16", "by-parameters", "by-time", *nests.SCENARIOS)
+
+
+def with_labels(m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a microbatch of which one to five labels are valid."""
+    x, y = microbatch(m)
+    return x, torch.where(torch.arange(len(y)) <= m % 5, y, nests.IGNORED)
+
+
+def sum_and_weight(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = F.cross_entropy(output, targets, ignore_index=nests.IGNORED, reduction="sum")
+    return total, (targets != nests.IGNORED).sum()
 
 
 def k_of(options: dict[str, Any]) -> int:
@@ -152,7 +166,8 @@ def run_replicas(world: World, name: str) -> dict[str, Any]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         stage = stage if name == "sharded-in-part" else fully_shard(stage, mesh=mesh)
-    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **{**BASE, **options})
+    loss_fn, batch = (sum_and_weight, with_labels) if "weighted" in name else (F.cross_entropy, microbatch)
+    pipe = AsyncPipeline(stage, loss_fn, batch, total, world, replicas=2, **BASE, **options)
     losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
     weights = pipe.module.state_dict()
     return {
@@ -165,10 +180,11 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
     """Run one pipeline with microbatches twice as large."""
     options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
     modules = model(2, dtype=torch.float64)
-    pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
+    loss_fn, batch = (sum_and_weight, with_labels) if "weighted" in name else (F.cross_entropy, microbatch)
+    pipe = VirtualPipeline(modules, loss_fn, **BASE, **options)
     losses = []
     for m in range(REPLICATED_UPDATES * k_of(options)):
-        pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
+        pairs = zip(batch(2 * m), batch(2 * m + 1), strict=True)
         losses.append(float(pipe.step(*(torch.cat(pair) for pair in pairs))))
     return {"losses": losses, "weights": [m.state_dict() for m in modules]}
 
@@ -256,8 +272,8 @@ def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     if name == "tuples":
         return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
-    if name == "frozen":
-        modules[1].requires_grad_(False)
+    if name in ("frozen", "frozen-first"):
+        modules[name == "frozen"].requires_grad_(False)
         return modules, {}
     if name == "bfloat16":
         return modules, {"autocast": torch.bfloat16}

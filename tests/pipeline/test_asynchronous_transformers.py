@@ -40,6 +40,6 @@ def test_equals_the_virtual_pipeline(outcomes: tuple[int, Path], name: str) -> N
     wanted = expected(name, stages)
     assert len(found[-1]["losses"]) == K * UPDATES
     assert found[-1]["losses"] == wanted["losses"]
-    assert sum(found[-1]["losses"][-20:]) < 0.5 * sum(found[-1]["losses"][:20])
+    assert sum(found[-1]["losses"][-20:]) < 0.75 * sum(found[-1]["losses"][:20])
     for ours, theirs in zip(found, wanted["weights"], strict=True):
         assert all(torch.equal(value, theirs[key]) for key, value in ours["weights"].items())

@@ -7,6 +7,7 @@ from typing import Any
 import nests
 import pytest
 import torch
+from pipeline_worker import sum_and_weight
 from tolerances import MANY_STEPS
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,14 +25,10 @@ def assert_same_weights(found: VirtualPipeline, wanted: list[torch.nn.Module]) -
             torch.testing.assert_close(p, q, **MANY_STEPS[p.dtype])
 
 
-def with_labels(m: int, valid: int) -> tuple[Tensor, Tensor]:
+def with_valid(m: int, valid: int) -> tuple[Tensor, Tensor]:
     """Return a microbatch of which only the first labels are valid."""
     x, y = microbatch(m)
     return x, torch.where(torch.arange(len(y)) < valid, y, nests.IGNORED)
-
-
-def sum_and_weight(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return F.cross_entropy(output, targets, reduction="sum"), (targets != nests.IGNORED).sum()
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -41,7 +38,7 @@ def test_unequal_microbatches_equal_one_large_one(k: int) -> None:
     parts = VirtualPipeline(model(2), sum_and_weight, "gpipe", lr=1e-2, microbatches_per_update=k)
     whole = VirtualPipeline(model(2), F.cross_entropy, "gpipe-1", lr=1e-2)
     for update in range(20):
-        several = [with_labels(k * update + j, counts[(update + j) % 2 if k == 1 else j]) for j in range(k)]
+        several = [with_valid(k * update + j, counts[(update + j) % 2 if k == 1 else j]) for j in range(k)]
         losses = [float(parts.step(*one)) for one in several]
         x, y = (torch.cat(pair) for pair in zip(*several, strict=True))
         large = float(whole.step(x, y))
