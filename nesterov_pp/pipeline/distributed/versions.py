@@ -78,20 +78,9 @@ class Versions:
         """
         return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
-    @contextmanager
-    def all_trained(self) -> Iterator[None]:
-        """Let frozen parameters require gradients inside the block, in which stages agree on what they exchange.
-
-        They exchange the same after the parameters are unfrozen.
-        """
-        frozen = [p for p in self._stash.parameters(self._stash.newest).values() if not p.requires_grad]
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
+    def with_gradients(self, version: int) -> list[Tensor]:
+        """Return the parameters that hold the gradients of microbatches that ran with ``version``."""
+        return list(self._stash.parameters(version if self._all_stashed() else self._stash.newest).values())
 
     def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""
