@@ -43,6 +43,7 @@ FROZEN: dict[str, tuple[str, str, int, int]] = {
         *(("a-weight", method, 3, HALF - 1) for method in METHODS),
         ("a-weight", "nesterov", 5, 11),
         ("a-weight", "nesterov-no-stash", 5, 11),
+        ("first-stage", "nesterov", 5, 11),
         ("first-stage", "nesterov-no-stash", 3, HALF - 1),
         ("first-stage", "xpipe", 5, 11),
         ("middle-stage", "gpipe", 5, 11),
@@ -67,7 +68,8 @@ def stages_of(name: str) -> list[nn.Module]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    return {**BASE, **(LOW[name] if name in LOW else {"method": FROZEN[name][1]})}
+    over = {"clip_over": "pipeline"} if "first-stage" in name else {}
+    return {**BASE, **over, **(LOW[name] if name in LOW else {"method": FROZEN[name][1]})}
 
 
 def k_of(name: str) -> int:

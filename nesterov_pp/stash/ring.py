@@ -211,7 +211,8 @@ class WeightStash:
     def gather_gradients(self, versions: Sequence[int]) -> int:
         """Add up the gradients and the microbatches in flight of several versions on the newest of them; return it.
 
-        For updates whose microbatches ran with different versions. The other versions have no gradients afterwards.
+        For updates whose microbatches ran with different versions. The other versions have no gradients afterwards, and
+        parameters that have been frozen since have none either.
 
         Raises:
             ValueError: one of the versions is not in the ring.
@@ -225,6 +226,7 @@ class WeightStash:
                 if leaf.grad is not None:
                     onto.grad = leaf.grad if onto.grad is None else onto.grad.add_(leaf.grad)
                 leaf.grad = None
+        self._bound.drop_frozen_gradients(newest % self.versions)
         self._position.move([version for version in slots if version != newest], newest)
         return newest
 

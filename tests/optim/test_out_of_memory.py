@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nesterov_pp as npp
-from nesterov_pp.optim import fresh, prepared
+from nesterov_pp.optim import fresh
 
 
 class Exhausted:
@@ -55,7 +55,7 @@ def test_for_masters(monkeypatch):
         optimizer.state[p].pop("master_weight", None)
         p.grad = torch.ones_like(p)
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_master", Exhausted(prepared._master, 1))
+        patch.setattr(fresh, "_master", Exhausted(fresh._master, 1))
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     for p in ps:

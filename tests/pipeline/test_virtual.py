@@ -301,6 +301,7 @@ def test_memory_is_the_formula():
         "weights": sum(sizes),
         "stash": sum(tau * size for tau, size in zip([3, 2, 1, 0], sizes, strict=True)),
         "moments": 2 * sum(sizes),
+        "masters": 0,
     }
 
 

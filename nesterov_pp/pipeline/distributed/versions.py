@@ -80,7 +80,8 @@ class Versions:
 
     def with_gradients(self, version: int) -> list[Tensor]:
         """Return the parameters that hold the gradients of microbatches that ran with ``version``."""
-        return list(self._stash.parameters(version if self._all_stashed() else self._stash.newest).values())
+        holder = self._stash.gather_gradients([version if self._all_stashed() else self._stash.newest])
+        return list(self._stash.parameters(holder).values())
 
     def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""
