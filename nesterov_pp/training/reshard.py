@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nesterov_pp.pipeline import VirtualPipeline
-from nesterov_pp.pipeline.stage_state import as_saved_now
+from nesterov_pp.pipeline.stage_state import as_saved_now, joined
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError, settle
 from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
@@ -47,7 +47,7 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     if not is_fresh(out):
         raise UserError(f"{out} is not empty; give an empty or new folder with --out")
     config = settle({}, record["config"])
-    state = _newest(source, config)
+    state = _newest(source)
     processes = 1 if one_process else stages
     new = replace(config, stages=stages, replicas=1)
     new.check()
@@ -72,18 +72,13 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     )
 
 
-def _newest(source: Path, config: Config) -> dict[str, Any]:
+def _newest(source: Path) -> dict[str, Any]:
     """Return the newest complete checkpoint, in the form that one process writes."""
-    whole = {checkpoint.microbatch_of(p): [p] for p in checkpoint.checkpoints(source)}
-    names = [checkpoint.stage_part(k, config.stages) for k in range(config.stages)]
-    parts = [{checkpoint.microbatch_of(p): p for p in checkpoint.checkpoints(source, name)} for name in names]
-    for done in set.intersection(*(set(part) for part in parts)):
-        whole[done] = [part[done] for part in parts]
-    if not whole:
+    paths = checkpoint.newest_complete(source)
+    if not paths:
         raise UserError(f"{source} holds no checkpoint that all of its stages have written")
-    states = [checkpoint.load(path) for path in whole[max(whole)]]
-    pipelines = [as_saved_now(state["pipeline"]) for state in states]
-    together = {**pipelines[0], "stages": {i: stage for p in pipelines for i, stage in p["stages"].items()}}
+    states = [checkpoint.load(path) for path in paths]
+    together = joined(as_saved_now(state["pipeline"]) for state in states)
     return {**states[-1], "pipeline": together}  # the last stage's process has written the metrics
 
 
