@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError, settle
 from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder
-from nesterov_pp.training.model import next_token_loss
+from nesterov_pp.training.model import Name, layers_of, names_in_model, next_token_loss
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer
-
-Name = tuple[int, str]
-"""A parameter, for any number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and its name there."""
 
 
 def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) -> str:
@@ -82,20 +78,6 @@ def _newest(source: Path) -> dict[str, Any]:
     return {**states[-1], "pipeline": together}  # the last stage's process has written the metrics
 
 
-def _layers_of(config: Config) -> list[list[int]]:
-    """Return the layers of each stage, as ``build_stages`` cuts them."""
-    cut = [k * config.layers // config.stages for k in range(config.stages + 1)]
-    layers = [list(range(first + 1, last + 1)) for first, last in pairwise(cut)]
-    layers[0].insert(0, 0)
-    layers[-1].append(config.layers + 1)
-    return layers
-
-
-def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
-    parts = (name.split(".", 1) for name in names)
-    return [(layers[int(place)], rest) for place, rest in parts]
-
-
 def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, Any]) -> VirtualPipeline:
     weights: dict[Name, Tensor] = {}
     shadows: dict[Name, Tensor] = {}
@@ -104,10 +86,10 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
     stages = [saved["stages"][i] for i in range(old.stages)]
     if any("forecast" in stage for stage in stages):
         raise UserError(f"{old.method} keeps a history of each stage's gradients; its runs cannot be regrouped")
-    for layers, stage in zip(_layers_of(old), stages, strict=True):
+    for layers, stage in zip(layers_of(old.stages, old.layers), stages, strict=True):
         stash, optimizer = stage["stash"], stage["optimizer"]
         newest = stash["weights"][-1]
-        names = _names(newest, layers)
+        names = names_in_model(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
             raise UserError(f"{old.method} keeps more than one state per parameter; its runs cannot be regrouped")
         if "shadow" in stash:
@@ -119,9 +101,9 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
         lambda: VirtualPipeline(stage_modules(new, size), next_token_loss, **pipeline_options(new))
     )
     version = stages[0]["stash"]["newest"]
-    for layers, stash, optimizer in zip(_layers_of(new), pipe.stashes, pipe.optimizers, strict=True):
+    for layers, stash, optimizer in zip(layers_of(new.stages, new.layers), pipe.stashes, pipe.optimizers, strict=True):
         assert optimizer is not None
-        names = _names(stash.names, layers)
+        names = names_in_model(stash.names, layers)
         ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
         shadow = dict(zip(stash.names, (shadows[name] for name in names), strict=True)) if shadows else {}
         kept = {"shadow": shadow} if shadow else {}
