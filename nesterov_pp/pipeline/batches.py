@@ -61,12 +61,15 @@ class Batches:
         return self.state_at(self._drawn)
 
     def state_at(self, number: int) -> Saved:
-        """Return the position before microbatch ``number``, which must be one of the last ``window`` or the next.
+        """Return the position before microbatch ``number``, or after the last one if that comes earlier.
 
         Microbatches from there to the newest are in the state themselves.
+
+        Raises:
+            ValueError: the microbatch is not one of the last ``window``.
         """
-        again = self._drawn - number
-        if not 0 <= again <= len(self._recent):
+        again = max(0, self._drawn - number)
+        if again > len(self._recent):
             raise ValueError(f"the position before microbatch {number} is not known after {self._drawn} microbatches")
         loader: Any = self._loader
         of_loader = loader.state_dict() if _is_stateful(loader) and self._iterator is not None else None

@@ -238,9 +238,10 @@ def _load(pipe: _Pipeline, path: Path, also: Mapping[str, Stateful]) -> None:
 def random_states() -> Saved:
     """Return the states of the global random number generators: torch's, Python's and NumPy's."""
     name, keys, *rest = np.random.get_state()
+    gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if gpus else [],
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }

@@ -94,6 +94,23 @@ def test_what_was_taken_ahead_comes_again(make: Any, ahead: int) -> None:
     assert taken(resumed, range(done, done + 8)) == wanted
 
 
+@pytest.mark.parametrize("make", [loader, Stateful])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_replicas_go_on_from_the_position_of_the_first(make: Any, ahead: int) -> None:
+    """Replica r of R takes the numbers ``m R + r``; the first saves the position for all."""
+    replicas, done = 3, 4
+    wanted = taken(Batches(make()), range(8 * replicas))
+    first = Batches(make(), window=4 * replicas)
+    for m in range(done + ahead):
+        first(m * replicas)
+    state = through_a_file(first.state_at(done * replicas))
+    for r in range(replicas):
+        resumed = Batches(make(), window=4 * replicas)
+        resumed.load_state_dict(state)
+        for m in range(done, 8):
+            assert resumed(m * replicas + r)[0].tolist() == wanted[m * replicas + r]
+
+
 def test_a_stateful_loader_is_not_read_again() -> None:
     batches = Batches(Stateful())
     taken(batches, range(3))
