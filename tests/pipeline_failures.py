@@ -8,14 +8,66 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from toy import microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, World, connect
 
 AT = 20
+
+
+def batch(m: int) -> Any:
+    if m == AT:
+        raise StopIteration
+    return microbatch(m)
+
+
+def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+    if torch.equal(targets, microbatch(AT)[1]):
+        raise ArithmeticError("no loss today")
+    return F.cross_entropy(output, targets)
+
+
+class SlowAtFirst(nn.Module):
+    """A stage that is compiled in its first forward, or seems so."""
+
+    def __init__(self, stage: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.stage, self.seconds = stage, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        self.seconds = 0.0
+        return self.stage(x)
+
+
+def build(what: str, world: World) -> AsyncPipeline:
+    """Return a pipeline in which something will go wrong, or is wrong from the start."""
+    stages: Any = model(world.size, dtype=torch.float32)
+    loss, data, options = F.cross_entropy, microbatch, {}
+    if what == "tied":
+        stages[-1][1].weight = stages[0][0].weight
+    if what in ("tied", "copied"):
+        if what == "copied":
+            stages[-1][1].weight = nn.Parameter(stages[0][0].weight.detach().clone())
+        options["keep"] = stages
+        stages = stages[world.rank]
+    elif what == "settings":
+        options["seed"] = world.rank
+    elif what == "slow-at-first":
+        stages[1] = SlowAtFirst(stages[1], 6.0)
+    elif what == "loss":
+        loss = loss_fn
+    elif what == "batch":
+        data = batch
+    kept = options.pop("keep", None)
+    pipe = AsyncPipeline(stages, loss, data, 100, world, **options)
+    pipe.kept = kept  # type: ignore[attr-defined]
+    return pipe
 
 
 def go_wrong(what: str, pipe: AsyncPipeline) -> None:
@@ -77,7 +129,7 @@ def main() -> None:
             if what == "arguments":
                 bad_arguments(world)
                 return
-            pipe = AsyncPipeline(model(world.size, dtype=torch.float32), F.cross_entropy, microbatch, 100, world)
+            pipe = build(what, world)
             for m in range(100):
                 if m == AT and world.rank == 1:
                     go_wrong(what, pipe)

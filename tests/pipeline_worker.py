@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nests
 import torch
 import torch_schedules
 from torch import nn
@@ -23,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import Block, microbatch, model
 
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, connect, recipes
-from nesterov_pp.pipeline.distributed.links import Channel, Messages
+from nesterov_pp.pipeline.distributed.links import Channel
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 
 
@@ -34,11 +36,11 @@ class HalvedChannel:
         self._whole = whole
         self.next_to_post, self.waited = 0, 0.0
 
-    def send(self, microbatch: int, messages: Messages) -> None:
-        self._whole.send(microbatch, _halves(messages))
+    def send(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._whole.send(microbatch, _halves(tensors))
 
-    def post(self, microbatch: int, messages: Messages) -> None:
-        self._whole.post(microbatch, _halves(messages))
+    def post(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._whole.post(microbatch, _halves(tensors))
         self.next_to_post = microbatch + 1
 
     def take(self, microbatch: int) -> None:
@@ -48,14 +50,14 @@ class HalvedChannel:
         self._whole.finish()
 
 
-def _halves(messages: Messages) -> Messages:
-    return [(half, peer) for tensor, peer in messages for half in tensor.view(-1).chunk(2)]
+def _halves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [half for tensor in tensors for half in tensor.view(-1).chunk(2)]
 
 
 class HalvedLinks(TorchLinks):
     def __init__(self, world: World, replicas: int) -> None:
         super().__init__(world, replicas)
-        for name in ("inputs", "outputs", "gradients_in", "gradients_out"):
+        for name in ("inputs", "outputs", "overflow_in", "overflow_out", "gradients_in", "gradients_out"):
             channel = getattr(self, name)
             setattr(self, name, None if channel is None else HalvedChannel(channel))
 
@@ -78,6 +80,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "not-ahead": {"receive_ahead": 0},
     "jitter": {},
     "own-links": {"links": HalvedLinks},
+    "clipped-over-all": {"clip_over": "pipeline"},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
 ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint", "links")
@@ -92,7 +95,7 @@ TWO_REPLICAS: dict[str, dict[str, Any]] = {
     "sharded-two-per-update": {"method": "nesterov-no-stash", "correction_updates": 40, "microbatches_per_update": 2},
     "sharded-in-part": {"method": "nesterov-no-stash", "correction_updates": 40, "bucket_bytes": 300},
 }
-SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time")
+SHAPES = ("tuples", "frozen", "bfloat16", "by-parameters", "by-time", *nests.SCENARIOS)
 
 
 def k_of(options: dict[str, Any]) -> int:
@@ -103,7 +106,7 @@ def expected(stages: int, name: str) -> dict[str, Any]:
     """Return the losses and final weights of the virtual pipeline."""
     options = {k: v for k, v in SCENARIOS[name].items() if k not in ONLY_ASYNC}
     modules = model(stages, dropout=0.1, dtype=torch.float32)
-    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
     losses, validations = [], []
     for m in range(UPDATES * k_of(options)):
         pipe.lr = rate(m)
@@ -124,7 +127,7 @@ def run(world: World, name: str) -> dict[str, Any]:
     if "checkpoint" in options:
         del options["checkpoint"]
         checkpoint_blocks(modules)
-    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **BASE, **options)
+    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **{**BASE, **options})
     if name == "jitter":
         slow_down(pipe.module, random.Random(world.rank))
     losses, validations = [], []
@@ -149,7 +152,7 @@ def run_replicas(world: World, name: str) -> dict[str, Any]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         stage = stage if name == "sharded-in-part" else fully_shard(stage, mesh=mesh)
-    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **BASE, **options)
+    pipe = AsyncPipeline(stage, F.cross_entropy, microbatch, total, world, replicas=2, **{**BASE, **options})
     losses = [float(loss) for _ in range(total) if (loss := pipe.step()) is not None]
     weights = pipe.module.state_dict()
     refusal = ""
@@ -170,7 +173,7 @@ def expected_of_replicas(name: str) -> dict[str, Any]:
     """Run one pipeline with microbatches twice as large."""
     options = {k: v for k, v in TWO_REPLICAS[name].items() if k != "bucket_bytes"}
     modules = model(2, dtype=torch.float64)
-    pipe = VirtualPipeline(modules, F.cross_entropy, **BASE, **options)
+    pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
     losses = []
     for m in range(REPLICATED_UPDATES * k_of(options)):
         pairs = zip(microbatch(2 * m), microbatch(2 * m + 1), strict=True)
@@ -256,6 +259,8 @@ def bfloat16_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def shaped(name: str, stages: int) -> tuple[Any, dict[str, Any]]:
     """Return a model and the options for its pipeline."""
+    if name in nests.SCENARIOS:
+        return nests.model(), nests.SCENARIOS[name]
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     if name == "tuples":
         return [WithSkip(m, k == stages - 1) for k, m in enumerate(modules)], {}
@@ -272,22 +277,31 @@ def run_shaped(world: World, name: str) -> dict[str, Any]:
     modules, options = shaped(name, world.size)
     if name == "by-time":
         options = {"partition": "time"}
-    pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, 60, world, **BASE, **options)
+    loss_fn, batch = loss_and_data(name, F.cross_entropy)
+    pipe = AsyncPipeline(modules, loss_fn, batch, 60, world, **{**BASE, **options})
     losses = [float(loss) for _ in range(60) if (loss := pipe.step()) is not None]
-    outputs = pipe.predict(microbatch(-1)[0]) if name != "frozen" else torch.zeros(0)
+    outputs = pipe.predict(batch(99)[0]) if name != "frozen" else torch.zeros(0)
     return {"losses": losses, "outputs": outputs, "weights": list(pipe.module.parameters())}
 
 
 def expected_of_shaped(name: str, stages: int) -> dict[str, Any]:
     modules, options = shaped(name, stages)
-    loss_fn = F.cross_entropy
+    loss_fn, batch = loss_and_data(name, F.cross_entropy)
     if name == "bfloat16":
-        modules, loss_fn = [Autocast(m) for m in modules], bfloat16_loss
-    partition = stages if "partition" in options else None
-    pipe = VirtualPipeline(modules, loss_fn, partition=partition, **BASE)
-    losses = [float(pipe.step(*microbatch(m))) for m in range(60)]
+        modules, loss_fn, options = [Autocast(m) for m in modules], bfloat16_loss, {}
+    if "partition" in options:
+        options = {"partition": stages}
+    pipe = VirtualPipeline(modules, loss_fn, **{**BASE, **options})
+    losses = [float(pipe.step(*batch(m))) for m in range(60)]
     weights = [list(stage.parameters()) for stage in pipe.stages]
-    return {"losses": losses, "outputs": pipe.predict(microbatch(-1)[0]), "weights": weights}
+    return {"losses": losses, "outputs": pipe.predict(batch(99)[0]), "weights": weights}
+
+
+def loss_and_data(name: str, otherwise: Any) -> tuple[Any, Any]:
+    """Return the loss function and the data of a model of ``shaped``."""
+    if name not in nests.SCENARIOS:
+        return otherwise, microbatch
+    return (nests.sum_and_weight if name in ("nests-weighted", "nests-clipped") else nests.mean), nests.batch
 
 
 def checkpoint_blocks(modules: list[nn.Module]) -> None:

@@ -1,6 +1,7 @@
 """Pipelines: delay models, partitioning, recipes, and the virtual and the distributed pipeline."""
 
 from nesterov_pp.pipeline.batches import Batches
+from nesterov_pp.pipeline.cutting import StageModule, cut, load_weights
 from nesterov_pp.pipeline.delay_models import (
     Delays,
     DropOuts,
@@ -14,6 +15,7 @@ from nesterov_pp.pipeline.delay_models import (
     version_for_update,
 )
 from nesterov_pp.pipeline.distributed import AsyncPipeline, Links, PipelineError, World, connect
+from nesterov_pp.pipeline.losses import causal_lm_loss
 from nesterov_pp.pipeline.partition import balanced_sizes, split_sequential
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe, recipes, register
 from nesterov_pp.pipeline.stage import ParamGroups, microbatch_seed
@@ -34,6 +36,7 @@ __all__ = [
     "PipelineError",
     "Placement",
     "Recipe",
+    "StageModule",
     "Stragglers",
     "Swarm",
     "Trace",
@@ -42,8 +45,11 @@ __all__ = [
     "VirtualWorkers",
     "World",
     "balanced_sizes",
+    "causal_lm_loss",
     "connect",
+    "cut",
     "find_recipe",
+    "load_weights",
     "microbatch_seed",
     "recipes",
     "register",

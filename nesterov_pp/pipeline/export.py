@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline.checkpoints import replacing
+from nesterov_pp.pipeline.cutting.stage_module import StageModule
 
 Naming = Callable[[int, str], str]
 """``(stage from 0, name in the stage) -> name in the whole model``."""
@@ -46,8 +47,8 @@ class Exports:
         Args:
             path: also write them to this file, whose folder is created if it is absent: ``.pt`` for ``torch.load``, or
                 ``.safetensors`` (needs the package).
-            names: ``(stage from 0, name in the stage) -> name`` (default: the names of the ``nn.Sequential`` that was
-                cut, and for a list of stages those of ``nn.Sequential(*stages)``).
+            names: ``(stage from 0, name in the stage) -> name`` (default: the names of the model or ``nn.Sequential``
+                that was cut, and for a list of other stages those of ``nn.Sequential(*stages)``).
 
         Returns:
             New tensors on the CPU by name; entries that were the same tensor still are. In an ``AsyncPipeline``, None
@@ -80,6 +81,8 @@ def naming_of(model: nn.Module | Sequence[nn.Module], stage: nn.Module, index: i
         stage: the module of the stage.
         index: the number of the stage, from 0.
     """
+    if isinstance(stage, StageModule):
+        return lambda name: name  # as in the model that was cut
     if not isinstance(model, nn.Sequential) or model is stage:
         return lambda name: f"{index}.{name}"
     layers = list(model._modules.items())

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from nesterov_pp.pipeline.tensors import as_inputs, map_tensors, tensors_of
 
 
 def split_sequential(model: nn.Sequential, partition: int | Sequence[int]) -> list[nn.Sequential]:
@@ -165,26 +167,30 @@ def measured_costs(layers: nn.Sequential, inputs: Any, repeats: int = 5) -> list
     with torch.random.fork_rng():
         hidden = inputs
         for layer in layers:
-            best = None
-            for _ in range(repeats + 1):  # one more, to warm up
-                leaf = hidden.detach().requires_grad_() if hidden.is_floating_point() else hidden
-                begin = _now(leaf)
-                output: Tensor = layer(leaf)
-                sources = [t for t in (leaf, *layer.parameters()) if t.requires_grad]
-                if output.requires_grad:
-                    ones = [torch.ones_like(output)]
-                    torch.autograd.grad([output], sources, ones, allow_unused=True)
-                spent = _now(leaf) - begin
-                best = spent if best is None else min(best, spent)
-            costs.append(best or 1)
-            hidden = output
+            spent, output = zip(*(_timed(layer, hidden) for _ in range(repeats + 1)), strict=True)  # the first warms up
+            costs.append(max(1, min(spent[1:])))
+            hidden = output[-1]
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     return costs
 
 
-def _now(t: Tensor) -> int:
-    if t.device.type == "cuda":
-        torch.cuda.synchronize(t.device)
+def _timed(layer: nn.Module, hidden: Any) -> tuple[int, Any]:
+    """Return the nanoseconds of a layer's forward and backward on copies of its inputs, and its output."""
+    copies = map_tensors(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), hidden)
+    on_gpu = any(t.is_cuda for t in tensors_of(copies))
+    begin = _now(on_gpu)
+    given, leaves = as_inputs(copies)
+    output = layer(given)
+    roots = [t for t in tensors_of(output) if t.requires_grad]
+    sources = [*leaves, *(p for p in layer.parameters() if p.requires_grad)]
+    if roots and sources:
+        torch.autograd.grad(roots, sources, [torch.ones_like(t) for t in roots], allow_unused=True)
+    return _now(on_gpu) - begin, output
+
+
+def _now(on_gpu: bool) -> int:
+    if on_gpu:
+        torch.cuda.synchronize()
     return time.perf_counter_ns()

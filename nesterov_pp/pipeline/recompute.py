@@ -19,7 +19,7 @@ class Recomputed(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.module(*inputs)
-        return checkpoint(self.module, *inputs, use_reentrant=False)
+            return self.module(*inputs, **named)
+        return checkpoint(self.module, *inputs, use_reentrant=False, **named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
+from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.tensors import device_of
 from nesterov_pp.stash import WeightStash
 
@@ -101,9 +102,17 @@ def set_horizon(optimizer: StageOptimizer, recipe: Recipe, place: Placement, upd
         group["horizon"] = horizon
 
 
-def run_stage(module: nn.Module, hidden: Any) -> Any:
-    """Return the output of a stage. A tuple from the previous stage is passed as separate arguments."""
-    return module(*hidden) if isinstance(hidden, tuple) else module(hidden)
+def run_stage(module: Callable[..., Any], hidden: Any) -> Any:
+    """Return the output of a stage. A tuple is passed as its arguments, a mapping as its keyword arguments.
+
+    An ``nn.Sequential`` takes one argument, whatever it is, as its layers do.
+    """
+    inner = module.module if isinstance(module, Recomputed) else module
+    if getattr(type(inner), "forward", None) is nn.Sequential.forward:
+        return module(hidden)
+    if isinstance(hidden, tuple):
+        return module(*hidden)
+    return module(**hidden) if isinstance(hidden, Mapping) else module(hidden)
 
 
 def autocasting(module: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -3,7 +3,8 @@
 A saved pipeline is ``{"terms": {...}, "microbatches": int, "updates": int, "stages": {i: stage}}``. ``"stages"`` holds
 the stages (numbered from 0) of one process, so the stages of several files together make up a whole pipeline. A stage
 is ``{"stash", "optimizer", "buffers"}``. It also has ``"forecast"`` if the method forecasts gradients, and ``"kept"``,
-copies of older versions, if microbatches in flight began with weights that no ring holds.
+copies of older versions, if microbatches in flight began with weights that no ring holds. ``"norms"`` are those of past
+gradients, if the norm of the whole pipeline is clipped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.pipeline.clipping import Norms
 from nesterov_pp.pipeline.recipe import Forecast, StageOptimizer
 from nesterov_pp.stash import WeightStash
 
@@ -41,12 +43,13 @@ class Terms:
 
 @dataclass(frozen=True)
 class StageState:
-    """The parts of one stage: its ring, optimizer (None without trainable parameters), module and forecast."""
+    """The parts of one stage: its ring, optimizer (None without trainable parameters), module, forecast and norms."""
 
     stash: WeightStash
     optimizer: StageOptimizer | None
     module: nn.Module
     forecast: Forecast | None = None
+    norms: Norms | None = None
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``.
@@ -67,11 +70,16 @@ class StageState:
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "buffers": {n: b.detach() for n, b in self.module.named_buffers()},
         }
-        return state if self.forecast is None else {**state, "forecast": self.forecast.state_dict()}
+        return state | {name: part.state_dict() for name, part in self._others().items()}
+
+    def _others(self) -> dict[str, Forecast | Norms]:
+        """Return the parts that only some pipelines have, by their names in a checkpoint."""
+        parts = {"forecast": self.forecast, "norms": self.norms}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def check(self, saved: object) -> None:
         """Raise ValueError if ``saved`` is not the entry of a stage like this one. Its optimizer is not checked."""
-        parts = {"stash", "optimizer", "buffers"} | (set() if self.forecast is None else {"forecast"})
+        parts = {"stash", "optimizer", "buffers", *self._others()}
         if not isinstance(saved, dict) or not parts <= saved.keys():
             raise ValueError(f"a saved stage must be a dict with {', '.join(sorted(parts))}")
         if (saved["optimizer"] is None) != (self.optimizer is None):
@@ -92,8 +100,8 @@ class StageState:
         self.stash.load_state_dict(saved["stash"])
         for name, buffer in self.module.named_buffers():
             buffer.copy_(saved["buffers"][name])
-        if self.forecast is not None:
-            self.forecast.load_state_dict(saved["forecast"])
+        for name, part in self._others().items():
+            part.load_state_dict(saved[name])
 
 
 def memory_of(stages: Iterable[StageState]) -> dict[str, int]:

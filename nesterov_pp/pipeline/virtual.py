@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nesterov_pp.pipeline.batches import Batches
+from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, version_for_update
 from nesterov_pp.pipeline.export import Entry, Exports, Naming, entries_of, naming_of
+from nesterov_pp.pipeline.losses import LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, StageOptimizer, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
@@ -32,8 +35,6 @@ from nesterov_pp.pipeline.stage import (
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
 
-LossFunction = Callable[[Any, Any], Tensor]
-
 
 class VirtualPipeline(Checkpoints, Exports):
     """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
@@ -45,8 +46,11 @@ class VirtualPipeline(Checkpoints, Exports):
 
     Args:
         stages: the stage modules in order, each mapping the output of the previous one to its own; or an
-            ``nn.Sequential`` with ``partition``.
-        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
+            ``nn.Sequential`` with ``partition``. Inputs and outputs are any nest of tensors and plain values: a tuple
+            is passed on as arguments, a dict as keyword arguments. Shapes may differ from microbatch to microbatch.
+        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch; or ``-> (sum,
+            weight)``, such as the sum over valid tokens and their number: an update then takes the mean over all valid
+            tokens of its microbatches.
         method: a name from ``recipes()``, or a ``Recipe``.
         lr: base learning rate; may be changed at any time as ``pipe.lr``, or by schedulers on ``pipe.optimizers``. A
             recipe's factor multiplies it during a step.
@@ -57,7 +61,9 @@ class VirtualPipeline(Checkpoints, Exports):
             with ``constant_delay`` is given the expected delay. A microbatch that is lost has no gradient.
         flush_every: drain the pipeline after every ``flush_every`` updates and continue with all versions equal, as
             the paper's released code does every 1,000 updates (default: never).
-        max_grad_norm: clip the gradient norm of each stage to this value (default: no clipping).
+        max_grad_norm: clip the gradient norm to this value (default: no clipping).
+        clip_over: whose norm that is: of each "stage" (default), or of the whole "pipeline", of which a stage knows the
+            norms of later stages in time and those of earlier stages ``tau + 1`` updates late.
         param_groups: ``(stage module) -> groups`` for its optimizer, which hold every trainable parameter once. A
             group's ``"lr_scale"`` multiplies ``lr``; its other entries are options of the rule, such as
             ``"weight_decay"`` (default: one group).
@@ -89,6 +95,7 @@ class VirtualPipeline(Checkpoints, Exports):
         delays: Delays | Sequence[int] | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        clip_over: ClipOver = "stage",
         param_groups: ParamGroups | None = None,
         seed: int | None = None,
         backend: str = "auto",
@@ -98,6 +105,7 @@ class VirtualPipeline(Checkpoints, Exports):
     ) -> None:
         recipe = find_recipe(method).override(overrides)
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        over_all = check_clip_over(clip_over, max_grad_norm)
         self.stages = stage_list(stages, partition)
         self._naming = [naming_of(stages, stage, i) for i, stage in enumerate(self.stages)]
         self._files = Files()
@@ -130,7 +138,7 @@ class VirtualPipeline(Checkpoints, Exports):
                 stash,
                 place,
                 lr=lr,
-                max_grad_norm=max_grad_norm,
+                max_grad_norm=None if over_all else max_grad_norm,
                 backend=backend,
                 param_groups=param_groups,
             )
@@ -139,6 +147,9 @@ class VirtualPipeline(Checkpoints, Exports):
         self.forecasts: list[Forecast] = [] if recipe.forecast is None else [recipe.forecast() for _ in self.stages]
         # For each stage: the version and the delay that each microbatch since the last update ran with.
         self._ran_with: list[list[tuple[int, int]]] = [[] for _ in self.stages]
+        self._weights: list[float | None] = []
+        self._max_grad_norm = max_grad_norm if over_all else None
+        self._norms = [Norms(stash.versions) for stash in self.stashes] if over_all else []
 
     @property
     def lr(self) -> float:
@@ -165,7 +176,10 @@ class VirtualPipeline(Checkpoints, Exports):
         """Run one microbatch through the delayed stages; every K-th that is not lost completes an update.
 
         Returns:
-            The microbatch's loss, a detached 0-d tensor; for a lost microbatch, the loss at the newest weights.
+            The microbatch's loss (a mean), a detached 0-d tensor; for a lost microbatch, that at the newest weights.
+
+        Raises:
+            ValueError: ``loss_fn`` returned something else, or weights for some microbatches of an update only.
         """
         delays = self._draw()
         versions = self._versions(delays or [0] * len(self.stages))
@@ -178,17 +192,21 @@ class VirtualPipeline(Checkpoints, Exports):
                     bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
                         hidden = run_stage(self._forwards[i], hidden)
-                loss = self.loss_fn(hidden, targets)
+                loss = loss_of(self.loss_fn(hidden, targets))
             if delays is not None:
-                self._backward(loss, versions, delays)
+                alone = self.microbatches_per_update == 1
+                weights = [] if alone else [*self._weights, loss.weight]
+                weight_of_update(weights)
+                self._backward(loss.mean if alone else loss.tensor, versions, delays)
+                self._weights = weights
         self.microbatches += 1
         if delays is None:
-            return loss.detach()
+            return loss.mean.detach()
         for i, ran_with in enumerate(self._ran_with):
             ran_with.append((versions[i], delays[i]))
         if self.waiting == self.microbatches_per_update:
             self._update()
-        return loss.detach()
+        return loss.mean.detach()
 
     def predict(self, inputs: Any) -> Any:
         """Return the last stage's output at every stage's newest weights, in evaluation mode, without gradients.
@@ -211,7 +229,7 @@ class VirtualPipeline(Checkpoints, Exports):
         """Return the loss at every stage's newest weights, in evaluation mode, without gradients; a 0-d tensor."""
         output = self.predict(inputs)
         with torch.no_grad(), autocasting(self.stages[0], self._autocast):
-            return self.loss_fn(output, targets)
+            return loss_of(self.loss_fn(output, targets)).mean
 
     def memory(self) -> dict[str, int]:
         """Return the bytes held by all stages: ``weights`` (one version), ``stash`` (the others), ``moments``.
@@ -239,7 +257,7 @@ class VirtualPipeline(Checkpoints, Exports):
             ValueError: the state belongs to another method, model, K or seed, or to other delays; nothing is changed.
         """
         saved = load_stages(self._terms(), self._stage_states(), state)
-        self._ran_with = [[] for _ in self.stages]
+        self._ran_with, self._weights = [[] for _ in self.stages], []
         self.microbatches, self.updates = int(saved["microbatches"]), int(saved["updates"])
 
     def keep_for(self, update: int) -> None:
@@ -260,7 +278,8 @@ class VirtualPipeline(Checkpoints, Exports):
 
     def _stage_states(self) -> dict[int, StageState]:
         forecasts: Sequence[Forecast | None] = self.forecasts or [None] * len(self.stages)
-        parts = zip(self.stashes, self.optimizers, self.stages, forecasts, strict=True)
+        norms: Sequence[Norms | None] = self._norms or [None] * len(self.stages)
+        parts = zip(self.stashes, self.optimizers, self.stages, forecasts, norms, strict=True)
         return {i: StageState(*part) for i, part in enumerate(parts)}
 
     def _draw(self) -> list[int] | None:
@@ -290,19 +309,42 @@ class VirtualPipeline(Checkpoints, Exports):
 
     def _update(self) -> None:
         start = time.perf_counter()
+        weight, self._weights = weight_of_update(self._weights), []
+        parts: list[tuple[int, int, list[Tensor]] | None] = []
+        last = [ran_with[-1][0] for ran_with in self._ran_with]
         for i, (optimizer, stash) in enumerate(zip(self.optimizers, self.stashes, strict=True)):
             ran_with, self._ran_with[i] = self._ran_with[i], []
             if optimizer is None:
+                parts.append(None)
                 continue
             version = stash.gather_gradients([version for version, _ in ran_with])
-            delay = max(delay for _, delay in ran_with)
+            parameters: list[Tensor] = list(stash.parameters(version).values())
+            reweigh(parameters, self.microbatches_per_update, weight)
+            parts.append((version, max(delay for _, delay in ran_with), parameters))
+        self._clip([[] if part is None else part[2] for part in parts], last)
+        for i, (optimizer, part) in enumerate(zip(self.optimizers, parts, strict=True)):
+            if optimizer is None or part is None:
+                continue
+            version, delay, parameters = part
             if self.forecasts:
-                self.forecasts[i].apply(list(stash.parameters(version).values()), delay)
+                self.forecasts[i].apply(parameters, delay)
             set_horizon(optimizer, self.recipe, self.places[i], self.updates)
             with rates_of_update(optimizer, self.recipe, delay, self.updates):
                 optimizer.step(version=version, microbatches=self.microbatches_per_update)
         self.updates += 1
         self.optimizer_seconds += time.perf_counter() - start
+
+    def _clip(self, parameters: Sequence[list[Tensor]], versions: Sequence[int]) -> None:
+        """Clip by the norm of all stages, whose last microbatch ran with these versions, if that was asked for."""
+        if self._max_grad_norm is None:
+            return
+        earlier = list(accumulate((n.of(v) for n, v in zip(self._norms, versions, strict=True)), initial=0.0))
+        from_here_on = 0.0
+        for i in reversed(range(len(self.stages))):
+            own = squared_norm(parameters[i], self.microbatches_per_update)
+            from_here_on += own
+            clip(parameters[i], earlier[i] + from_here_on, self._max_grad_norm)
+            self._norms[i].note(self.stashes[i].newest + 1, own)
 
 
 def _delay_model(recipe: Recipe, stages: int, k: int, delays: Delays | Sequence[int] | None) -> Delays:

@@ -26,6 +26,7 @@ FREE = ("data", "checkpoint_every", "diagnostics", "sample_length", "temperature
 class UserError(Exception):
     """An error that the user can fix. The message is one sentence; ``status`` is the exit status."""
 
+    one_sentence = True
     status = 2
 
 

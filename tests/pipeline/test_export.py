@@ -14,7 +14,7 @@ from launch import finish, start
 from torch import nn
 from torch.nn import functional as F
 
-from nesterov_pp.pipeline import VirtualPipeline
+from nesterov_pp.pipeline import VirtualPipeline, cut
 from nesterov_pp.pipeline.export import read_weights, write_weights
 
 WORKER = Path(__file__).parents[1] / "export_worker.py"
@@ -83,6 +83,36 @@ def test_the_names() -> None:
     ]
     with pytest.raises(ValueError, match="two entries of the stages are named 'weight'; give each its own with names="):
         names([nn.Linear(2, 2), nn.Linear(2, 2)], names=lambda _, name: name)
+
+
+class Odd(nn.Module):
+    """A model that only ``cut`` can cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.full((8,), 0.5))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        for block in self.blocks:
+            x = block(x)
+        y: torch.Tensor = self.head(x)
+        return y
+
+
+def test_a_cut_model_has_its_own_names() -> None:
+    stages = cut(Odd(), 3, layers="blocks", before=lambda model, x: x * model.scale, after=["head"])
+    pipe = trained(stages)
+    state, fresh = pipe.export(), Odd()
+    assert state is not None
+    assert state.keys() == fresh.state_dict().keys()
+    fresh.load_state_dict(state)
+    inputs = torch.randn(4, 8)
+    assert torch.equal(fresh.eval()(inputs), pipe.predict(inputs))
+    assert all(torch.equal(value, state[name]) for stage in stages for name, value in stage.state_dict().items())
 
 
 class Tied(nn.Module):

@@ -21,7 +21,7 @@ ENDINGS = str(ROOT / "tests" / "endings_worker.py")
 def raised(outputs: list[tuple[int, str]], rank: int) -> str:
     status, output = outputs[rank]
     assert status == 1
-    (line,) = [row for row in output.splitlines() if re.search(r"Error: .* \[[\d.]+ s\]$", row)]
+    (line,) = [row for row in output.splitlines() if re.search(r"^\w+: .* ?\[[\d.]+ s\]$", row)]
     return line
 
 
@@ -36,7 +36,44 @@ def test_inf_names_microbatch_and_stage() -> None:
 def test_an_exception_is_passed_on() -> None:
     outputs = finish(start([WORKER, "exception", "30"], 3), timeout=60)
     assert raised(outputs, 1).startswith("KeyError: ")
-    assert all("because another process stopped: 'no such thing'" in raised(outputs, rank) for rank in (0, 2))
+    assert all("because another process stopped: KeyError: 'no such thing'" in raised(outputs, rank) for rank in (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("what", "culprit", "sentence"),
+    [
+        ("batch", 0, "StopIteration (in the forward of microbatch 21 on stage 0)"),
+        ("loss", 2, "ArithmeticError: no loss today (in the forward of microbatch 21 on stage 2)"),
+    ],
+)
+def test_errors_in_the_users_code_name_type_stage_and_microbatch(what: str, culprit: int, sentence: str) -> None:
+    outputs = finish(start([WORKER, what, "30"], 3), timeout=60)
+    own = sentence.split(" (")[0]
+    assert raised(outputs, culprit).startswith(own if ":" in own else f"{own}:")
+    for rank in {0, 1, 2} - {culprit}:
+        assert f"stage {rank} stopped because another process stopped: {sentence}" in raised(outputs, rank)
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("tied", "PipelineError: stage 2's 1.weight is stage 0's 0.weight: tied parameters must be in one stage"),
+        ("settings", "PipelineError: process 0 has seed 0, process 1 has 1; all processes of a pipeline need the same"),
+    ],
+)
+def test_processes_that_do_not_fit_together_are_refused(what: str, sentence: str) -> None:
+    outputs = finish(start([WORKER, what, "30"], 3), timeout=60)
+    assert all(raised(outputs, rank).startswith(sentence) for rank in range(3))
+
+
+def test_copies_of_a_parameter_are_not_tied() -> None:
+    outputs = finish(start([WORKER, "copied", "30"], 3), timeout=60)
+    assert [status for status, _ in outputs] == [0, 0, 0], outputs
+
+
+def test_a_first_step_may_take_longer_than_the_timeout() -> None:
+    outputs = finish(start([WORKER, "slow-at-first", "3"], 3), timeout=60)
+    assert [status for status, _ in outputs] == [0, 0, 0], outputs
 
 
 def test_a_dead_neighbour_is_noticed_at_once() -> None:

@@ -7,14 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
-
-Messages = list[tuple[Tensor, int]]
-"""Tensors to send or to receive into, each with the global rank of the process at the other end."""
 
 
 class Channel(Protocol):
     """One direction of one boundary between stages, as one of its two processes sees it. Microbatches come in order.
+
+    For every ``send`` at one end there is a ``post`` at the other, with as many tensors of the same sizes. Tensors are
+    on the CPU or on the stage's device.
 
     Attributes:
         next_to_post: the microbatch whose tensors ``post`` receives next.
@@ -26,11 +25,11 @@ class Channel(Protocol):
     next_to_post: int
     waited: float
 
-    def send(self, microbatch: int, messages: Messages) -> None:
+    def send(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
         """Start sending. The tensors must not change until they have arrived."""
 
-    def post(self, microbatch: int, messages: Messages) -> None:
-        """Start receiving the tensors of the next microbatch."""
+    def post(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        """Start receiving into the tensors; ``microbatch`` is the next one, or the same as before."""
 
     def take(self, microbatch: int) -> None:
         """Wait until the oldest posted tensors, which belong to this microbatch, have arrived."""
@@ -67,20 +66,21 @@ class Links(Protocol):
 
     Attributes:
         inputs, outputs: activations from the previous stage and to the next one; None at the ends of the pipeline.
+        overflow_in, overflow_out: what the memory posted for activations has no room for; None at the ends.
         gradients_in, gradients_out: gradients from the next stage and to the previous one; None at the ends.
         side: messages for evaluation and prediction.
-        pipeline: the processes of this replica's stages, in order, as torch's ``PipelineStage`` requires them.
     """
 
     inputs: Channel | None
     outputs: Channel | None
+    overflow_in: Channel | None
+    overflow_out: Channel | None
     gradients_in: Channel | None
     gradients_out: Channel | None
     side: Side
-    pipeline: dist.ProcessGroup | None
 
     def channels(self) -> list[Channel]:
-        """Return those of the four channels that this process has."""
+        """Return those of the six channels that this process has."""
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of ``value`` over the replicas of this stage, on all replicas; with one, ``value`` itself."""

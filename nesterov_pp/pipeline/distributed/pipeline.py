@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,20 @@ from torch import Tensor, nn
 
 from nesterov_pp.pipeline.batches import Batches, as_batches
 from nesterov_pp.pipeline.checkpoints import stage_part
+from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import version_for_update
+from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
 from nesterov_pp.pipeline.distributed.collect import collected
-from nesterov_pp.pipeline.distributed.links import Channel, Links
+from nesterov_pp.pipeline.distributed.engine import Engine
+from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
 from nesterov_pp.pipeline.distributed.timeline import Timeline
+from nesterov_pp.pipeline.distributed.traffic import Note, Traffic
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
-from nesterov_pp.pipeline.distributed.world import PipelineError, World
+from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
 from nesterov_pp.pipeline.export import Entry, Exports, Naming, entries_of, naming_of
+from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
@@ -42,8 +48,7 @@ from nesterov_pp.pipeline.stage_state import StageState, Terms, as_saved_now, ch
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
 from nesterov_pp.stash import gathers_itself
 
-LossFunction = Callable[[Any, Any], Tensor]
-Batch = Callable[[int], tuple[Any, Tensor]]
+Batch = Callable[[int], tuple[Any, Any]]
 
 
 class AsyncPipeline(Checkpoints, Exports):
@@ -54,14 +59,14 @@ class AsyncPipeline(Checkpoints, Exports):
 
     Args:
         stages: this process's stage, a list of all stages, or an ``nn.Sequential`` with ``partition``.
-        loss_fn: ``(output of the last stage, targets) -> 0-d tensor``, a mean over the microbatch.
-        batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ...; must return the same data for the same m, and
-            tensors of the same shapes and dtypes for every m. Only the first and the last stage call it. With R
-            replicas, replica r calls it with the numbers ``m R + r``. Or a loader of ``(inputs, targets)``, the same in
-            every process, such as a ``DataLoader``: ``pipeline.Batches`` takes the microbatches from it in turn.
+        loss_fn: as for ``VirtualPipeline``.
+        batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ..., each any nest of tensors; must return the same
+            data for the same m. Only the first and the last stage call it. With R replicas, replica r calls it with the
+            numbers ``m R + r``. Or a loader of ``(inputs, targets)``, the same in every process, such as a
+            ``DataLoader``: ``pipeline.Batches`` takes the microbatches from it in turn.
         microbatches: length of the run; nothing is sent for microbatches after it.
-        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, param_groups, backend, overrides: as
-            for ``VirtualPipeline``.
+        method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, clip_over, param_groups, backend,
+            overrides: as for ``VirtualPipeline``.
         world: the ``World`` that ``connect`` yields.
         seed: makes random layers (dropout) depend on (seed, stage, microbatch) alone.
         replicas: R processes for each stage, whose gradients are averaged. The world has ``P R`` processes, and
@@ -101,6 +106,7 @@ class AsyncPipeline(Checkpoints, Exports):
         microbatches_per_update: int | None = None,
         flush_every: int | None = None,
         max_grad_norm: float | None = None,
+        clip_over: ClipOver = "stage",
         param_groups: ParamGroups | None = None,
         seed: int = 0,
         backend: str = "auto",
@@ -115,8 +121,6 @@ class AsyncPipeline(Checkpoints, Exports):
         links: Callable[[World, int], Links] = TorchLinks,
         **overrides: Any,
     ) -> None:
-        from nesterov_pp.pipeline.distributed.torch_engine import TorchStage
-
         recipe = find_recipe(method).override(overrides)
         if replicas < 1 or world.size % replicas:
             raise ValueError(f"{world.size} processes cannot be divided into {replicas} replicas of a pipeline")
@@ -125,6 +129,7 @@ class AsyncPipeline(Checkpoints, Exports):
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        over_all = check_clip_over(clip_over, max_grad_norm)
         self.recipe, self.loss_fn, self._lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
@@ -151,7 +156,12 @@ class AsyncPipeline(Checkpoints, Exports):
         self.timeline = Timeline(self.stage, timeline)
         self._autocast, self._check_finite = autocast, check_finite
         self._receive_ahead = receive_ahead
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Loss] = {}
+        self._weighs = k > 1 or replicas > 1  # a microbatch's weight matters where an update takes several
+        self._weights: list[float | None] = []
+        self._max_grad_norm = max_grad_norm if over_all else None
+        self._norms = Norms(self.delay + 1) if over_all else None
+        self._earlier: dict[int, float] = {}
 
         check_shards(self.module)
         self.stash = build_stash(recipe, self.module, 1 if recipe.linearise_at == "newest" else self.delay + 1)
@@ -163,7 +173,7 @@ class AsyncPipeline(Checkpoints, Exports):
             self.stash,
             self._place,
             lr=lr,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=None if over_all else max_grad_norm,
             backend=backend,
             param_groups=param_groups,
         )
@@ -173,17 +183,12 @@ class AsyncPipeline(Checkpoints, Exports):
         if self.optimizer is not None:
             leaves = self.stash.leaves(list(self.stash.parameters(0).values()))
             self._average = self._links.average(leaves, bucket_bytes)
-        self._engine = TorchStage(
-            Recomputed(self.module) if recompute else self.module,
-            self.stage,
-            self.stages,
-            self.device,
-            self._ahead + 1 + receive_ahead,
-            loss_fn,
-            self._links.pipeline,
+        self._engine = Engine(Recomputed(self.module) if recompute else self.module)
+        self._traffic = Traffic(
+            self._links, self._engine, receive_ahead, microbatches, self.device, self._weighs or over_all, self.timeline
         )
-        self._prepared = False
         self._world = world
+        self._prepared = False
         self._files = Files(
             stage_part(self.stage, self.stages),
             writes=self.replica == 0,
@@ -220,18 +225,22 @@ class AsyncPipeline(Checkpoints, Exports):
     @property
     def waited(self) -> float:
         """The seconds spent waiting for neighbours so far."""
-        return sum(channel.waited for channel in self._links.channels())
+        return self._traffic.waited
 
     def step(self) -> Tensor | None:
         """Complete the next microbatch on this stage; every K-th completes an update.
 
+        Any error on one stage reaches the others as the reason why they stop.
+
         Returns:
-            On the last stage, the microbatch's loss, a detached 0-d tensor (with replicas, the mean over them); None on
-            the other stages.
+            On the last stage, the microbatch's loss (a mean), a detached 0-d tensor (with replicas, the mean over
+            them); None on the other stages.
 
         Raises:
-            PipelineError: a loss or an activation is not finite, or another stage has stopped or cannot be reached.
-            ValueError: the run is over.
+            PipelineError: a loss or an activation is not finite, another stage has stopped or cannot be reached, or, in
+                the first step, the processes do not fit together: they have other settings or positions, or two stages
+                share a parameter.
+            ValueError: the run is over; or ``loss_fn`` returned something else than a loss.
         """
         m = self.microbatches
         if m >= self.total:
@@ -254,20 +263,21 @@ class AsyncPipeline(Checkpoints, Exports):
         if self.microbatches % self.microbatches_per_update == 0:
             self._update(self.updates - 1)
         if self.microbatches == self.total:
-            for channel in self._links.channels():
-                channel.finish()
+            self._traffic.finish()
         return loss
 
     # ------------------------------------------------------------------ evaluation: called on all stages of a pipeline
 
-    def evaluate(self, inputs: Any, targets: Tensor) -> Tensor | None:
+    def evaluate(self, inputs: Any, targets: Any) -> Tensor | None:
         """Return the loss at every stage's newest weights, in evaluation mode; None on stages before the last.
 
         All stages of a pipeline must call this after the same number of microbatches. Nothing is flushed for it.
         """
         with self._evaluating():
             output = self._through(inputs)
-            return self.loss_fn(output, targets.to(self.device)).detach() if self.is_last else None
+            if not self.is_last:
+                return None
+            return loss_of(self.loss_fn(output, to_device(targets, self.device))).mean.detach()
 
     def predict(self, inputs: Any) -> Any:
         """Return the last stage's output at every stage's newest weights, in evaluation mode, on all stages."""
@@ -369,29 +379,24 @@ class AsyncPipeline(Checkpoints, Exports):
         return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas)
 
     def _state(self) -> StageState:
-        return StageState(self.stash, self.optimizer, self.module)
+        return StageState(self.stash, self.optimizer, self.module, norms=self._norms)
 
     # ------------------------------------------------------------------ events
 
     def _prepare(self) -> None:
-        """Agree with the neighbours on shapes and dtypes, with the next microbatch as an example."""
-        inputs, targets = self._example()
-        with self._autocasting():
-            self._engine.prepare(inputs, targets)
-        for channel in self._links.channels():
-            channel.next_to_post = self.microbatches
-            channel.waited = 0.0
+        """Check that the processes fit together, and start at the position."""
+        settings = {
+            **asdict(self._terms()),
+            "microbatches": self.total,
+            "receive_ahead": self._receive_ahead,
+            "position": self.microbatches,
+        }
+        own = Report(self._world.rank, self.stage, settings, [] if self.replica else prints_of(self.module))
+        check_agreement(self._world.gather(own))
+        self._traffic.begin(self.microbatches)
         self._prepared = True
 
-    def _example(self) -> tuple[tuple[Any, ...], Tensor | None]:
-        if not (self.is_first or self.is_last):
-            return (), None
-        inputs, targets = self._asked(self.microbatches)
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"the targets of a microbatch must be one tensor, not {type(targets).__name__}")
-        return (inputs if isinstance(inputs, tuple) else (inputs,)) if self.is_first else (), targets
-
-    def _asked(self, m: int) -> tuple[Any, Tensor]:
+    def _asked(self, m: int) -> tuple[Any, Any]:
         inputs, targets = self._batch(m * self.replicas + self.replica)
         return to_device(inputs, self.device), to_device(targets, self.device)
 
@@ -413,47 +418,92 @@ class AsyncPipeline(Checkpoints, Exports):
         updates = range(done, done + self.delay + 1)
         return {self._version(update * k) for update in updates if update * k < self.total}
 
-    def _receive(self, channel: Channel | None, m: int, post: Callable[[int], Any]) -> None:
-        if channel is None:
-            return
-        while channel.next_to_post < min(m + 1 + self._receive_ahead, self.total):
-            channel.post(channel.next_to_post, post(channel.next_to_post))
-        with self.timeline.span("wait", m):
-            channel.take(m)
+    @contextmanager
+    def _told(self, what: str, m: int) -> Iterator[None]:
+        """Tell the other processes of an error inside the block."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, PipelineError):
+                self._world.tell(
+                    f"{in_one_sentence(error)} (in the {what} of microbatch {m + 1} on stage {self.stage})"
+                )
+            raise
 
     def _forward(self, m: int) -> None:
-        self._receive(self._links.inputs, m, self._engine.receive_inputs)
-        with self.timeline.span("forward", m):
-            inputs, targets = self._asked(m) if self.is_first or self.is_last else ((), torch.empty(0))
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        inputs, earlier = self._traffic.inputs(m)
+        with self.timeline.span("forward", m), self._told("forward", m):
+            given, targets = self._asked(m) if self.is_first or self.is_last else (None, None)
             with ExitStack() as bound:
                 bound.enter_context(self._versions.use(self._version(m), self.recipe.linearise_at))
                 bound.enter_context(self._autocasting())
                 with random_state(self.module, self.seed, self.stage, m * self.replicas + self.replica):
-                    output = self._engine.forward(m, inputs)
+                    output = self._engine.forward(m, given if self.is_first else inputs)
                 if self.is_last:
-                    self._losses[m] = self.loss_fn(output, targets)
-            if self._check_finite and not is_finite(self._losses[m] if self.is_last else output):
-                what = f"the loss is {float(self._losses[m])}" if self.is_last else "an activation is not finite"
+                    self._losses[m] = loss_of(self.loss_fn(output, targets))
+            if self._check_finite and not is_finite(self._losses[m].tensor if self.is_last else output):
+                what = "an activation is not finite"
+                if self.is_last:
+                    what = f"the loss is {float(self._losses[m].mean)}"
                 raise PipelineError(f"{what} at microbatch {m + 1}, on stage {self.stage}")
-        if self._links.outputs is not None:
-            self._links.outputs.send(m, self._engine.outputs(m))
+            if self._norms is not None:
+                self._earlier[m] = earlier
+                earlier += self._norms.of(self._version(m))
+            self._traffic.hand_on(m, output, earlier)
 
     def _backward(self, m: int) -> Tensor | None:
-        self._receive(self._links.gradients_in, m, self._engine.receive_gradients)
+        note, gradients = self._traffic.gradients(m, self._forwarded)
+        loss = self._losses.pop(m, None)
+        if loss is not None:
+            note = Note(loss.weight)
         completes = (m + 1) % self.microbatches_per_update == 0
-        with self.timeline.span("backward", m):
+        with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
                 self._average.expect(self._version(m) % self.stash.versions)
-            loss = self._losses.pop(m, None)
+            objective = None if loss is None else (loss.tensor if self._weighs else loss.mean)
             with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
-                gradients = self._engine.backward(m, loss)
-        if self._links.gradients_out is not None:
-            self._links.gradients_out.send(m, gradients)
-        if self._average is not None and completes:
+                back = self._engine.backward(m, objective, gradients)
+            if self._weighs:
+                self._weights.append(note.weight)
+                weight_of_update(self._weights)
+        if completes and self._norms is not None:
+            note = note._replace(square=self._clip(m, note.square))
+        self._traffic.hand_back(m, note, back)
+        if completes and self._norms is None:
+            self._complete(m)
+        return None if loss is None else self._mean(loss)
+
+    def _complete(self, m: int) -> list[Tensor]:
+        """Return the parameters with the gradients of the update that microbatch ``m`` completes, ready for a step."""
+        if self._average is not None:
             with self.timeline.span("average", m):
                 self._average.finish()
-        return None if loss is None else self._links.mean(loss.detach())
+        weight, self._weights = weight_of_update(self._weights), []
+        if weight is not None and self.replicas > 1:
+            weight = float(self._links.mean(torch.tensor(weight, dtype=torch.float64)))
+        parameters = self._versions.with_gradients(self._version(m))
+        reweigh(parameters, self.microbatches_per_update, weight)
+        return parameters
+
+    def _clip(self, m: int, later: float) -> float:
+        """Clip by the norm of all stages; return the squared norm of this stage and those after it."""
+        assert self._norms is not None
+        assert self._max_grad_norm is not None
+        parameters = self._complete(m)
+        own = squared_norm(parameters, self.microbatches_per_update)
+        self._norms.note(self.stash.newest + 1, own)
+        earlier = self._earlier.pop(m)
+        self._earlier = {k: norm for k, norm in self._earlier.items() if k > m}
+        clip(parameters, earlier + (later + own), self._max_grad_norm)
+        return later + own
+
+    def _mean(self, loss: Loss) -> Tensor:
+        """Return a microbatch's mean loss over the replicas."""
+        if loss.weight is None or self.replicas == 1:
+            return self._links.mean(loss.mean.detach())
+        both = torch.tensor([float(loss.tensor), loss.weight], dtype=torch.float64)
+        total, weight = self._links.mean(both).tolist()
+        return loss.tensor.new_tensor(total / weight if weight else total)
 
     def _update(self, update: int) -> None:
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
 """The transport of tensors over ``torch.distributed``: sends do not wait, and receives are posted ahead.
 
-Every boundary has one process group per direction. Messages between two processes are matched by their order alone, so
-a receive posted ahead in one direction must not wait behind the other direction.
+Every boundary has a process group for each direction, and one for the overflow of activations. Messages between two
+processes are matched by their order alone, so a receive posted ahead must not stand before one that is needed sooner.
 """
 
 from __future__ import annotations
@@ -10,52 +10,72 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from nesterov_pp.pipeline.distributed.links import Average, Channel, Messages, Side
+from nesterov_pp.pipeline.distributed.links import Average, Channel, Side
 from nesterov_pp.pipeline.distributed.replicas import GradientAverage
 from nesterov_pp.pipeline.distributed.world import PipelineError, World
 from nesterov_pp.pipeline.tensors import to_device
+
+T = TypeVar("T")
+
+
+class _Work(NamedTuple):
+    """A send or a receive on its way. It is waited for once: over gloo, a second wait would never end."""
+
+    work: Any
+    on_cpu: bool
+
+    def wait(self, seconds: float) -> None:
+        # On a GPU, a wait with a limit would block this thread; without one, it only orders the stream.
+        if self.on_cpu:
+            self.work.wait(timedelta(seconds=seconds))
+        else:
+            self.work.wait()
 
 
 class TorchChannel:
     """A ``Channel`` with its own process group.
 
     Args:
-        world: provides the timeout, and the reason why a neighbour is gone.
+        world: provides the timeouts, and the reason why a neighbour is gone.
         group: the process group of the two processes.
+        peer: the global rank of the other process.
         backlog: number of sends that may be in flight before another one waits for the oldest.
         stage, other: this stage and the stage at the other end, for error messages.
         what: what the channel carries, for error messages.
     """
 
-    def __init__(self, world: World, group: dist.ProcessGroup, backlog: int, stage: int, other: int, what: str) -> None:
-        self._world, self._group, self._backlog = world, group, backlog
+    def __init__(
+        self, world: World, group: dist.ProcessGroup, peer: int, backlog: int, stage: int, other: int, what: str
+    ) -> None:
+        self._world, self._group, self._peer, self._backlog = world, group, peer, backlog
         self._stage, self._other, self._what = stage, other, what
-        self._sent: deque[tuple[int, list[Any], Messages]] = deque()
-        self._posted: deque[tuple[int, list[Any]]] = deque()
+        self._sent: deque[tuple[int, list[_Work], Sequence[Tensor]]] = deque()
+        self._posted: deque[tuple[int, list[_Work]]] = deque()
+        self._patience = world.first_timeout
         self.next_to_post = 0
         self.waited = 0.0
 
-    def send(self, microbatch: int, messages: Messages) -> None:
+    def send(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
         """Start sending. The tensors must not change until they have arrived."""
 
-        def start() -> list[Any]:
-            return [dist.isend(tensor, peer, group=self._group) for tensor, peer in messages]
+        def start() -> list[_Work]:
+            return [_Work(dist.isend(t, self._peer, group=self._group), t.is_cpu) for t in tensors]
 
-        self._sent.append((microbatch, self._guarded(microbatch, "send", start), messages))
+        self._sent.append((microbatch, self._guarded(microbatch, "send", start), tensors))
         while len(self._sent) > self._backlog:
             self._settle()
 
-    def post(self, microbatch: int, messages: Messages) -> None:
-        """Start receiving the tensors of the next microbatch."""
+    def post(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
+        """Start receiving into the tensors."""
 
-        def start() -> list[Any]:
-            return [dist.irecv(tensor, peer, group=self._group) for tensor, peer in messages]
+        def start() -> list[_Work]:
+            return [_Work(dist.irecv(t, self._peer, group=self._group), t.is_cpu) for t in tensors]
 
         self._posted.append((microbatch, self._guarded(microbatch, "receive", start)))
         self.next_to_post = microbatch + 1
@@ -64,7 +84,7 @@ class TorchChannel:
         """Wait until the oldest posted tensors, which belong to this microbatch, have arrived."""
         posted, works = self._posted.popleft()
         assert posted == microbatch
-        self._guarded(microbatch, "receive", lambda: [work.wait() for work in works])
+        self._wait(microbatch, "receive", works)
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
@@ -73,9 +93,13 @@ class TorchChannel:
 
     def _settle(self) -> None:
         microbatch, works, _ = self._sent.popleft()
-        self._guarded(microbatch, "send", lambda: [work.wait() for work in works])  # a second wait would never end
+        self._wait(microbatch, "send", works)
 
-    def _guarded(self, microbatch: int, verb: str, act: Callable[[], list[Any]]) -> list[Any]:
+    def _wait(self, microbatch: int, verb: str, works: Sequence[_Work]) -> None:
+        self._guarded(microbatch, verb, lambda: [work.wait(self._patience) for work in works])
+        self._patience = self._world.timeout  # the other stage has computed its first microbatch
+
+    def _guarded(self, microbatch: int, verb: str, act: Callable[[], T]) -> T:
         begin = time.perf_counter()
         try:
             return act()
@@ -86,14 +110,15 @@ class TorchChannel:
 
     def _explained(self, microbatch: int, verb: str, waited: float) -> PipelineError:
         preposition = "to" if verb == "send" else "from"
-        what = f"the {self._what} of microbatch {microbatch}"
+        what = f"the {self._what} of microbatch {microbatch + 1}"
         reason = self._world.reason()
         if reason is not None:
             return PipelineError(f"stage {self._stage} stopped because another process stopped: {reason}")
-        if waited >= 0.9 * self._world.timeout:
+        if waited >= 0.9 * self._patience:
+            name = "timeout" if self._patience == self._world.timeout else "first_timeout"
             return PipelineError(
-                f"stage {self._stage} timed out after {self._world.timeout:g} s waiting to {verb} {what} {preposition} "
-                f"stage {self._other}; raise `timeout` if a stage needs longer"
+                f"stage {self._stage} timed out after {self._patience:g} s waiting to {verb} {what} {preposition} "
+                f"stage {self._other}; raise `{name}` if a stage needs longer"
             )
         return PipelineError(
             f"stage {self._stage} could not {verb} {what} {preposition} stage {self._other}: that process has ended"
@@ -138,33 +163,36 @@ class TorchLinks:
         stages = world.size // replicas
         self.stage, self.replica, self.replicas = world.rank % stages, world.rank // stages, replicas
         i, timeout = self.stage, timedelta(seconds=world.timeout)
+        longest = timedelta(seconds=max(world.timeout, world.first_timeout))
         backlog = stages - i + 2  # the microbatches that the stage has in flight, plus two
         self.inputs: Channel | None = None
         self.outputs: Channel | None = None
+        self.overflow_in: Channel | None = None
+        self.overflow_out: Channel | None = None
         self.gradients_in: Channel | None = None
         self.gradients_out: Channel | None = None
-        self.pipeline: dist.ProcessGroup | None = None
         self._twins: dist.ProcessGroup | None = None
 
-        def group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+        def group(ranks: list[int], timeout: timedelta = timeout, backend: str | None = None) -> dist.ProcessGroup:
             return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
 
         def channel(members: dist.ProcessGroup, other: int, what: str) -> Channel:
-            return TorchChannel(world, members, backlog, i, other, what)
+            return TorchChannel(world, members, world.rank + other - i, backlog, i, other, what)
 
         for replica in range(replicas):
             ranks = [replica * stages + k for k in range(stages)]
-            everyone, aside = group(ranks), group(ranks, "gloo")
+            aside = group(ranks, backend="gloo")
             if replica == self.replica:
-                self.pipeline = everyone
                 self.side: Side = TorchSide(world, aside, ranks, i)
             for k in range(stages - 1):
-                forward, backward = group(ranks[k : k + 2]), group(ranks[k : k + 2])
+                forward, overflow, backward = (group(ranks[k : k + 2], longest) for _ in range(3))
                 if world.rank == ranks[k]:
                     self.outputs = channel(forward, i + 1, "activations")
+                    self.overflow_out = channel(overflow, i + 1, "activations")
                     self.gradients_in = channel(backward, i + 1, "gradients")
                 elif world.rank == ranks[k + 1]:
                     self.inputs = channel(forward, i - 1, "activations")
+                    self.overflow_in = channel(overflow, i - 1, "activations")
                     self.gradients_out = channel(backward, i - 1, "gradients")
         for k in range(stages if replicas > 1 else 0):
             twins = group([replica * stages + k for replica in range(replicas)])
@@ -173,7 +201,11 @@ class TorchLinks:
 
     def channels(self) -> list[Channel]:
         """Return the channels that this process has."""
-        return [c for c in (self.inputs, self.outputs, self.gradients_in, self.gradients_out) if c is not None]
+        every = (
+            *(self.inputs, self.outputs, self.overflow_in, self.overflow_out),
+            *(self.gradients_in, self.gradients_out),
+        )
+        return [channel for channel in every if channel is not None]
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean over the replicas of this stage."""

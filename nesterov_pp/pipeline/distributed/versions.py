@@ -78,6 +78,10 @@ class Versions:
         """
         return nullcontext() if linearise_at == "newest" else self._stash.bind(version, linearise_at=linearise_at)
 
+    def with_gradients(self, version: int) -> list[Tensor]:
+        """Return the parameters that hold the gradients of microbatches that ran with ``version``."""
+        return list(self._stash.parameters(version if self._all_stashed() else self._stash.newest).values())
+
     def step(self, optimizer: StageOptimizer, version: int, microbatches: int) -> None:
         """Apply the gradients of ``version`` to the newest weights."""
         if self._all_stashed():

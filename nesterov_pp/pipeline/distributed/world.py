@@ -20,21 +20,27 @@ T = TypeVar("T")
 TIMEOUT = 60.0
 """Default number of seconds that processes wait for each other."""
 
+FIRST_TIMEOUT = 600.0
+"""Default number of seconds that a stage waits for the first message of another: its code may be compiled first."""
+
 _POLL = 0.02
 
 
 class PipelineError(RuntimeError):
     """An error after which training cannot continue; its message is one sentence."""
 
+    one_sentence = True
+
 
 @dataclass(frozen=True)
 class World:
-    """One process of a run: ``rank`` among ``size`` processes, with the ``timeout`` in seconds."""
+    """One process of a run: ``rank`` among ``size`` processes, with the timeouts in seconds."""
 
     rank: int
     size: int
     timeout: float = TIMEOUT
     store: Store | None = None
+    first_timeout: float = FIRST_TIMEOUT
 
     def tell(self, reason: str) -> None:
         """Record why this process stops, for the others to read. Only the first reason is kept."""
@@ -99,7 +105,9 @@ class World:
 
 
 @contextmanager
-def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[World]:
+def connect(
+    timeout: float = TIMEOUT, backend: str | None = None, first_timeout: float | None = None
+) -> Iterator[World]:
     """Connect to the other processes that ``torchrun`` has started, and disconnect at the end of the block.
 
     The environment must have ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``, as ``torchrun`` sets them.
@@ -110,11 +118,16 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
     Args:
         timeout: seconds to wait for the other processes, both when connecting and for every later message.
         backend: the ``torch.distributed`` backend (default: gloo, and NCCL for tensors on GPUs if every process has a
-            GPU).
+            GPU). It must carry tensors on the CPU: ``"cpu:gloo,cuda:nccl"``, not ``"nccl"``.
+        first_timeout: seconds that a stage waits for the first message of each neighbour, which may have to compile
+            its code first (default: 600, or ``timeout`` if that is longer).
 
     Raises:
         PipelineError: the environment is incomplete, the port is taken, or a process is missing.
+        ValueError: the backend carries no tensors on the CPU.
     """
+    if backend == "nccl":
+        raise ValueError("stages also exchange tensors on the CPU; use backend='cpu:gloo,cuda:nccl' or none")
     if not dist.is_available():
         raise PipelineError("this build of torch has no torch.distributed; install one that has it")
     rank, size = _number("RANK"), _number("WORLD_SIZE")
@@ -126,12 +139,12 @@ def connect(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Wo
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:
         raise PipelineError(f"process {rank} could not reach all {size} processes: {_first(error)}") from error
-    world = World(rank, size, timeout, store)
+    world = World(rank, size, timeout, store, max(timeout, FIRST_TIMEOUT) if first_timeout is None else first_timeout)
     try:
         yield world
         _part(world)
     except BaseException as error:
-        world.tell(" ".join(str(error).split()) or type(error).__name__)
+        world.tell(in_one_sentence(error))
         if "nccl" not in backend or not isinstance(error, PipelineError):
             with suppress(RuntimeError):
                 dist.destroy_process_group()
@@ -143,6 +156,14 @@ def _part(world: World) -> None:
     """Wait until all processes are done: one that leaves earlier looks like one that was killed."""
     with world.explained("waiting for the others to finish"):
         dist.barrier()
+
+
+def in_one_sentence(error: BaseException) -> str:
+    """Return an error's type and words, or its words alone if its class says that they are a sentence."""
+    words = " ".join(str(error).split())
+    if getattr(error, "one_sentence", False):
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def launched() -> bool:
