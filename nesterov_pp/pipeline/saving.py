@@ -174,12 +174,13 @@ class Checkpoints:
                 check_readable(name, part)
                 files.checked.add(name)
         files.claim(folder)
+        path = None
+        if files.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            certain = self.microbatches - files.behind
+            path = checkpoints.write(folder, self.microbatches, state, part=files.part, certain=certain, keep=keep)
         files.saved = self.microbatches
-        if not files.writes:
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        certain = self.microbatches - files.behind
-        return checkpoints.write(folder, self.microbatches, state, part=files.part, certain=certain, keep=keep)
+        return path
 
     def resume(self: _Pipeline, folder: str | Path, *, also: Mapping[str, Stateful] | None = None) -> Path | None:
         """Continue from the newest checkpoint in ``folder`` that all processes have; without one, change nothing.
