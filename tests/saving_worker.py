@@ -38,11 +38,17 @@ def length(name: str) -> int:
     return ENDS_AT * int(SCENARIOS[name].get("microbatches_per_update", 1))
 
 
-def losses_alone(name: str) -> list[float]:
-    """Return the losses of the virtual pipeline, undisturbed."""
-    pipe = VirtualPipeline(model(2, 0.1, torch.float32), F.cross_entropy, lr=1e-2, seed=3, **SCENARIOS[name])
-    batches = Batches(loader(), seed=3)
-    return [float(pipe.step(*batches(m))) for m in range(length(name))]
+def virtual(name: str) -> VirtualPipeline:
+    """Return the virtual pipeline of a scenario."""
+    return VirtualPipeline(model(2, 0.1, torch.float32), F.cross_entropy, lr=1e-2, seed=3, **SCENARIOS[name])
+
+
+def losses_of(pipe: VirtualPipeline, updates: int) -> list[float]:
+    """Train up to a number of updates, and return the losses."""
+    batches, losses = Batches(loader(), seed=3), []
+    while pipe.updates < updates:
+        losses.append(float(pipe.step(*batches(pipe.microbatches))))
+    return losses
 
 
 def build(world: World, name: str, total: int) -> AsyncPipeline:

@@ -15,6 +15,7 @@ import torch
 
 from nesterov_pp.pipeline import checkpoints
 from nesterov_pp.pipeline.batches import Batches
+from nesterov_pp.pipeline.stage_state import as_saved_now, joined
 
 Saved = dict[str, Any]
 
@@ -71,20 +72,25 @@ class Files:
             )
         self.own.add(folder.resolve())
 
-    def newest(self, folder: Path) -> Path | None:
-        """Return this process's file of the newest checkpoint that all processes have; None if there is none.
+    def newest(self, folder: Path) -> list[Path]:
+        """Return this process's file of the newest checkpoint that all processes have; nothing if there is none.
+
+        A process that has all stages also takes the files of a pipeline in several processes.
 
         Raises:
             ValueError: the folder holds only checkpoints of another number of processes.
         """
         found = checkpoints.newest(folder, self.part, self.gather)
+        if found is not None:
+            return [found]
+        files = [] if self.part else checkpoints.newest_complete(folder)
         others = sorted(set(checkpoints.parts_in(folder)) - {self._processes()})
-        if found is None and others:
+        if others and not files:
             raise ValueError(
                 f"{folder} holds checkpoints of a pipeline in {others[0]} process(es), not {self._processes()}; "
                 "resume with that many"
             )
-        return found
+        return files
 
     def _processes(self) -> int:
         return int(self.part.rsplit("-", 1)[-1]) if self.part else 1
@@ -186,7 +192,8 @@ class Checkpoints:
         """Continue from the newest checkpoint in ``folder`` that all processes have; without one, change nothing.
 
         All processes must call it before the first step (in a ``VirtualPipeline``, at any time between updates). The
-        losses that follow are those that the run would have had without the interruption.
+        losses that follow are those that the run would have had without the interruption. A ``VirtualPipeline`` also
+        resumes from the checkpoint of an ``AsyncPipeline`` with a stash, and then saves to another folder.
 
         Args:
             folder: may be absent or empty.
@@ -199,11 +206,12 @@ class Checkpoints:
             ValueError: the checkpoint is damaged or belongs to another pipeline, or ``also`` has other names than it.
         """
         folder, files = Path(folder), self._files
-        path, problem = None, None
+        found: list[Path] = []
+        problem = None
         try:
-            path = files.newest(folder)
-            if path is not None:
-                _load(self, path, also or {})
+            found = files.newest(folder)
+            if found:
+                _load(self, found, also or {})
         except ValueError as error:
             problem = str(error)
         problems = [problem, *(p for p in files.gather(problem) if p is not None)]
@@ -211,20 +219,23 @@ class Checkpoints:
             raise ValueError(next(p for p in problems if p is not None))
         if files.writes and folder.is_dir():
             checkpoints.clear_leftovers(folder, files.part)
-        files.own.add(folder.resolve())
-        files.saved = self.microbatches if path is not None else None
+        if len(found) <= 1:
+            files.own.add(folder.resolve())
+        files.saved = self.microbatches if found else None
         self.keep_for(self.updates + 1)
-        return path
+        return found[0] if found else None
 
 
-def _load(pipe: _Pipeline, path: Path, also: Mapping[str, Stateful]) -> None:
-    state = checkpoints.read(path)
+def _load(pipe: _Pipeline, files: list[Path], also: Mapping[str, Stateful]) -> None:
+    """Load the checkpoint in the files of one pipeline, with the states of the first one's process beside it."""
+    path, states = files[0], [checkpoints.read(file) for file in files]
+    state = states[0]
     saved = state.get("also", {})
     for name in sorted(saved.keys() ^ also.keys()):
         what = "a state of" if name in saved else "no state of"
         raise ValueError(f"{path} has {what} {name!r}; give resume the same also= as save")
     try:
-        pipe.load_state_dict(state["pipeline"])
+        pipe.load_state_dict(joined(as_saved_now(part["pipeline"]) for part in states))
     except ValueError as error:
         raise ValueError(f"{path} belongs to another pipeline: {error}") from None
     for name, part in also.items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launch import finish, start
-from saving_worker import DIES_AT, ENDS_AT, EVERY, SCENARIOS, losses_alone
+from saving_worker import DIES_AT, ENDS_AT, EVERY, SCENARIOS, losses_of, virtual
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -173,7 +173,7 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     sentence = refused(lambda: pipeline().resume(tmp_path), tmp_path)
     assert sentence == f"{path} is truncated or damaged; remove it, and resume will start from the beginning"
     path.rename(tmp_path / "checkpoint-000000003.stage-1-of-2.pt")
-    sentence = refused(lambda: pipeline().resume(tmp_path), tmp_path)
+    sentence = refused(lambda: pipeline().resume(tmp_path), tmp_path)  # the other stage's file is missing
     assert sentence == (f"{tmp_path} holds checkpoints of a pipeline in 2 process(es), not 1; resume with that many")
     assert "has not resumed from" in refused(lambda: again.save(tmp_path), tmp_path)
 
@@ -207,11 +207,19 @@ def test_processes_killed_while_they_write_go_on_bit_for_bit(tmp_path: Path, nam
     found = torch.load(tmp_path / "results.pt", weights_only=True)
     assert found["resumed at"] == DIES_AT - EVERY[name]
     torch.set_num_threads(1)
-    wanted = losses_alone(name)
+    wanted = losses_of(virtual(name), ENDS_AT)
     assert found["losses"] == wanted[found["microbatches before"] :]
     kept = sorted((tmp_path / "run").glob("*stage-1-of-2.pt"))
     assert [checkpoints.microbatch_of(path) for path in kept][-1] == len(wanted)
-    assert found["other total"].endswith("start a run of that length anew from its weights") or "no-stash" not in name
+    if "no-stash" in name:
+        assert found["other total"].endswith("start a run of that length anew from its weights")
+        return
+    alone, whole = (virtual(name) for _ in range(2))
+    assert alone.resume(tmp_path / "run") == kept[-1]
+    losses_of(whole, ENDS_AT)
+    assert losses_of(alone, ENDS_AT + 6) == losses_of(whole, ENDS_AT + 6)
+    with pytest.raises(ValueError, match="save to another folder"):
+        alone.save(tmp_path / "run")
 
 
 def test_the_worker_covers_the_end_of_a_run() -> None:
