@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, connect
 
 METHODS = ("nesterov", "nesterov-no-stash", "xpipe", "one-step-ef", "dana-zero")
 UPDATES = 6
+ENDING = ".safetensors" if find_spec("safetensors") else ".pt"
 
 
 def build_model() -> nn.Sequential:
@@ -59,7 +61,7 @@ def main() -> None:
                 for _ in range(UPDATES * k):
                     pipe.step()
                 name = f"{method}-{str(dtype).removeprefix('torch.')}"
-                state = pipe.export(folder / f"{name}.safetensors")
+                state = pipe.export(folder / f"{name}-weights{ENDING}")
                 inputs, _ = microbatch(-1, dtype)
                 outputs = pipe.predict(inputs)
                 others = world.gather(None if state is None else len(state))
