@@ -1,19 +1,17 @@
 """Train your own model as an asynchronous pipeline: ``torchrun --nproc-per-node 4 examples/own_model.py``.
 
 Each process trains one stage and writes a checkpoint every 100 updates, from which ``torchrun --max-restarts 3``
-resumes.
+resumes. At the end, the trained weights of all stages are one file.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import nesterov_pp as npp
 
-UPDATES, EVERY, FOLDER = 400, 100, Path("runs/own_model")
+UPDATES, EVERY, FOLDER = 400, 100, "runs/own_model"
 
 
 def batch(m: int) -> tuple[Tensor, Tensor]:
@@ -28,31 +26,19 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 64), nn.ReLU(), *hidden, nn.Linear(64, 8))
 
 
-def newest(world: npp.pipeline.World) -> Path | None:
-    """Return this process's file of the newest checkpoint that every process has written."""
-    mine = {p.parent.name for p in FOLDER.glob(f"*/{world.rank}.pt")}
-    common = sorted(set.intersection(*world.gather(mine)))
-    return FOLDER / common[-1] / f"{world.rank}.pt" if common else None
-
-
 def main() -> None:
     torch.set_num_threads(1)
     with npp.pipeline.connect(timeout=60) as world:
         pipe = npp.pipeline.AsyncPipeline(
             model(), nn.functional.cross_entropy, batch, UPDATES, world, lr=1e-3, partition="parameters"
         )
-        saved = newest(world)
-        if saved is not None:
-            pipe.load_state_dict(torch.load(saved, weights_only=True))
+        pipe.resume(FOLDER)
         while pipe.updates < UPDATES:
             loss = pipe.step()
-            if pipe.updates % EVERY == 0:
-                path = FOLDER / f"{pipe.updates:06d}" / f"{world.rank}.pt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(pipe.state_dict(), path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
-                if loss is not None:
-                    print(f"update {pipe.updates}: loss {float(loss):.3f}, delays {pipe.delays}", flush=True)
+            pipe.save(FOLDER, every=EVERY)
+            if loss is not None and pipe.updates % EVERY == 0:
+                print(f"update {pipe.updates}: loss {float(loss):.3f}, delays {pipe.delays}", flush=True)
+        pipe.export(f"{FOLDER}/model.pt")  # loads into model()
 
 
 if __name__ == "__main__":

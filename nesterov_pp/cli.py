@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | plan | analyze | reshard | methods | info``."""
+"""The command line: ``python -m nesterov_pp train | compare | generate | export | reshard | plan | ...``."""
 
 from __future__ import annotations
 
@@ -204,6 +204,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the new run for one process (default: for one process per stage)",
     )
+    sub = command("export", _export, "write the weights of a run as one state dict of the uncut model")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    what = "a .pt or .safetensors file, or an empty or absent folder for a model that generate takes"
+    sub.add_argument("--out", type=Path, metavar="PATH", help=f"{what} (default: RUN/model.pt)")
+    sub = command("generate", _generate, "continue a text with the model of a run")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or one that export wrote")
+    sub.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: a line end)")
+    sub.add_argument("--length", type=_typed(_count), metavar="N", help="number of tokens to generate (default: 200)")
+    for name, what in (("temperature", shown["temperature"].metadata["help"]), ("seed", "seed of the draws")):
+        setting = shown[name]
+        sub.add_argument(
+            f"--{name}", type=_typed(setting.metadata["parse"]), metavar="X", help=f"{what} (default: that of the run)"
+        )
     sub = command("methods", _methods, "list the methods, and what each keeps and moves for a parameter")
     for name in STORAGE:
         add_setting(sub, name)
@@ -333,6 +346,20 @@ def _reshard(arguments: dict[str, Any]) -> None:
 
     one_process = arguments.pop("one_process", False)
     print(reshard(arguments["run"], arguments["stages"], arguments["out"], one_process=one_process))
+
+
+def _export(arguments: dict[str, Any]) -> None:
+    from nesterov_pp.training.export import export
+
+    print(export(arguments["run"], arguments.get("out")))
+
+
+def _generate(arguments: dict[str, Any]) -> None:
+    _require("tokenizers")
+    from nesterov_pp.training.export import load
+
+    trained = load(arguments.pop("run"))
+    print(trained.continued(arguments.pop("prompt", "\n"), arguments.pop("length", 200), **arguments))
 
 
 def _plan(arguments: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Pipelines: delay models, partitioning, recipes, and the virtual and the distributed pipeline."""
 
+from nesterov_pp.pipeline.batches import Batches
 from nesterov_pp.pipeline.cutting import StageModule, cut, load_weights
 from nesterov_pp.pipeline.delay_models import (
     Delays,
@@ -25,6 +26,7 @@ from nesterov_pp.pipeline.workers import VirtualWorkers
 
 __all__ = [
     "AsyncPipeline",
+    "Batches",
     "Delays",
     "DropOuts",
     "Fixed",

@@ -132,6 +132,12 @@ def save_stages(terms: Terms, microbatches: int, updates: int, stages: Mapping[i
     return {"terms": asdict(terms), "microbatches": microbatches, "updates": updates, "stages": dict(stages)}
 
 
+def joined(saved: Iterable[Saved]) -> Saved:
+    """Return the checkpoints that the processes of one pipeline wrote as the checkpoint of all stages."""
+    parts = list(saved)
+    return {**parts[0], "stages": {i: stage for part in parts for i, stage in part["stages"].items()}}
+
+
 def load_stages(terms: Terms, stages: Mapping[int, StageState], saved: object) -> Saved:
     """Load a checkpoint into all stages, or into none if one does not fit. Returns it in the current format.
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.pipeline.batches import Batches
 from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, version_for_update
+from nesterov_pp.pipeline.export import Entry, Exports, Naming, entries_of, naming_of
 from nesterov_pp.pipeline.losses import LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import stage_list
 from nesterov_pp.pipeline.recipe import Forecast, Placement, Recipe, StageOptimizer, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
+from nesterov_pp.pipeline.saving import Checkpoints, Files
 from nesterov_pp.pipeline.schedule import drained_before
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
@@ -34,7 +38,7 @@ from nesterov_pp.pipeline.stage import (
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
 
 
-class VirtualPipeline:
+class VirtualPipeline(Checkpoints, Exports):
     """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
 
     Update ``t`` applies the gradient of its microbatches at version ``max(0, t - tau_i)`` of stage ``i``'s weights,
@@ -107,6 +111,8 @@ class VirtualPipeline:
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
         over_all = check_clip_over(clip_over, max_grad_norm)
         self.stages = stage_list(stages, partition)
+        self._naming = [naming_of(stages, stage, i) for i, stage in enumerate(self.stages)]
+        self._files = Files()
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         k = recipe.accumulation(len(self.stages)) if microbatches_per_update is None else microbatches_per_update
@@ -265,6 +271,19 @@ class VirtualPipeline:
         saved = load_stages(self._terms(), self._stage_states(), state)
         self._ran_with, self._weights = [[] for _ in self.stages], []
         self.microbatches, self.updates = int(saved["microbatches"]), int(saved["updates"])
+
+    def keep_for(self, update: int) -> None:
+        """Announce that ``state_dict`` will be called after ``update`` updates; here, there is nothing to do."""
+
+    def _is_due(self, every: int) -> bool:
+        return not self.waiting and self.updates > 0 and self.updates % every == 0
+
+    def _own_data(self) -> Batches | None:
+        return None
+
+    def _entries(self, names: Naming | None) -> Iterator[Entry]:
+        for i, stage in enumerate(self.stages):
+            yield from entries_of(stage, self._naming[i] if names is None else partial(names, i))
 
     def _terms(self) -> Terms:
         return Terms(self.recipe.name, self.microbatches_per_update, list(self.delays), self.flush_every, self.seed)

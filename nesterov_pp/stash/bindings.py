@@ -50,6 +50,11 @@ class Bindings:
         """The version that the module is bound to."""
         return self._all[-1].version if self._all else self._position.newest
 
+    @property
+    def is_newest(self) -> bool:
+        """Whether no block and no running backward binds the module, so that it has the newest version."""
+        return not self._all
+
     def rebind(self, *, follow: bool = True) -> None:
         """Bind the module to the version that it should have now.
 

@@ -78,6 +78,14 @@ class Bound:
         """Return whether the module has the ring's leaves, not others that were put there temporarily."""
         return self._gathered or self._slot is None or self._places.holds_first(self.leaves(self._slot))
 
+    def parts(self) -> list[tuple[nn.Module, dict[str, int]]]:
+        """Return each module that has parameters of the ring itself, with their numbers by name."""
+        return self._places.parts()
+
+    def leave_shadows(self) -> None:
+        """Bind the shadows for good, because the ring will not be used any more."""
+        self._places.leave(self._shadows, self._slots)
+
     def follow(self, newest: int, *, thorough: bool = False) -> None:
         """Take over changes made to the module's parameters. ``newest`` is the slot of the newest version.
 

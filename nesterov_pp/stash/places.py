@@ -58,6 +58,25 @@ class Places:
         for submodule, k, i in self._lists:
             submodule._flat_weights[k] = leaves[i]
 
+    def parts(self) -> list[tuple[nn.Module, dict[str, int]]]:
+        """Return each module that has parameters of the ring itself, with their numbers by name."""
+        parts: dict[int, tuple[nn.Module, dict[str, int]]] = {}
+        for place in self._all:
+            parts.setdefault(id(place.module), (place.module, {}))[1][place.key] = place.number
+        return list(parts.values())
+
+    def leave(self, others: Sequence[nn.Parameter], slots: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Bind ``others`` wherever a leaf of the ring's ``slots`` is still bound."""
+        known = {id(leaf) for slot in slots for leaf in slot}
+        for container, key, i in zip(self._containers, self._keys, self._order, strict=True):
+            leaf = container.get(key)
+            if leaf is not None and id(leaf) in known:
+                container[key] = others[i]
+                others[i].requires_grad_(leaf.requires_grad)
+        for submodule, k, i in self._lists:
+            if id(submodule._flat_weights[k]) in known:
+                submodule._flat_weights[k] = others[i]
+
     def holds_first(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether ``leaves`` are bound, judging by the first place."""
         return not self._all or self._containers[0].get(self._keys[0]) is leaves[self._order[0]]

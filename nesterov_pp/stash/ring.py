@@ -11,7 +11,7 @@ so autograd raises an error where it would have used the wrong weights.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from nesterov_pp.stash.bindings import Binding, Bindings
 from nesterov_pp.stash.bound import SHADOW, Bound
 from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves
 from nesterov_pp.stash.linearise import linearised_elsewhere
+from nesterov_pp.stash.module_state import Pair, PartState
 from nesterov_pp.stash.position import Position
 from nesterov_pp.stash.saved import check_saved
 from nesterov_pp.stash.watch import detach
@@ -46,7 +47,10 @@ class WeightStash:
             ``use(version, linearise_at="shadow")`` differentiates. Default: None, no such copy.
 
     Outside ``use``, the module is bound to the newest version. ``module.parameters()`` returns the leaves of the bound
-    version. A stash must not be used from several threads at once.
+    version. With a "stepped" shadow, these are predictions; ``state_dict()`` of the module and its parts
+    returns the stepped weights instead (outside ``use``), ``load_state_dict`` sets both, and the module keeps the
+    stepped weights when the stash is gone. A copy of the module has the weights of ``parameters()``. A stash must not
+    be used from several threads at once.
 
     While a backward runs, the module is bound to the version of its forward, because ``torch.utils.checkpoint`` runs
     parts of the module again then. Parameters may be frozen and unfrozen at any time, with effect from the next version
@@ -89,7 +93,12 @@ class WeightStash:
         self._bound = Bound(module, self._names, self._slots, self._shadows, self._gathered)
         self._bindings = Bindings(self._position, self._bound)
         self._owner: weakref.ref[Any] | None = None
-        weakref.finalize(self, detach, self._bindings.watch.attach(module)).atexit = False
+        handles = self._bindings.watch.attach(module)
+        if shadow is not None:
+            for part, own in self._bound.parts():
+                handles += PartState(weakref.WeakMethod(self._exchanged), own).attach(part, stepped=shadow == "stepped")
+        left = self._bound if shadow == "stepped" else None
+        weakref.finalize(self, _end, handles, left).atexit = False
 
     # ------------------------------------------------------------------ versions
 
@@ -368,6 +377,15 @@ class WeightStash:
 
     # ------------------------------------------------------------------ inside
 
+    def _exchanged(self, follow: bool) -> Pair | None:
+        """Return the newest leaves and the shadows; None while the module is bound to other weights."""
+        self._settle()
+        if not self._bindings.is_newest:
+            return None
+        if follow:
+            self._bound.follow(self._position.newest_slot)
+        return self._slots[self._position.newest_slot], self._shadows
+
     def _implied_version(self) -> int:
         def has_gradient(version: int) -> bool:
             return any(leaf.grad is not None for leaf in self._slots[version % self.versions])
@@ -391,3 +409,10 @@ class WeightStash:
         self._bound.rest(self._position.newest_slot, ring_predicts=self.shadow == "stepped")
         self._bindings.rebind()
         self._position.cleared()
+
+
+def _end(handles: Iterable[Any], bound: Bound | None) -> None:
+    """Remove the hooks of a ring that is gone; with ``bound``, leave the stepped weights in its module."""
+    detach(handles)
+    if bound is not None:
+        bound.leave_shadows()

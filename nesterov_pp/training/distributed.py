@@ -116,9 +116,8 @@ class StageDriver:
         self._keep()
 
     def newest(self, folder: Path) -> State | None:
-        mine = {checkpoint.microbatch_of(path): path for path in checkpoint.checkpoints(folder, self._part())}
-        common = set.intersection(*self.gather(set(mine)))
-        return checkpoint.load(mine[max(common)]) if common else None
+        path = checkpoint.newest(folder, self._part(), self.gather)
+        return None if path is None else checkpoint.load(path)
 
     def load(self, state: State) -> None:
         fits(lambda: self.pipe.load_state_dict(state["pipeline"]))

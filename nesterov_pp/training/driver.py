@@ -124,8 +124,8 @@ class VirtualDriver:
         self._diagnostics = None if config.diagnostics is None else Diagnostics(self.pipe, config.diagnostics)
 
     def newest(self, folder: Path) -> State | None:
-        saved = checkpoint.checkpoints(folder)
-        return checkpoint.load(saved[-1]) if saved else None
+        path = checkpoint.newest(folder, "", self.gather)
+        return None if path is None else checkpoint.load(path)
 
     def load(self, state: State) -> None:
         fits(lambda: self.pipe.load_state_dict(state["pipeline"]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from nesterov_pp.pipeline import ParamGroups
 from nesterov_pp.training.config import derived_seed
 
 INIT_STD = 0.02
+Name = tuple[int, str]
+"""A parameter, for any number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and its name there."""
 
 
 class Embedding(nn.Module):
@@ -91,6 +95,21 @@ def build_stages(
             parts = [*parts, head]
         result.append(nn.Sequential(*parts))
     return result
+
+
+def layers_of(stages: int, layers: int) -> list[list[int]]:
+    """Return the layers of each stage, as ``build_stages`` cuts them: 0 is the embedding, ``layers + 1`` the head."""
+    cut = [k * layers // stages for k in range(stages + 1)]
+    result = [list(range(first + 1, last + 1)) for first, last in pairwise(cut)]
+    result[0].insert(0, 0)
+    result[-1].append(layers + 1)
+    return result
+
+
+def names_in_model(names: Iterable[str], layers: list[int]) -> list[Name]:
+    """Return parameters that are named as in a stage with these layers by their names in the whole model."""
+    parts = (name.split(".", 1) for name in names)
+    return [(layers[int(place)], rest) for place, rest in parts]
 
 
 def scaled_embeddings(scale: float) -> ParamGroups:

@@ -6,23 +6,19 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nesterov_pp.pipeline import VirtualPipeline
-from nesterov_pp.pipeline.stage_state import as_saved_now
+from nesterov_pp.pipeline.stage_state import as_saved_now, joined
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, UserError, recorded_settings, settle
 from nesterov_pp.training.driver import pipeline_options, refusals_explained, stage_modules
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder
-from nesterov_pp.training.model import next_token_loss
+from nesterov_pp.training.model import Name, layers_of, names_in_model, next_token_loss
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer
-
-Name = tuple[int, str]
-"""A parameter, for any number of stages: its layer (0: embedding, 1 ...: blocks, last: head) and its name there."""
 
 
 def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) -> str:
@@ -47,7 +43,7 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     if not is_fresh(out):
         raise UserError(f"{out} is not empty; give an empty or new folder with --out")
     config = settle({}, recorded_settings(record, folder.config))
-    state = _newest(source, config)
+    state = _newest(source)
     processes = 1 if one_process else stages
     new = replace(config, stages=stages, replicas=1)
     new.check()
@@ -72,33 +68,14 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     )
 
 
-def _newest(source: Path, config: Config) -> dict[str, Any]:
+def _newest(source: Path) -> dict[str, Any]:
     """Return the newest complete checkpoint, in the form that one process writes."""
-    whole = {checkpoint.microbatch_of(p): [p] for p in checkpoint.checkpoints(source)}
-    names = [checkpoint.stage_part(k, config.stages) for k in range(config.stages)]
-    parts = [{checkpoint.microbatch_of(p): p for p in checkpoint.checkpoints(source, name)} for name in names]
-    for done in set.intersection(*(set(part) for part in parts)):
-        whole[done] = [part[done] for part in parts]
-    if not whole:
+    paths = checkpoint.newest_complete(source)
+    if not paths:
         raise UserError(f"{source} holds no checkpoint that all of its stages have written")
-    states = [checkpoint.load(path) for path in whole[max(whole)]]
-    pipelines = [as_saved_now(state["pipeline"]) for state in states]
-    together = {**pipelines[0], "stages": {i: stage for p in pipelines for i, stage in p["stages"].items()}}
+    states = [checkpoint.load(path) for path in paths]
+    together = joined(as_saved_now(state["pipeline"]) for state in states)
     return {**states[-1], "pipeline": together}  # the last stage's process has written the metrics
-
-
-def _layers_of(config: Config) -> list[list[int]]:
-    """Return the layers of each stage, as ``build_stages`` cuts them."""
-    cut = [k * config.layers // config.stages for k in range(config.stages + 1)]
-    layers = [list(range(first + 1, last + 1)) for first, last in pairwise(cut)]
-    layers[0].insert(0, 0)
-    layers[-1].append(config.layers + 1)
-    return layers
-
-
-def _names(names: Iterable[str], layers: list[int]) -> list[Name]:
-    parts = (name.split(".", 1) for name in names)
-    return [(layers[int(place)], rest) for place, rest in parts]
 
 
 def _in_order(optimizer: Mapping[str, Any], names: list[str]) -> list[str]:
@@ -115,31 +92,31 @@ def _refilled(new: Config, old: Config, folder: RunFolder, state: Mapping[str, A
     stages = [saved["stages"][i] for i in range(old.stages)]
     if any("forecast" in stage for stage in stages):
         raise UserError(f"{old.method} keeps a history of each stage's gradients; its runs cannot be regrouped")
-    for layers, stage in zip(_layers_of(old), stages, strict=True):
+    for layers, stage in zip(layers_of(old.stages, old.layers), stages, strict=True):
         stash, optimizer = stage["stash"], stage["optimizer"]
         newest = stash["weights"][-1]
-        names = _names(newest, layers)
+        names = names_in_model(newest, layers)
         if set(optimizer.get("state", ())) != set(range(len(names))):
             raise UserError(f"{old.method} keeps more than one state per parameter; its runs cannot be regrouped")
         if "shadow" in stash:
             shadows.update(zip(names, stash["shadow"].values(), strict=True))
         weights.update(zip(names, newest.values(), strict=True))
-        ordered = _names(_in_order(optimizer, list(newest)), layers)
+        ordered = names_in_model(_in_order(optimizer, list(newest)), layers)
         moments.update((name, optimizer["state"][k]) for k, name in enumerate(ordered))
     size = (ByteTokenizer() if new.tokenizer == "bytes" else BpeTokenizer.load(folder.tokenizer)).size
     pipe = refusals_explained(
         lambda: VirtualPipeline(stage_modules(new, size), next_token_loss, **pipeline_options(new))
     )
     version = stages[0]["stash"]["newest"]
-    for layers, stash, optimizer in zip(_layers_of(new), pipe.stashes, pipe.optimizers, strict=True):
+    for layers, stash, optimizer in zip(layers_of(new.stages, new.layers), pipe.stashes, pipe.optimizers, strict=True):
         assert optimizer is not None
-        names = _names(stash.names, layers)
+        names = names_in_model(stash.names, layers)
         ring = [dict(zip(stash.names, (weights[name] for name in names), strict=True))]
         shadow = dict(zip(stash.names, (shadows[name] for name in names), strict=True)) if shadows else {}
         kept = {"shadow": shadow} if shadow else {}
         stash.load_state_dict({"newest": version, "weights": ring * min(version + 1, stash.versions), **kept})
         own = optimizer.state_dict()
-        ordered = _names(_in_order(own, stash.names), layers)
+        ordered = names_in_model(_in_order(own, stash.names), layers)
         optimizer.load_state_dict({**own, "state": {k: moments[name] for k, name in enumerate(ordered)}})
     pipe.microbatches, pipe.updates = int(saved["microbatches"]), version
     return pipe

@@ -126,6 +126,11 @@ def test_two_replicas_of_two_stages(of_replicas: Path, name: str) -> None:
     """The run equals one pipeline with microbatches twice as large, and both replicas are the same bit for bit."""
     found = [torch.load(of_replicas / f"{name}-{rank}.pt") for rank in range(4)]
     wanted = expected_of_replicas(name)
+    assert [f["exported"] for f in found[1:]] == [None] * 3
+    own = {f"{k}.{key}": value for k in range(2) for key, value in found[k]["weights"].items()}
+    assert found[0]["exported"].keys() == own.keys()
+    assert all(torch.equal(value, own[key]) for key, value in found[0]["exported"].items())
+    assert all(("save writes whole stages" in f["refusal"]) == name.startswith("sharded") for f in found)
     assert found[1]["losses"] == found[3]["losses"]
     assert found[1]["losses"] == pytest.approx(wanted["losses"], rel=MANY_STEPS[torch.float64]["rtol"])
     for rank in range(4):

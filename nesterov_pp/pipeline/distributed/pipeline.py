@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.pipeline.batches import Batches, as_batches
+from nesterov_pp.pipeline.checkpoints import stage_part
 from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
 from nesterov_pp.pipeline.delay_models import version_for_update
 from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
+from nesterov_pp.pipeline.distributed.collect import collected
 from nesterov_pp.pipeline.distributed.engine import Engine
 from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
@@ -22,10 +26,12 @@ from nesterov_pp.pipeline.distributed.traffic import Note, Traffic
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
 from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
+from nesterov_pp.pipeline.export import Entry, Exports, Naming, entries_of, naming_of
 from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import own_stage
 from nesterov_pp.pipeline.recipe import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.recompute import Recomputed
+from nesterov_pp.pipeline.saving import Checkpoints, Files
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 from nesterov_pp.pipeline.stage import (
     ParamGroups,
@@ -39,13 +45,14 @@ from nesterov_pp.pipeline.stage import (
     set_horizon,
     set_learning_rate,
 )
-from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, save_stages
+from nesterov_pp.pipeline.stage_state import StageState, Terms, as_saved_now, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
+from nesterov_pp.stash import gathers_itself
 
 Batch = Callable[[int], tuple[Any, Any]]
 
 
-class AsyncPipeline:
+class AsyncPipeline(Checkpoints, Exports):
     """One stage of a never-flushing pipeline over the processes of ``world``. Every process creates one.
 
     The losses and weights are those of ``VirtualPipeline`` with the same arguments. ``step`` completes one microbatch
@@ -56,7 +63,8 @@ class AsyncPipeline:
         loss_fn: as for ``VirtualPipeline``.
         batch: ``m -> (inputs, targets)`` for microbatch m = 0, 1, ..., each any nest of tensors; must return the same
             data for the same m. Only the first and the last stage call it. With R replicas, replica r calls it with the
-            numbers ``m R + r``.
+            numbers ``m R + r``. Or a loader of ``(inputs, targets)``, the same in every process, such as a
+            ``DataLoader``: ``pipeline.Batches`` takes the microbatches from it in turn.
         microbatches: length of the run; nothing is sent for microbatches after it.
         method, lr, partition, microbatches_per_update, flush_every, max_grad_norm, clip_over, param_groups, backend,
             overrides: as for ``VirtualPipeline``.
@@ -89,7 +97,7 @@ class AsyncPipeline:
         self,
         stages: nn.Module | Sequence[nn.Module],
         loss_fn: LossFunction,
-        batch: Batch,
+        batch: Batch | Iterable[Any],
         microbatches: int,
         world: World,
         method: str | Recipe = "nesterov",
@@ -127,7 +135,9 @@ class AsyncPipeline:
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
         self.replicas, self.seed, self.flush_every = replicas, seed, flush_every
-        self.module = own_stage(stages, partition, self.stages, self.stage, world.agreed, lambda: batch(0)[0])
+        self._batch = as_batches(batch, seed, window=(self.stages + 1) * replicas)
+        self.module = own_stage(stages, partition, self.stages, self.stage, world.agreed, lambda: self._batch(0)[0])
+        self._naming = naming_of(stages, self.module, self.stage)
         if device is not None:
             self.module.to(device)
         k = recipe.accumulation(self.stages) if microbatches_per_update is None else microbatches_per_update
@@ -145,7 +155,7 @@ class AsyncPipeline:
         self.microbatches = self._forwarded = 0
         self.optimizer_seconds = 0.0
         self.timeline = Timeline(self.stage, timeline)
-        self._batch, self._autocast, self._check_finite = batch, autocast, check_finite
+        self._autocast, self._check_finite = autocast, check_finite
         self._receive_ahead = receive_ahead
         self._losses: dict[int, Loss] = {}
         self._weighs = k > 1 or replicas > 1  # a microbatch's weight matters where an update takes several
@@ -182,6 +192,14 @@ class AsyncPipeline:
         )
         self._world = world
         self._prepared = False
+        self._files = Files(
+            stage_part(self.stage, self.stages),
+            writes=self.replica == 0,
+            replicas=replicas,
+            behind=self.stages,
+            gather=world.gather,
+            sharded=gathers_itself(self.module),
+        )
 
     @property
     def lr(self) -> float:
@@ -300,9 +318,10 @@ class AsyncPipeline:
         """Announce that ``state_dict`` will be called after ``update`` updates.
 
         A recipe without a stash overwrites the weights that microbatches in flight began with; from this call on, those
-        that the state needs are copied as they come. With a stash there is nothing to do.
+        that the state needs are copied as they come. With a stash there is nothing to do. ``save`` with ``every=`` and
+        ``resume`` call this themselves.
         """
-        self._versions.keep_from(update - self.delay)
+        self._versions.keep_for(update)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this stage needs to continue: the versions of microbatches in flight, optimizer and position.
@@ -325,9 +344,40 @@ class AsyncPipeline:
         """
         if self._prepared:
             raise ValueError("load_state_dict must be called before the first step")
+        whole = as_saved_now(state)
+        self._terms().check(whole["terms"])
+        self._check_in_flight(whole)
         saved = load_stages(self._terms(), {self.stage: self._state()}, state)
         self._versions.load(saved["stages"][self.stage].get("kept", {}))
         self.microbatches = self._forwarded = int(saved["microbatches"])
+
+    def _check_in_flight(self, saved: dict[str, Any]) -> None:
+        """Check that a saved state has the weights that this run's microbatches in flight began with.
+
+        Without a stash, those after the end of a run are not kept.
+        """
+        if self.stash.versions > self.delay or self.stage not in saved["stages"]:
+            return
+        updates, kept = int(saved["updates"]), saved["stages"][self.stage].get("kept", {})
+        missing = [v for v in self._in_flight_after(updates) if v < updates and v not in kept]
+        if missing:
+            raise ValueError(
+                f"it was saved at the end of a run of {saved['microbatches']} microbatches, and without a stash it "
+                f"cannot go on to {self.total}; start a run of that length anew from its weights"
+            )
+
+    def _is_due(self, every: int) -> bool:
+        over = self.microbatches == self.total
+        if self.microbatches % self.microbatches_per_update or not (over or self.updates % every == 0):
+            return False
+        return self.updates > 0 and not self._versions.missing(self.versions_in_flight())
+
+    def _own_data(self) -> Batches | None:
+        return self._batch if isinstance(self._batch, Batches) and (self.is_first or self.is_last) else None
+
+    def _entries(self, names: Naming | None) -> Iterator[Entry] | None:
+        rename = self._naming if names is None else partial(names, self.stage)
+        return collected(self._world, self.stages, entries_of(self.module, rename))
 
     def _terms(self) -> Terms:
         k = self.microbatches_per_update
@@ -366,8 +416,11 @@ class AsyncPipeline:
 
     def versions_in_flight(self) -> set[int]:
         """Return the versions of microbatches in flight after an update, or that may start before the next update."""
+        return self._in_flight_after(self.updates)
+
+    def _in_flight_after(self, done: int) -> set[int]:
         k = self.microbatches_per_update
-        updates = range(self.updates, self.updates + self.delay + 1)
+        updates = range(done, done + self.delay + 1)
         return {self._version(update * k) for update in updates if update * k < self.total}
 
     @contextmanager

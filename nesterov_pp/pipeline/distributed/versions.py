@@ -24,14 +24,19 @@ class Versions:
 
     def __init__(self, stash: WeightStash, delay: int) -> None:
         self._stash, self._delay = stash, delay
-        self._keep_from: int | None = None
+        self._announced: set[int] = set()
         self.kept: dict[int, Weights] = {}
 
-    def keep_from(self, version: int) -> None:
-        """Copy the weights of ``version`` and of every later version, until the next call."""
+    def keep_for(self, update: int) -> None:
+        """Announce a checkpoint after ``update`` updates, and copy from now on the weights that it needs."""
         if not self._all_stashed():
-            self._keep_from = version
+            self._announced.add(update)
             self._copy()
+
+    def missing(self, in_flight: Iterable[int]) -> list[int]:
+        """Return the versions in flight that a checkpoint needs, but that neither the ring nor a copy holds."""
+        older = sorted(v for v in in_flight if v < self._stash.newest)
+        return [] if self._all_stashed() else [v for v in older if v not in self.kept]
 
     def needed(self, in_flight: Iterable[int]) -> dict[int, Weights]:
         """Return the copies that a checkpoint needs for the versions in flight; none if the ring holds them all.
@@ -41,15 +46,14 @@ class Versions:
         """
         if self._all_stashed():
             return {}
-        newest = self._stash.newest
-        needed = sorted(v for v in in_flight if v < newest)
-        missing = [v for v in needed if v not in self.kept]
+        newest, in_flight = self._stash.newest, set(in_flight)
+        missing = self.missing(in_flight)
         if missing:
             raise ValueError(
-                f"microbatches in flight began with version {missing[0]}, which was not kept; "
-                f"call keep_for({newest}) {self._delay} updates earlier"
+                f"microbatches in flight began with version {missing[0]}, which was not kept; call save with every= "
+                f"after every step, or keep_for({newest}) {self._delay} updates earlier"
             )
-        return {v: self.kept[v] for v in needed}
+        return {v: self.kept[v] for v in sorted(in_flight) if v < newest}
 
     def load(self, kept: Mapping[int, Weights]) -> None:
         """Restore the copies that ``needed`` returned."""
@@ -97,7 +101,8 @@ class Versions:
 
     def _copy(self) -> None:
         newest = self._stash.newest
-        if self._keep_from is not None and newest >= self._keep_from:
+        self._announced = {update for update in self._announced if update >= newest}
+        if newest not in self.kept and any(update - self._delay <= newest for update in self._announced):
             self.kept[newest] = {n: p.detach().clone() for n, p in self._stash.parameters(newest).items()}
         for gone in [v for v in self.kept if v < newest - self._delay]:
             del self.kept[gone]
