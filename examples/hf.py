@@ -1,6 +1,7 @@
 """Train a Hugging Face model as an asynchronous pipeline: ``torchrun --nproc-per-node 4 examples/hf.py``.
 
-Each process trains one stage. Data are the bytes of a source file.
+Each process trains one stage and writes a checkpoint every 50 updates, from which ``torchrun --max-restarts 3``
+resumes. Data are the bytes of a source file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import nesterov_pp as npp
 
-UPDATES, EVERY = 200, 50
+UPDATES, EVERY, FOLDER = 200, 50, "runs/hf"
 TEXT = torch.tensor(list(Path(argparse.__file__).read_bytes()))
 
 
@@ -35,8 +36,10 @@ def main() -> None:
     with npp.pipeline.connect(timeout=60) as world:
         stage = npp.pipeline.cut(AutoModelForCausalLM.from_config(config()), world.size, untie=True)[world.rank]
         pipe = npp.pipeline.AsyncPipeline(stage, npp.pipeline.causal_lm_loss, batch, UPDATES, world, lr=3e-3)
+        pipe.resume(FOLDER)
         while pipe.updates < UPDATES:
             loss = pipe.step()
+            pipe.save(FOLDER, every=EVERY)
             if pipe.updates % EVERY == 0 and loss is not None:
                 print(f"update {pipe.updates}: loss {float(loss):.3f}, delays {pipe.delays}", flush=True)
 

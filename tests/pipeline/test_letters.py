@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from nesterov_pp.pipeline.distributed import letters
 from nesterov_pp.pipeline.distributed.letters import Inbox, Outbox
@@ -125,6 +125,23 @@ def test_constant_shapes_need_no_overflow_and_no_copy() -> None:
     assert boundary.channel.log[-1].data_ptr() == values[-1].data_ptr()
     assert boundary.channel.bytes == 30 * 32 + 28 * 60
     assert boundary.overflow.bytes < 2 * (60 + 400)
+
+
+def test_weights_are_copied_before_a_step_changes_them() -> None:
+    boundary = Boundary(ahead=1)
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    values = [weight, weight[1:], weight.t(), (weight, weight.view(-1))] * 3
+    wanted = [torch.ones(4, 3), torch.ones(3, 3), torch.ones(3, 4), (torch.ones(4, 3), torch.ones(12))] * 3
+    for m, value in enumerate(values):
+        boundary.outbox.send(m, value)
+    with torch.no_grad():
+        weight.fill_(2.0)
+    for m, expected in enumerate(wanted):
+        while boundary.channel.next_to_post < min(m + 2, len(values)):
+            boundary.inbox.post(boundary.channel.next_to_post)
+        found, _ = boundary.inbox.take(m)
+        for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            assert torch.equal(ours.detach(), theirs)
 
 
 def test_lengths_that_vary_travel_in_cells() -> None:

@@ -88,8 +88,11 @@ class Layout:
         return [*offsets[:-1], offsets[-2] + self.blanks[-1].size] if self.blanks else offsets
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the bytes of the tensors; those of a single contiguous one in place."""
-        if len(tensors) == 1:
+        """Return the bytes of the tensors; those of a single contiguous one in place.
+
+        A weight is copied: the next step may write to it before it has arrived.
+        """
+        if len(tensors) == 1 and not _is_weight(tensors[0]):
             return _bytes_of(tensors[0].detach())
         device = tensors[0].device if tensors else "cpu"
         packed = torch.empty(self.offsets[-1], dtype=torch.uint8, device=device)
@@ -231,6 +234,12 @@ def _described(nest: Any) -> bytes:
 def _bytes_of(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor, in place if it is contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Return whether a tensor is a parameter or a view of one."""
+    owner = tensor._base if tensor._is_view() else tensor
+    return owner is not None and owner.is_leaf and owner.requires_grad
 
 
 def _filled(packed: Tensor, size: int) -> Tensor:
