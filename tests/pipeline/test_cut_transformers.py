@@ -253,3 +253,18 @@ def test_labels_are_targets():
     with pytest.raises(ValueError, match="takes input_ids, attention_mask, position_ids, not labels; labels are the"):
         stage(input_ids=tokens(1), labels=tokens(1))
     assert npp.pipeline.cut is cut
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_trained_pipeline_is_a_folder_of_transformers(kind, tmp_path):
+    """Also where the ring holds predicted weights."""
+    pytest.importorskip("safetensors")
+    model = made(kind)
+    pipe = VirtualPipeline(cut(model, 3, untie=True), causal_lm_loss, "xpipe", lr=1e-3)
+    for m in range(5):
+        pipe.step(tokens(m), tokens(m))
+    pipe.export(tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert torch.equal(again(tokens(9), use_cache=False).logits, pipe.predict(tokens(9)))
+    assert again.generate(tokens(9), max_new_tokens=2, do_sample=False).shape == (3, 11)
