@@ -60,7 +60,9 @@ class Watch:
     def before(self, module: nn.Module, _: Any) -> None:
         """Run ``check``, and note the outermost module of a forward."""
         self.check(module, _)
-        if self._outermost is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():  # first: the compiler must not see the module that it is compiling again
+            return
+        if self._outermost is None and torch._C._current_graph_task_id() == -1:
             self._outermost = module
 
     def check(self, _: nn.Module, __: Any) -> None:

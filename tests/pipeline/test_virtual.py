@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pipeline_worker import Autocast, bfloat16_loss
+from tolerances import MANY_STEPS
 from torch import nn
 from torch.nn import functional as F
 from toy import microbatch, model
@@ -407,3 +408,16 @@ def test_bad_arguments(build, sentence):
         build()
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at the gradient of every input
+def test_stages_that_are_compiled_modules() -> None:
+    def losses(compiled: bool) -> list[float]:
+        torch._dynamo.reset()
+        stages = model(3)
+        pipe = VirtualPipeline(
+            [torch.compile(m, backend="aot_eager") if compiled else m for m in stages], F.cross_entropy
+        )
+        return [float(pipe.step(*microbatch(m))) for m in range(12)]
+
+    assert losses(compiled=True) == pytest.approx(losses(compiled=False), rel=MANY_STEPS[torch.float64]["rtol"])
