@@ -22,7 +22,7 @@ from torchtitan.models.llama3 import Llama3Model, model_registry
 
 import nesterov_pp as npp
 
-UPDATES, EVERY, FOLDER = 60, 20, Path("runs/torchtitan")
+UPDATES, EVERY, FOLDER = 40, 10, Path("runs/torchtitan")
 OPTIONS: dict[str, Any] = {"method": "nesterov", "lr": 1e-3, "max_grad_norm": 1.0, "clip_over": "pipeline"}
 TEXT = torch.tensor(list(Path(argparse.__file__).read_bytes()))
 SCHEDULE = LRSchedulersContainer.Config(warmup_steps=10, decay_ratio=0.5, decay_type="cosine", min_lr_factor=0.1)

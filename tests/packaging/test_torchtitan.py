@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from launch import ROOT, finish, start
-from torch.distributed.checkpoint.state_dict_loader import load
 
 import nesterov_pp as npp
 
@@ -33,7 +32,7 @@ def loaded(name: str) -> ModuleType:
 def titan() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("torchtitan", reason="pip install '.[frameworks]'")
+        return pytest.importorskip("torchtitan.models.llama3", reason="pip install '.[frameworks]'")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,8 @@ def rules(titan) -> ModuleType:  # once: torchtitan refuses to register an overr
 
 
 def test_the_pipeline_of_two_processes_is_the_virtual_one(example, tmp_path, monkeypatch):
+    from torchtitan.components.optimizer import default_adamw
+
     monkeypatch.chdir(tmp_path)
     (first, printed), (second, more) = finish(start([str(EXAMPLES / "pipeline.py")], 2), timeout=300)
     assert (first, second) == (0, 0), printed + more
@@ -64,8 +65,9 @@ def test_the_pipeline_of_two_processes_is_the_virtual_one(example, tmp_path, mon
     assert re.findall(r"loss ([\d.]+)", printed + more) == [f"{loss:.3f}" for loss in shown]
     assert losses[-1] < 0.5 * losses[0]
 
-    weights = example.model().state_dict()  # torchtitan's names: wq, wk and wv, which are one parameter in training
-    load(weights, checkpoint_id=example.FOLDER)
+    whole = Run(example, default_adamw(), tmp_path, initial_load_path=str(example.FOLDER.absolute()))
+    assert whole.checkpointer.load()
+    weights = whole.model.state_dict()  # torchtitan's names: wq, wk and wv, which are one parameter in training
     virtual = {name: value for stage in stages for name, value in stage.state_dict().items()}
     assert weights.keys() == virtual.keys()
     assert all(torch.equal(weights[name], virtual[name]) for name in virtual)
@@ -97,13 +99,13 @@ def test_the_stages_compute_what_the_model_does_also_with_packed_documents(examp
 class Run:
     """What torchtitan's trainer builds around a model, and its step."""
 
-    def __init__(self, example: ModuleType, optimizer: Any, folder: Path) -> None:
+    def __init__(self, example: ModuleType, optimizer: Any, folder: Path, **saving: Any) -> None:
         from torchtitan.components.checkpointer import CheckpointManager
 
         self.example, self.model = example, example.model()
         self.optimizers = optimizer.build(model_parts=[self.model])
         self.schedulers = example.SCHEDULE.build(optimizers=self.optimizers, training_steps=8)
-        self.checkpointer = CheckpointManager.Config(enable=True, interval=4, keep_latest_k=0).build(
+        self.checkpointer = CheckpointManager.Config(enable=True, interval=4, keep_latest_k=0, **saving).build(
             dataloader=None,
             model_parts=[self.model],
             optimizers=self.optimizers,
