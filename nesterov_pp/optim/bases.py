@@ -46,15 +46,16 @@ def is_refreshed(t: int, every: int) -> bool:
 def first_basis(covariance: Tensor) -> Tensor:
     """Return the eigenvectors as columns, those of the largest eigenvalues first.
 
-    LAPACK fails on some matrices of low rank in float32, so these are taken in float64. If that fails too, the basis
-    begins as the identity.
+    LAPACK fails on some matrices of low rank in float32, or returns NaN, so these are taken in float64. If that fails
+    too, the basis begins as the identity.
     """
     for precision in (covariance.dtype, torch.float64):
         try:
             vectors: Tensor = torch.linalg.eigh(covariance.to(precision)).eigenvectors
-            return vectors.to(covariance.dtype).flip(-1)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
+        if bool(torch.isfinite(vectors).all()):
+            return vectors.to(covariance.dtype).flip(-1)
     return torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device).expand_as(covariance)
 
 
