@@ -1,4 +1,4 @@
-"""Tests of a device backend create their tensors on that device."""
+"""Tests of a device backend create their tensors on that device; no test depends on the width of a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 from backends import DEVICE, ON_DEVICE, DrawnOnTheHost
+
+
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the width of the terminal that the tests were started from, which test runners pass on."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def loaded(name: str) -> ModuleType:
 def titan() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("torchtitan.models.llama3", reason="pip install '.[frameworks]'")
+        return pytest.importorskip("torchtitan.models.llama3", reason="pip install '.[torchtitan]'")
 
 
 @pytest.fixture(scope="module")
