@@ -37,6 +37,7 @@ TAKEN = {
     "lasting": ("compare-lasting.json", "compare-lasting.png"),
     "depth-rotated": ("compare-depth-rotated.json", "compare-depth-rotated.png"),
     "rates": ("compare-rates.json", "compare-rates.png"),
+    "same-rate": ("compare-same-rate.json", "compare-same-rate.png"),
     "batches": ("compare-batches.json", None),
     "updates": ("compare-updates.json", None),
     "wide": ("compare-wide.json", "compare-wide.png"),
@@ -123,15 +124,20 @@ def depth_table(found: dict[str, Any]) -> str:
 
 
 def rates_table(found: dict[str, Any]) -> str:
-    """Return the table of the mean loss of each method at each learning rate, each method's lowest in bold."""
-    rates = sorted({float(lr) for row in found["methods"] for lr in row["by_lr"]})
-    lines = [found["conditions"], "", "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " | largest spread |"]
-    lines.append("|---" + "|--:" * (len(rates) + 1) + "|")
-    for row in found["methods"]:
+    """Return the table of the loss of each method at each learning rate, each method's lowest in bold.
+
+    It is that of the first seed, or the mean over seeds if all of them have run at all rates.
+    """
+    rows = found["methods"]
+    rates = sorted({float(lr) for row in rows for lr in row["by_lr"]})
+    every = all(len(losses) == len(row["validation_losses"]) for row in rows for losses in row["losses_by_lr"].values())
+    headings = ["mean at" if every else "first seed at", *(f"{rate:g}" for rate in rates), "each seed at the best"]
+    lines = [found["conditions"], "", f"| {' | '.join(headings)} |", "|---" + "|--:" * len(rates) + "|---|"]
+    for row in rows:
         cells = {float(lr): f"{loss:.3f}" for lr, loss in row["by_lr"].items()}
         cells[row["lr"]] = f"**{cells[row['lr']]}**"
-        spread = max(max(losses) - min(losses) for losses in row["losses_by_lr"].values())
-        lines.append(f"| {' | '.join([row['method'], *(cells[rate] for rate in rates), f'{spread:.3f}'])} |")
+        each = " ".join(f"{loss:.3f}" for loss in row["validation_losses"])
+        lines.append(f"| {' | '.join([row['method'], *(cells.get(rate, '-') for rate in rates), each])} |")
     return "\n".join(lines)
 
 
@@ -165,7 +171,7 @@ def _load(name: str) -> dict[str, Any]:
 def sections() -> dict[str, dict[str, str]]:
     """Return the generated parts of each page by the name of their markers."""
     made = {name: (TAKEN[name][0], ranking) for name in ("small", "long", "rotated", "waiting", "lasting")}
-    made |= {name: (TAKEN[name][0], ranking) for name in ("updates", "wide")}
+    made |= {name: (TAKEN[name][0], ranking) for name in ("updates", "wide", "same-rate")}
     made["batches"] = (TAKEN["batches"][0], batches_table)
     made |= {name: (TAKEN[name][0], depth_table) for name in ("depth", "depth-rotated")}
     made["rates"] = (TAKEN["rates"][0], rates_table)

@@ -63,9 +63,9 @@ def test_losses_over_rates(tmp_path, monkeypatch):
     table = tables.rates_table(json.loads((tmp_path / "rates.json").read_text()))
     assert table.splitlines()[0].startswith("8 stages, 8 layers of width 64, 400 microbatches of 2 x 32 bytes, warm-up")
     assert table.splitlines()[2:] == [
-        "| method | 0.001 | 0.002 | largest spread |",
-        "|---|--:|--:|--:|",
-        "| nesterov | **2.250** | 2.312 | 0.500 |",
+        "| mean at | 0.001 | 0.002 | each seed at the best |",
+        "|---|--:|--:|---|",
+        "| nesterov | **2.250** | 2.312 | 2.000 2.500 |",
     ]
 
 
