@@ -37,7 +37,7 @@ TAKEN = {
     "lasting": ("compare-lasting.json", "compare-lasting.png"),
     "depth-rotated": ("compare-depth-rotated.json", "compare-depth-rotated.png"),
     "rates": ("compare-rates.json", "compare-rates.png"),
-    "same-rate": ("compare-same-rate.json", "compare-same-rate.png"),
+    "same-rate": ("compare-same-rate.json", None),
     "batches": ("compare-batches.json", None),
     "updates": ("compare-updates.json", None),
     "wide": ("compare-wide.json", "compare-wide.png"),
