@@ -1,8 +1,8 @@
 """Write the measured tables of the README and of docs/ from the committed results: ``python -m benchmarks.tables``.
 
-``--demo runs/demo``, ``--small runs/small``, ``--long DIR``, ``--depth DIR``, ``--rotated DIR``, ``--waiting DIR`` and
-``--lasting DIR`` first copy the results of the demo, of ``make compare-small``, of a longer comparison, of a comparison
-by depth, of the rotated rules, of those that wait for their gradients, or of a longer comparison of rotated rules.
+``--demo runs/demo``, ``--small runs/small`` and the other flags first copy the results of a finished comparison: of the
+demo, of ``make compare-small``, or of one that docs/methods.md has the command of. If the folder holds several
+comparisons, as those of a method that has rates of its own, their rows go into one table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,59 @@ TAKEN = {
     "rotated": ("compare-rotated.json", "compare-rotated.png"),
     "waiting": ("compare-waiting.json", "compare-waiting.png"),
     "lasting": ("compare-lasting.json", "compare-lasting.png"),
+    "depth-rotated": ("compare-depth-rotated.json", "compare-depth-rotated.png"),
+    "rates": ("compare-rates.json", "compare-rates.png"),
+    "same-rate": ("compare-same-rate.json", None),
+    "batches": ("compare-batches.json", None),
+    "updates": ("compare-updates.json", None),
+    "wide": ("compare-wide.json", "compare-wide.png"),
 }
 """The files of each finished comparison, in the results and in docs/, by the flag that names its folder."""
 
 
-def record(folder: Path, results: str, plot: str) -> None:
-    """Keep a finished comparison's table and plot, with the machine they were measured on."""
-    found = json.loads((folder / "compare.json").read_text())
-    configs = [json.loads(path.read_text())["config"] for path in folder.rglob("config.json")]
-    config, depths = configs[0], {config["stages"] for config in configs}
-    several = any(len(row.get("by_lr", ())) > 1 for row in found["methods"])
-    found["conditions"] = (
-        (f"{config['stages']} stages, " if len(depths) == 1 else "")
-        + f"{config['layers']} layers of width {config['width']}, "
-        f"{config['microbatches']:,} microbatches of {config['batch']} x {config['context']} bytes, "
-        + ("" if several else f"lr {config['lr']:g}, ")
-        + f"warm-up {config['warmup']}, "
-        + (f"embeddings at {config['embedding_lr']:g} times the rate, " if config["embedding_lr"] != 1.0 else "")
-        + f"{processor()}, one thread a run, torch {torch.__version__}:"
-    )
-    found["commit"] = commit()
+def record(folder: Path, results: str, plot: str | None, ran: str) -> None:
+    """Keep the table of the comparisons in a folder, and a plot, with the machine and the commit that ``ran`` them."""
+    parts, configs, rows = [], [], []
+    for path in sorted(folder.rglob("compare.json")):
+        parts.append(json.loads(path.read_text()))
+        runs = [json.loads(run.read_text())["config"] for run in sorted(path.parent.rglob("config.json"))]
+        rows += [
+            {**row, "batch": runs[0]["batch"], "microbatches": runs[0]["microbatches"]} for row in parts[-1]["methods"]
+        ]
+        configs += runs
+    found = {
+        "methods": rows,
+        "comparison": " ".join(part["comparison"] for part in parts).strip(),
+        "failed": [reason for part in parts for reason in part["failed"]],
+        "conditions": conditions(configs),
+        "commit": ran,
+    }
     (RESULTS / results).write_text(json.dumps(found, indent=1) + "\n")
-    shutil.copyfile(folder / "compare.png", ROOT / "docs" / plot)
+    if plot is not None:
+        drawn = "compare-rates.png" if plot == "compare-rates.png" else "compare.png"
+        shutil.copyfile(folder / drawn, ROOT / "docs" / plot)
+
+
+def conditions(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the runs have in common, as a line above their table."""
+
+    def same(name: str) -> Any:
+        """Return the value of a setting if all runs agree in it, else None."""
+        values = {config[name] for config in configs}
+        return values.pop() if len(values) == 1 else None
+
+    parts = [
+        same("stages") and f"{same('stages')} stages",
+        f"{same('layers')} layers of width {same('width')}",
+        same("microbatches") and f"{same('microbatches'):,} microbatches of {same('batch')} x {same('context')} bytes",
+        same("lr") and f"lr {same('lr'):g}",
+        same("warmup") is not None and f"warm-up {same('warmup')}",
+        same("embedding_lr") != 1.0 and f"embeddings at {same('embedding_lr'):g} times the rate",
+        processor(),
+        "one thread a run",
+        f"torch {torch.__version__}:",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def demo_table(found: dict[str, Any]) -> str:
@@ -91,6 +123,39 @@ def depth_table(found: dict[str, Any]) -> str:
     return f"{found['conditions']}\n\n{depth_markdown(by_depth)}".rstrip()
 
 
+def rates_table(found: dict[str, Any]) -> str:
+    """Return the table of the loss of each method at each learning rate, each method's lowest in bold.
+
+    It is that of the first seed, or the mean over seeds if all of them have run at all rates.
+    """
+    rows = found["methods"]
+    rates = sorted({float(lr) for row in rows for lr in row["by_lr"]})
+    every = all(len(losses) == len(row["validation_losses"]) for row in rows for losses in row["losses_by_lr"].values())
+    headings = ["mean at" if every else "first seed at", *(f"{rate:g}" for rate in rates), "each seed at the best"]
+    lines = [found["conditions"], "", f"| {' | '.join(headings)} |", "|---" + "|--:" * len(rates) + "|---|"]
+    for row in rows:
+        cells = {float(lr): f"{loss:.3f}" for lr, loss in row["by_lr"].items()}
+        cells[row["lr"]] = f"**{cells[row['lr']]}**"
+        each = " ".join(f"{loss:.3f}" for loss in row["validation_losses"])
+        lines.append(f"| {' | '.join([row['method'], *(cells.get(rate, '-') for rate in rates), each])} |")
+    return "\n".join(lines)
+
+
+def batches_table(found: dict[str, Any]) -> str:
+    """Return the table of each method's loss, best rate and spread over seeds at each size of the microbatches."""
+    sizes = sorted({(row["batch"], row["microbatches"]) for row in found["methods"]})
+    rows = {(row["method"], row["batch"]): row for row in found["methods"]}
+    headings = ["sequences a microbatch, microbatches", *(f"{batch}, {count:,}" for batch, count in sizes)]
+    lines = [found["conditions"], "", "| " + " | ".join(headings) + " |", "|---" + "|--:" * len(sizes) + "|"]
+    for method in dict.fromkeys(method for method, _ in rows):
+        cells = [method]
+        for batch, _ in sizes:
+            row = rows.get((method, batch))
+            cells.append(f"{row['validation_loss']:.3f} ({row['spread']:.3f}), lr {row['lr']:g}" if row else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def task_table(found: dict[str, Any]) -> str:
     """Return the table that ``benchmarks.tasks`` prints."""
     rows = [tasks.Row(**row) for row in found["rows"]]
@@ -106,7 +171,10 @@ def _load(name: str) -> dict[str, Any]:
 def sections() -> dict[str, dict[str, str]]:
     """Return the generated parts of each page by the name of their markers."""
     made = {name: (TAKEN[name][0], ranking) for name in ("small", "long", "rotated", "waiting", "lasting")}
-    made["depth"] = (TAKEN["depth"][0], depth_table)
+    made |= {name: (TAKEN[name][0], ranking) for name in ("updates", "wide", "same-rate")}
+    made["batches"] = (TAKEN["batches"][0], batches_table)
+    made |= {name: (TAKEN[name][0], depth_table) for name in ("depth", "depth-rotated")}
+    made["rates"] = (TAKEN["rates"][0], rates_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
     return {"README.md": readme_sections(), "docs/methods.md": methods}
@@ -139,9 +207,12 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(
             f"--{name}", type=Path, metavar="DIR", help="folder of a finished comparison to copy (default: none)"
         )
-    for name, folder in vars(parser.parse_args(arguments)).items():
+    parser.add_argument("--commit", default=commit(), help="commit that ran the comparisons (default: the newest)")
+    given = vars(parser.parse_args(arguments))
+    ran = given.pop("commit")
+    for name, folder in given.items():
         if folder is not None:
-            record(folder, *TAKEN[name])
+            record(folder, *TAKEN[name.replace("_", "-")], ran)
     for name, parts in sections().items():
         path = ROOT / name
         path.write_text(fill(path.read_text(), parts))

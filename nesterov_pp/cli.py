@@ -179,6 +179,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also show the loss over the time that one device for each stage would take, as plan simulates it",
     )
+    sub.add_argument(
+        "--every-rate",
+        action="store_true",
+        help="every seed tries every learning rate of --lr, and the best is the best on average",
+    )
     for name, many in (
         ("lr", "if several, the first seed tries all of them and the other seeds use each method's best"),
         ("stages", "if several, each has a table of its own"),
@@ -306,7 +311,7 @@ def _compare(arguments: dict[str, Any]) -> None:
     given = {**COMPARED, **preset, **arguments}
     own = {
         name: given.pop(name)
-        for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages", "planned_time")
+        for name in ("methods", "seeds", "jobs", "out", "resume", "lr", "stages", "planned_time", "every_rate")
         if name in given
     }
     compare(
@@ -316,6 +321,7 @@ def _compare(arguments: dict[str, Any]) -> None:
         own.get("jobs", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
         own.get("out", Path("runs/compare")),
         planned_time=own.get("planned_time", False),
+        every_rate=own.get("every_rate", False),
         rates=own.get("lr", ()),
         depths=own.get("stages", ()),
         resume=own.get("resume", False),

@@ -171,13 +171,14 @@ class Recipe:
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """Return this recipe with other hyper-parameters. An override takes precedence over a stage-dependent value.
 
-        ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe. Besides the
-        recipe's own hyper-parameters, those of ``RULE_OPTIONS`` that its rule takes can be given.
+        ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe. Every recipe
+        has ``microbatches_per_update``, and those of ``RULE_OPTIONS`` that its rule takes.
 
         Raises:
-            ValueError: the recipe does not have one of the hyper-parameters.
+            ValueError: the recipe does not have one of the hyper-parameters, or ``microbatches_per_update`` is not a
+                whole number of at least 1.
         """
-        own = {name for name in _OWN if getattr(self, name) is not None}
+        own = {"microbatches_per_update"} | {name for name in _OWN if getattr(self, name) is not None}
         sample = self.stage_options(Placement(1, 1, 0))
         known = own | set(self.options) | set(sample)
         unknown = sorted(set(overrides) - known - self.rule_options)
@@ -197,6 +198,9 @@ class Recipe:
         changed = {k: overrides[k] for k in own & set(overrides)}
         if "horizon" in changed:
             changed["horizon"] = _as_horizon(changed["horizon"])
+        k = changed.get("microbatches_per_update", 1)
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"microbatches_per_update must be a whole number of at least 1, not {k!r}")
         return replace(self, options={**self.options, **options}, stage_options=overridden, **changed)
 
 
@@ -238,11 +242,11 @@ def recipes() -> dict[str, Recipe]:
 def find_recipe(method: str | Recipe) -> Recipe:
     """Return the recipe with a name; a ``Recipe`` is returned as it is.
 
-    A name may be followed by hyper-parameters: ``"nesterov:beta1=0.98:weight_decay=0"``. ``beta1`` and ``beta2`` are
-    the entries of ``betas``, and a ``state_dtype`` is written as in ``"nesterov:state_dtype=bfloat16"``.
+    A name may be followed by hyper-parameters: ``"nesterov:beta1=0.98:microbatches_per_update=2"``. ``beta1`` and
+    ``beta2`` are the entries of ``betas``, and a ``state_dtype`` is written as in ``"nesterov:state_dtype=bfloat16"``.
 
     Raises:
-        ValueError: no recipe has that name, or it does not have one of the hyper-parameters.
+        ValueError: no recipe has that name, or a hyper-parameter is unknown or cannot have that value.
     """
     if isinstance(method, Recipe):
         return method

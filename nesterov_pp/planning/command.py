@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
 
     add("--method", str, "X", "method whose optimizer steps, in every schedule (default: nesterov)")
     add("--devices", _counts, "P[,...]", "numbers of stages to compare, with one device per stage (default: 2,4,8)")
-    add("--per-update", _count, "N", "microbatches per update of gpipe and 1f1b (default: 4)")
+    add(
+        "--per-update",
+        _count,
+        "N",
+        "microbatches per update of gpipe and 1f1b (default: 4, or those of a method that waits)",
+    )
     add("--latency", _at_least_0, "MS", "latency of a link between neighbours, in milliseconds (default: 0)")
     add("--bandwidth", _above_0, "GBIT", "bandwidth of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: unlimited)")
     add("--speed", _above_0, "X", "speed of a device, as a multiple of this machine's speed (default: 1)")
@@ -45,7 +50,7 @@ def plan(
     *,
     method: str = "nesterov",
     devices: Sequence[int] = (2, 4, 8),
-    per_update: int = 4,
+    per_update: int | None = None,
     latency: float = 0.0,
     bandwidth: float = math.inf,
     speed: float = 1.0,
@@ -55,6 +60,8 @@ def plan(
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
     ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
+    The asynchronous pipeline updates as often, and as late, as the method does; if the method waits for its gradients,
+    after every microbatch.
 
     Raises:
         UserError: the settings of the model contradict each other.
@@ -77,24 +84,28 @@ def plan(
     layers, stash = measure_model(settings, recipe, weights), recipe.linearise_at == "version"
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
+    waiting = per_update or (4 if recipe.delayed else recipe.accumulation(1))
     rows = []
     for count in devices:
         costs = stage_costs(layers, count, speed)
-        run = max(4 * count, 32) * per_update
+        often = recipe.accumulation(count) if recipe.delayed else 1
+        late = recipe.delays_of(count, often).largest if recipe.delayed else stage_delays(count)
+        run = max(4 * count, 32) * math.lcm(often, waiting)
         for schedule in SCHEDULES:
-            k = 1 if schedule == "async" else per_update
-            found = simulate(schedule, costs, network, run, k)
-            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=cost.state / weights.itemsize))
-            rows.append((count, schedule, found, held, stage_delays(count, k) if schedule == "async" else [0]))
-    console.print(_table(rows, tokens, memory * _GIB, per_update))
+            k, delays = (often, late) if schedule == "async" else (waiting, [0] * count)
+            found = simulate(schedule, costs, network, run, k, delays)
+            state = cost.state / weights.itemsize
+            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=state, delays=delays))
+            rows.append((count, schedule, found, held, delays))
+    console.print(_table(rows, tokens, memory * _GIB, waiting))
     fitting = [row for row in rows if row[3] <= memory * _GIB]
     if not fitting:
         say(console, "Nothing fits: use more stages, recomputation, or a method without a stash (nesterov-no-stash).")
         return
     count, schedule, found, held, delays = min(fitting, key=lambda row: row[2].seconds_per_microbatch)
-    late = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
+    lateness = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
     speed_found = f"{tokens / found.seconds_per_microbatch:,.0f} tokens/s"
-    say(console, f"Fastest that fits: {schedule} with {count} stages, {speed_found}{late}.")
+    say(console, f"Fastest that fits: {schedule} with {count} stages, {speed_found}{lateness}.")
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:

@@ -9,19 +9,28 @@ from nesterov_pp.planning.layers import StageCost
 
 
 def memory_per_stage(
-    schedule: str, costs: Sequence[StageCost], per_update: int = 1, *, stash: bool = True, state: float = 2.0
+    schedule: str,
+    costs: Sequence[StageCost],
+    per_update: int = 1,
+    *,
+    stash: bool = True,
+    state: float = 2.0,
+    delays: Sequence[int] | None = None,
 ) -> list[int]:
     """Return the bytes of each stage: weight versions, gradients, state, activations of microbatches in flight.
 
     ``state`` is the size of the optimizer's state (moments, masters, a predicted copy) as a multiple of one version of
     the weights: 2 for two moments of their dtype, 6 for bfloat16 weights with two moments and a master in float32.
 
-    With delays tau, "async" keeps ``tau + 1`` versions (one without a stash) and the activations of up to ``P - i + 1``
-    microbatches. "gpipe" keeps the activations of all ``per_update`` microbatches, "1f1b" those of
-    ``min(per_update, P - i + 1)``. Buffers that libraries allocate are not counted.
+    With ``delays`` tau (default: those of ``stage_delays``), "async" keeps ``tau + 1`` versions (one without a stash)
+    and the activations of up to ``P - i + 1`` microbatches. "gpipe" keeps the activations of all ``per_update``
+    microbatches, "1f1b" those of ``min(per_update, P - i + 1)``. Buffers that libraries allocate are not counted.
     """
     stages = len(costs)
-    delays = stage_delays(stages, per_update) if schedule == "async" else [0] * stages
+    if schedule != "async":
+        delays = [0] * stages
+    elif delays is None:
+        delays = stage_delays(stages, per_update)
     in_flight = [stages - i for i in range(stages)]
     if schedule == "1f1b":
         in_flight = [min(per_update, n) for n in in_flight]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nesterov_pp.pipeline.delay_models import stage_delays
 from nesterov_pp.pipeline.schedule import forward_limit
 from nesterov_pp.planning.layers import StageCost
 
@@ -39,7 +40,12 @@ class Simulated:
 
 
 def simulate(
-    schedule: str, costs: Sequence[StageCost], network: Network, microbatches: int, per_update: int = 1
+    schedule: str,
+    costs: Sequence[StageCost],
+    network: Network,
+    microbatches: int,
+    per_update: int = 1,
+    delays: Sequence[int] | None = None,
 ) -> Simulated:
     """Simulate a run of ``microbatches``.
 
@@ -50,6 +56,7 @@ def simulate(
         network: the links between neighbours. A message waits for the link, not for the stages.
         microbatches: length of the run, at least two updates; a multiple of ``per_update``.
         per_update: microbatches per update.
+        delays: the delay of each stage in updates, for "async" (default: those of ``stage_delays``).
 
     Raises:
         ValueError: the schedule is unknown, or the run is too short.
@@ -63,7 +70,14 @@ def simulate(
             f"{2 * per_update}, not {microbatches}"
         )
     stages = len(costs)
-    queues = [list(_events(schedule, i, stages, microbatches, per_update)) for i in range(stages)]
+    if schedule != "async":
+        delays = [0] * stages
+    elif delays is None:
+        delays = stage_delays(stages, per_update)
+    queues = [
+        list(_events(schedule, stages - 1 - i, delay, microbatches, per_update))
+        for i, delay in zip(range(stages), delays, strict=True)
+    ]
     finished, busy_until, links = _play(queues, costs, network)
     half = updates // 2
     begin = [finished[i]["step", half - 1] for i in range(stages)]
@@ -78,10 +92,8 @@ def simulate(
     )
 
 
-def _events(schedule: str, stage: int, stages: int, microbatches: int, k: int) -> Iterator[Event]:
-    """Yield the events of a stage in order."""
-    ahead = stages - 1 - stage
-    delay = (2 * ahead + 1) // (2 * k) if schedule == "async" else 0
+def _events(schedule: str, ahead: int, delay: int, microbatches: int, k: int) -> Iterator[Event]:
+    """Yield the events of a stage in order. ``ahead`` is the number of stages after it."""
     forwarded = 0
     for m in range(microbatches):
         limit = m // k * k + k - 1

@@ -31,12 +31,15 @@ def compare(
     depths: Sequence[int] = (),
     resume: bool = False,
     planned_time: bool = False,
+    every_rate: bool = False,
     console: Console | None = None,
 ) -> None:
     """Train every method with every seed, ``jobs`` at a time, each on one thread unless ``given`` has ``threads``.
 
     Every learning rate in ``rates`` and number of stages in ``depths`` is run, instead of ``given``'s. The first
-    seed tries all rates; the others run only the best rate of each method, at which the method is judged.
+    seed tries all rates; the others run only the best rate of each method, at which the method is judged. With
+    ``every_rate``, all seeds try all rates, and the best is the one with the lowest mean. Several rates have a plot of
+    their own, of the final losses.
 
     With ``planned_time``, the table and the plot also show the time that one device for each stage would take.
 
@@ -58,8 +61,8 @@ def compare(
         job.config.check()
     _check_data(every[0].config)
     make_folder(out)
-    tried = [job for job in every if job.config.seed == seeds[0]]
-    others = [job for job in every if job.config.seed != seeds[0]]
+    tried = [job for job in every if every_rate or job.config.seed == seeds[0]]
+    others = [job for job in every if job not in tried]
     count = len(tried) + len(others) // max(1, len(rates))
     finished = sum(job.finished for job in every)
     say(
@@ -70,7 +73,7 @@ def compare(
     failed = run_all(tried, lambda: _with_best_rates(tried, others), count, jobs, out, console)
     plan = [*tried, *_with_best_rates(tried, others)]
     reasons = [f"{job.name}: {reason}" for job, reason in failed]
-    _report([job for job in plan if job.finished], out, console, reasons, planned_time)
+    _report([job for job in plan if job.finished], out, console, reasons, planned_time, every_rate)
     if failed:
         raise RunError("; ".join(f"{job.name} failed ({reason})" for job, reason in failed))
 
@@ -126,29 +129,36 @@ def _with_best_rates(tried: Sequence[Job], others: Sequence[Job]) -> list[Job]:
     """Return the jobs in ``others`` that use the learning rate with which their method did best in ``tried``."""
     best = {}
     for depth in {job.config.stages for job in tried}:
-        rows, _ = _judged([job for job in tried if job.finished and job.config.stages == depth])
+        rows, _ = _judged([job for job in tried if job.finished and job.config.stages == depth], every_rate=False)
         best.update({(row["method"], depth): row["lr"] for row in rows})
     return [job for job in others if best.get((job.config.method, job.config.stages)) == job.config.lr]
 
 
-def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str], planned_time: bool) -> None:
+def _report(
+    finished: Sequence[Job], out: Path, console: Console, failed: Sequence[str], planned_time: bool, every_rate: bool
+) -> None:
     depths = sorted({job.config.stages for job in finished})
-    by_depth, sentences = {}, []
+    pictures = ["compare.png"]
+    by_depth, means, sentences = {}, {}, []
     for depth in depths:
         end = f"-{depth}-stages" if len(depths) > 1 else ""
         of_depth = [job for job in finished if job.config.stages == depth]
-        rows, curves = _judged(of_depth)
+        rows, curves = _judged(of_depth, every_rate)
         seconds = _planned(of_depth[0].config, [row["method"] for row in rows]) if planned_time else {}
         rows = [results.with_planned_time(row, seconds, of_depth[0].config.microbatches) for row in rows]
         checkpoint.write_atomic(out / f"compare{end}.png", partial(_draw, curves, seconds))
+        if any(len(row["by_lr"]) > 1 for row in rows):
+            pictures.append(f"compare-rates{end}.png")
+            checkpoint.write_atomic(out / pictures[-1], partial(_draw_rates, rows))
         sentence = " ".join([results.sentence(rows), *results.edges(rows)]).strip()
         checkpoint.write_text(out / f"compare{end}.md", results.markdown(rows, sentence))
         console.print(results.table(rows, f"{depth} stages" if end else "Comparison"))
-        by_depth[depth] = rows
+        by_depth[depth], means[depth] = rows, {m: results.mean_curve(c) for m, c in curves.items()}
         sentences += [sentence] if sentence else []
     if not depths:
         return
     if len(depths) > 1:
+        by_depth = results.relate_depths(by_depth, means)
         checkpoint.write_text(out / "compare.md", results.depth_markdown(by_depth))
         checkpoint.write_atomic(out / "compare.png", lambda file: plots.draw_depths(file, by_depth))
     rows = [row for rows in by_depth.values() for row in rows]
@@ -156,7 +166,8 @@ def _report(finished: Sequence[Job], out: Path, console: Console, failed: Sequen
     checkpoint.write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
     for sentence in sentences:
         say(console, sentence)
-    say(console, f"The table and the plot are in {out}: compare.md, compare.json, compare.png.")
+    files = ", ".join(["compare.md", "compare.json", *pictures])
+    say(console, f"The table and the plots are in {out}: {files}.")
 
 
 def _planned(config: Config, methods: Sequence[str]) -> dict[str, float]:
@@ -173,7 +184,11 @@ def _draw(curves: dict[str, list[Curves]], seconds: Mapping[str, float], file: I
     plots.draw_comparison(file, curves, seconds)
 
 
-def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[Curves]]]:
+def _draw_rates(rows: Sequence[Mapping[str, Any]], file: IO[bytes]) -> None:
+    plots.draw_rates(file, rows)
+
+
+def _judged(jobs: Sequence[Job], every_rate: bool) -> tuple[list[dict[str, Any]], dict[str, list[Curves]]]:
     """Return a row for each method at its best learning rate and the curves of its runs, in the order of the runs."""
     runs: dict[tuple[str, float], list[Job]] = {}
     for job in jobs:
@@ -186,7 +201,7 @@ def _judged(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, list[C
         }
         for of_point in runs.values()
     ]
-    best = results.best_rates(rows)
+    best = results.best_rates(rows, every_seed=every_rate)
     curves = {
         row["method"]: [read_curves(job.folder.metrics) for job in runs[row["method"], row["lr"]]] for row in best
     }

@@ -62,6 +62,7 @@ def seconds_per_microbatch(
         layers = [replace(shared, step=own.step) for shared, own in zip(first, layers, strict=True)]
         k = recipe.accumulation(stages)
         schedule = "async" if recipe.delayed else "gpipe"
-        run = max(4 * stages, 32) * k
-        found[method] = simulate(schedule, stage_costs(layers, stages), Network(), run, k).seconds_per_microbatch
+        run, late = max(4 * stages, 32) * k, recipe.delays_of(stages, k).largest
+        simulated = simulate(schedule, stage_costs(layers, stages), Network(), run, k, late)
+        found[method] = simulated.seconds_per_microbatch
     return found

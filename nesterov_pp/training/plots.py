@@ -95,20 +95,42 @@ def draw_alignment(file: IO[bytes], cosines: Mapping[int, Sequence[tuple[int, fl
 
 def draw_depths(file: IO[bytes], by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
     """Draw the final validation loss over the number of stages: a line per method, lowest to highest seed as a bar."""
-    figure, axes = _figure()
-    methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
-    for k, method in enumerate(methods):
-        points = [(n, row) for n, rows in by_depth.items() for row in rows if row["method"] == method]
-        means = np.array([row["validation_loss"] for _, row in points])
-        low, high = (np.array([end(row["validation_losses"]) for _, row in points]) for end in (min, max))
-        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k)}
-        axes.errorbar([n for n, _ in points], means, [means - low, high - means], label=method, capsize=3, **style)
+    lines: dict[str, list[tuple[float, float, Sequence[float]]]] = {}
+    for n, rows in by_depth.items():
+        for row in rows:
+            lines.setdefault(row["method"], []).append((n, row["validation_loss"], row["validation_losses"]))
+    figure, axes = _with_bars(lines, "stages")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(by_depth), list(map(str, by_depth)))
-    axes.set_xlabel("stages")
+    _save(figure, file)
+
+
+def draw_rates(file: IO[bytes], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the final validation loss over the learning rate: a line per method, lowest to highest seed as a bar."""
+    lines = {
+        row["method"]: [(float(lr), loss, row["losses_by_lr"][lr]) for lr, loss in row["by_lr"].items()] for row in rows
+    }
+    figure, axes = _with_bars(lines, "peak learning rate")
+    axes.set_xscale("log")
+    rates = sorted({x for points in lines.values() for x, _, _ in points})
+    axes.set_xticks(rates, [f"{x:g}" for x in rates], fontsize=8)
+    axes.minorticks_off()
+    _save(figure, file)
+
+
+def _with_bars(lines: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]], xlabel: str) -> tuple[Any, Any]:
+    """Draw a line per method through points (x, y, each seed's y), with bars from the lowest to the highest seed."""
+    figure, axes = _figure()
+    for k, (method, points) in enumerate(lines.items()):
+        where, middle, each = zip(*sorted(points), strict=True)
+        below = [max(0.0, y - min(seeds)) for y, seeds in zip(middle, each, strict=True)]
+        above = [max(0.0, max(seeds) - y) for y, seeds in zip(middle, each, strict=True)]
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": _line(k), "marker": "o", "ms": 4}
+        axes.errorbar(where, middle, [below, above], label=method, capsize=3, **style)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False, handlelength=3.5)
-    _save(figure, file)
+    return figure, axes
 
 
 def _moving_mean(where: Any, values: Any, window: int) -> tuple[Any, Any]:

@@ -66,21 +66,30 @@ def mean_curve(curves: Sequence[Curves]) -> list[tuple[int, float]]:
     ]
 
 
-def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_rates(rows: Sequence[dict[str, Any]], *, every_seed: bool = False) -> list[dict[str, Any]]:
     """Return, for each method, the row of the learning rate at which its first seed has the lowest loss.
 
     ``by_lr`` holds the losses of that seed: the other seeds run at the best rate only, and have no part in the choice.
+    With ``every_seed``, all seeds have run at all rates, ``by_lr`` holds their means, and the lowest mean is best; a
+    rate at which some seed failed is not chosen while another has them all. ``losses_by_lr`` has all seeds' losses.
     """
-    best: dict[str, dict[str, Any]] = {}
+    of_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kept = best.get(row["method"])
-        if kept is None or row["validation_losses"][0] < kept["validation_losses"][0]:
-            best[row["method"]] = row
-    tried = {
-        method: {str(row["lr"]): row["validation_losses"][0] for row in rows if row["method"] == method}
-        for method in best
-    }
-    return [{**row, "by_lr": tried[method]} for method, row in best.items()]
+        of_method.setdefault(row["method"], []).append(row)
+
+    def judged_by(row: Mapping[str, Any]) -> float:
+        return float(row["validation_loss"] if every_seed else row["validation_losses"][0])
+
+    def order(row: dict[str, Any]) -> tuple[int, float]:
+        return (-len(row["validation_losses"]) if every_seed else 0, judged_by(row))
+
+    best = []
+    for tried in of_method.values():
+        chosen = min(tried, key=order)
+        by_lr = {str(row["lr"]): judged_by(row) for row in tried}
+        losses = {str(row["lr"]): row["validation_losses"] for row in tried}
+        best.append({**chosen, "by_lr": by_lr, "losses_by_lr": losses})
+    return best
 
 
 def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
@@ -108,6 +117,27 @@ def relate(rows: Sequence[dict[str, Any]], curves: Mapping[str, Sequence[tuple[i
             recovered = (uncorrected - row["validation_loss"]) / (uncorrected - final[undelayed])
         ahead = None if waiting is None else final[waiting] - row["validation_loss"]
         related.append({**row, "rule": family, "slowdown": slowdown, "recovered": recovered, "ahead": ahead})
+    return related
+
+
+def relate_depths(
+    by_depth: Mapping[int, Sequence[dict[str, Any]]], curves: Mapping[int, Mapping[str, Sequence[tuple[int, float]]]]
+) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows with ``reached``, the lowest loss that the method reaches at every number of stages, and
+    ``relative_tokens``, the tokens to this loss over those at the smallest number of stages.
+
+    A method that lacks a number of stages is related over those that it has.
+    """
+    shallowest: dict[str, float] = {}
+    related: dict[int, list[dict[str, Any]]] = {}
+    for depth, rows in by_depth.items():
+        related[depth] = []
+        for row in rows:
+            method = row["method"]
+            level = max(min(loss for _, loss in of[method]) for of in curves.values() if method in of)
+            tokens = first_reaching(curves[depth][method], level)
+            ratio = tokens / shallowest.setdefault(method, tokens)
+            related[depth].append({**row, "reached": level, "relative_tokens": ratio})
     return related
 
 
@@ -208,13 +238,23 @@ def markdown(rows: Sequence[Mapping[str, Any]], conclusion: str, *, brief: bool 
 
 
 def depth_markdown(by_depth: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """Return a Markdown table of the validation loss of each method (rows) at each number of stages (columns)."""
-    methods = list(dict.fromkeys(row["method"] for rows in by_depth.values() for row in rows))
-    losses = {(row["method"], n): row["validation_loss"] for n, rows in by_depth.items() for row in rows}
+    """Return a Markdown table of the validation loss of each method (rows) at each number of stages (columns).
+
+    If ``relate_depths`` has related the depths, a second row of each method has its tokens to the loss they all reach.
+    """
+    found = {(row["method"], n): row for n, rows in by_depth.items() for row in rows}
     lines = ["| Stages | " + " | ".join(map(str, by_depth)) + " |", "|---" + "|--:" * len(by_depth) + "|"]
-    for method in methods:
-        cells = [f"{losses[method, n]:.4f}" if (method, n) in losses else "failed" for n in by_depth]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+
+    def line(name: str, method: str, cell: Callable[[Mapping[str, Any]], str]) -> str:
+        cells = [cell(found[method, n]) if (method, n) in found else "failed" for n in by_depth]
+        return f"| {name} | " + " | ".join(cells) + " |"
+
+    for method in dict.fromkeys(method for method, _ in found):
+        lines.append(line(method, method, lambda row: f"{row['validation_loss']:.4f}"))
+        level = next(row.get("reached") for (name, _), row in found.items() if name == method)
+        if level is not None:
+            name = f"{method}, tokens to {level:.3f}"
+            lines.append(line(name, method, lambda row: f"{row['relative_tokens']:.2f}x"))
     return "\n".join(lines) + "\n"
 
 

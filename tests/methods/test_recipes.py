@@ -83,12 +83,26 @@ def test_a_name_with_hyper_parameters():
     assert find_recipe("pipedream-lr:correction_updates=7").correction_updates == 7
 
 
+@pytest.mark.parametrize("method", ["nesterov-rotated", "gpipe-1", "pipedream-2bw", "gba"])
+def test_every_method_takes_microbatches_per_update(method: str):
+    recipe = find_recipe(f"{method}:microbatches_per_update=3")
+    assert [recipe.accumulation(stages) for stages in (1, 8)] == [3, 3]
+    pipe = VirtualPipeline(model(4), F.cross_entropy, f"{method}:microbatches_per_update=3", 0.01)
+    assert pipe.delays == find_recipe(method).delays_of(4, 3).expected
+    for m in range(6):
+        pipe.step(*microbatch(m))
+    assert pipe.updates == 2
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("nester:beta1=0.9", "unknown method 'nester'; choose one of nesterov"),
         ("nesterov:beta3=0.9", "method 'nesterov' has no hyper-parameter 'beta3'; it has "),
         ("nesterov:beta1", "after a method's name comes :hyper-parameter=value, not :beta1"),
+        ("gpipe:microbatches_per_update=0", "microbatches_per_update must be a whole number of at least 1, not 0"),
+        ("gpipe:microbatches_per_update=2.0", "microbatches_per_update must be a whole number of at least 1, not 2.0"),
+        ("gpipe:microbatches_per_update=x", "microbatches_per_update must be a whole number of at least 1, not 'x'"),
         ("nesterov:", "after a method's name comes :hyper-parameter=value, not :"),
     ],
 )

@@ -33,6 +33,22 @@ def test_the_state_of_the_methods_rule_is_counted(capsys):
     assert largest("nesterov-sgd") < largest("nesterov") < largest("nesterov-rotated")
 
 
+def test_the_methods_own_microbatches_per_update(capsys):
+    def delays_and_title(method: str) -> tuple[list[str], str]:
+        assert main(["plan", *SMALL, "--devices", "4", "--method", method]) == 0
+        printed = capsys.readouterr().out
+        rows = [line for line in printed.splitlines() if any(f" {s} " in line for s in ("async", "gpipe", "1f1b"))]
+        return [line.split("│")[-2].strip() for line in rows if "│" in line], " ".join(printed.split())
+
+    delays, title = delays_and_title("nesterov:microbatches_per_update=2")
+    assert delays == ["1", "0", "0"]
+    assert "gpipe and 1f1b update every 4 microbatches" in title
+    assert delays_and_title("pipedream-2bw")[0] == ["1", "0", "0"]
+    delays, title = delays_and_title("gpipe:microbatches_per_update=8")
+    assert delays == ["3", "0", "0"]
+    assert "gpipe and 1f1b update every 8 microbatches" in title
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -148,6 +148,39 @@ def test_rates_and_depths(tiny: list[str], tmp_path: Path, capsys: pytest.Captur
     assert len({row["validation_loss"] for row in two}) == 3
     assert all(row["slowdown"] == 1.0 for row in one)
     assert two[0]["slowdown"] == 1.0
-    assert "| xpipe | " in (out / "compare.md").read_text()
-    for name in ("compare.png", "compare-1-stages.png", "compare-2-stages.png"):
+    assert [row["relative_tokens"] for row in one] == [1.0, 1.0, 1.0]
+    assert all(row["reached"] > 0.0 and row["relative_tokens"] > 0.0 for row in two)
+    table = (out / "compare.md").read_text()
+    assert "| xpipe | " in table
+    assert "| xpipe, tokens to " in table
+    assert all(len(row["losses_by_lr"][str(row["lr"])]) == 2 for row in result["methods"])
+    for name in ("compare.png", *(f"compare{what}-{n}-stages.png" for what in ("", "-rates") for n in (1, 2))):
         assert (out / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_every_seed_at_every_rate(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runs that are there already are used, and each method is judged by its means."""
+    out = tmp_path / "out"
+    flags = ["compare", *tiny, "--microbatches", "20", "--jobs", "2", "--out", str(out), "--seeds", "0,1"]
+    flags += ["--methods", "gpipe-1,pipedream:microbatches_per_update=2", "--lr", "0.001,0.01"]
+    assert main(flags) == 0
+    assert "6 runs of 20" in capsys.readouterr().out
+    there = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert len(there) == 6
+    assert main([*flags, "--resume", "--every-rate"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 runs of 20 microbatches, 2 at a time; 6 are already finished." in printed
+    assert "compare-rates.png" in printed
+    assert all(path.stat().st_mtime_ns == time for path, time in there.items())
+    for row in json.loads((out / "compare.json").read_text())["methods"]:
+        losses = {
+            lr: [loss_of(out / f"lr-{lr:g}" / row["method"] / f"seed-{seed}") for seed in (0, 1)]
+            for lr in (0.001, 0.01)
+        }
+        means = {lr: sum(each) / 2 for lr, each in losses.items()}
+        assert row["losses_by_lr"] == {str(lr): each for lr, each in losses.items()}
+        assert row["by_lr"] == pytest.approx({str(lr): mean for lr, mean in means.items()})
+        assert row["lr"] == min(means, key=means.__getitem__)
+        assert row["validation_losses"] == losses[row["lr"]]
+    assert (out / "compare-rates.png").stat().st_size > 10_000

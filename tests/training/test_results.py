@@ -84,6 +84,17 @@ def test_the_best_rate_of_each_method():
     assert best[0]["by_lr"] == {"0.1": 2.0, "0.2": 1.5}
 
 
+def test_the_best_rate_over_all_seeds():
+    def of_seeds(lr: float, *losses: float) -> dict:
+        return {**row("a", sum(losses) / len(losses), lr), "validation_losses": list(losses)}
+
+    rows = [of_seeds(0.1, 2.0, 3.0), of_seeds(0.2, 2.25, 2.25), of_seeds(0.4, 1.0)]  # a seed failed at 0.4
+    (best,) = results.best_rates(rows, every_seed=True)
+    assert best["lr"] == 0.2
+    assert best["by_lr"] == {"0.1": 2.5, "0.2": 2.25, "0.4": 1.0}
+    assert best["losses_by_lr"] == {"0.1": [2.0, 3.0], "0.2": [2.25, 2.25], "0.4": [1.0]}
+
+
 def test_mean_curve():
     curves = [Curves([], [(10, 1.0), (20, 3.0)]), Curves([], [(10, 2.0), (20, 5.0)])]
     assert results.mean_curve(curves) == [(10, 1.5), (20, 4.0)]
@@ -92,3 +103,23 @@ def test_mean_curve():
 def test_a_table_by_depth_names_what_failed():
     table = results.depth_markdown({2: [row("a", 1.0), row("b", 2.0)], 4: [row("a", 1.5)]})
     assert table.splitlines()[2:] == ["| a | 1.0000 | 1.5000 |", "| b | 2.0000 | failed |"]
+
+
+def test_the_tokens_of_each_depth_to_the_loss_that_all_reach():
+    curves = {
+        1: {"a": [(100, 4.0), (200, 2.0)], "b": [(100, 3.0), (200, 2.5)]},
+        2: {"a": [(100, 4.0), (200, 3.0)]},
+        4: {"a": [(100, 4.5), (200, 3.5)], "b": [(100, 3.5), (200, 2.0)]},
+    }
+    by_depth = {n: [row(m, points[-1][1]) for m, points in of.items()] for n, of in curves.items()}
+    related = results.relate_depths(by_depth, curves)
+    # "a" reaches 3.5, its loss with 4 stages, after 125 microbatches with one stage and 150 with two.
+    a = [next(r for r in rows if r["method"] == "a") for rows in related.values()]
+    assert [r["relative_tokens"] for r in a] == pytest.approx([1.0, 150 / 125, 200 / 125])
+    assert {r["reached"] for r in a} == {3.5}
+    assert results.depth_markdown(related).splitlines()[2:] == [
+        "| a | 2.0000 | 3.0000 | 3.5000 |",
+        "| a, tokens to 3.500 | 1.00x | 1.20x | 1.60x |",
+        "| b | 2.5000 | failed | 2.0000 |",
+        "| b, tokens to 2.500 | 1.00x | failed | 0.83x |",
+    ]
