@@ -9,8 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .estimates import are_sure, corrected_quotient, corrected_root
+
 CHUNK = 16384
-"""The number of elements of one tensor that one program passes over: ``device::kChunk``."""
+"""The number of elements of one tensor in an entry of ``chunks``: ``device::kChunk``."""
+
+PARTS = 4
+"""The number of programs that step one chunk. Each is one warp, which can agree on a branch without a barrier."""
 
 # Columns of the table, which have one 64-bit word per tensor.
 _ROW = tl.constexpr(0)
@@ -28,6 +33,7 @@ _STEP = tl.constexpr(9)  # word of a row: the number of the step; the scalars of
 _ROW_WORDS = tl.constexpr(10)
 _CORRECTED_ROW_WORDS = tl.constexpr(17)
 _CHUNK = tl.constexpr(CHUNK)
+_PARTS = tl.constexpr(PARTS)
 _ALMOST_ONE = tl.constexpr(1.0 - 2.0**-23)
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -46,12 +52,14 @@ def _word(table, tensors, column, tensor):
 
 
 @triton.jit
-def _span(table, chunks, tensors):
-    """Return this program's chunk (tensor, first element, number of elements) and the tensor's row and alignment."""
+def _span(table, chunks, tensors, PARTS: tl.constexpr):
+    """Return this program's part of a chunk (tensor, first element, number of elements, which may be negative) and the
+    tensor's row and alignment."""
+    size: tl.constexpr = _CHUNK // PARTS
     word = tl.load(chunks + tl.program_id(0))
     tensor = word >> 32
-    begin = (word & 0xFFFFFFFF) * _CHUNK
-    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, _CHUNK).to(tl.int32)
+    begin = (word & 0xFFFFFFFF) * _CHUNK + tl.program_id(1) * size
+    count = tl.minimum(_word(table, tensors, _NUMEL, tensor) - begin, size).to(tl.int32)
     return tensor, begin, count, _word(table, tensors, _ROW, tensor), _word(table, tensors, _ALIGNED, tensor)
 
 
@@ -146,18 +154,55 @@ def _quotient(x, y):
 
 
 @triton.jit
-def _narrowed(value, noise, TO: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Convert ``value`` to ``TO``. The interpreter truncates to bfloat16, so there the rounding is done in integers."""
-    if (tl.bfloat16 != TO) or (not (STOCHASTIC or _INTERPRETED)):
-        return value.to(TO)
+def _widened(value, T: tl.constexpr):
+    """Convert ``value`` to ``T``. The upper of two neighbours in bfloat16 is widened by one mask, not moved first."""
+    if (value.dtype == tl.bfloat16) and (not _INTERPRETED):
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
+        return value.to(T)
+
+
+@triton.jit
+def _narrowed(value, TO: tl.constexpr):
+    """Round ``value`` to the nearest number of ``TO``. The interpreter would truncate to bfloat16."""
+    if (tl.bfloat16 == TO) and _INTERPRETED:
         bits = value.to(tl.uint32, bitcast=True)
-        if _INTERPRETED:
-            bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
-        else:  # an operation of the hardware makes NaN 0x7FFFFFFF, which noise would turn into -0
-            bits = tl.minimum(bits.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.uint32, bitcast=True)
-        increment = noise if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
-        return ((bits + increment) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(TO)
+
+
+@triton.jit
+def _quiet(value):
+    """Make NaN 0x7FC00000, to which noise can be added."""
+    if _INTERPRETED:
+        bits = value.to(tl.uint32, bitcast=True)
+        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    else:  # an operation of the hardware makes NaN 0x7FFFFFFF, which noise would turn into -0
+        return tl.minimum(value.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(
+    value, word, UPPER: tl.constexpr, TO: tl.constexpr, STOCHASTIC: tl.constexpr, QUIETS: tl.constexpr
+):  # fmt: skip
+    """Convert ``value``, if STOCHASTIC with half of a random word as noise; without QUIETS no NaN needs ``_quiet``."""
+    if (tl.bfloat16 != TO) or (not STOCHASTIC):
+        return _narrowed(value, TO)
+    else:
+        if QUIETS:
+            value = _quiet(value)
+        bits = value.to(tl.uint32, bitcast=True)
+        if UPPER:
+            bits = bits + (word >> 16)
+        elif _INTERPRETED:
+            bits = bits + (word & 0xFFFF)
+        else:  # one instruction: the product of the lower half and 1, added
+            bits = tl.inline_asm_elementwise(
+                "dp2a.lo.u32.u32 $0, $1, 1, $2;", "=r,r,r", [word, bits], tl.uint32, is_pure=True, pack=1
+            )
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -168,20 +213,29 @@ def _product(a, b: tl.constexpr):
 
 
 @triton.jit
-def _random_words(key0, key1, number, step, first, BLOCK: tl.constexpr):
-    """Return two random words for each of BLOCK elements starting at ``first``, which is even (csrc/random.h)."""
-    pair = (first // 2).to(tl.uint64) + tl.arange(0, BLOCK // 2).to(tl.uint64)
-    a = (pair & 0xFFFFFFFF).to(tl.uint32)
-    b = (pair >> 32).to(tl.uint32)
-    c = tl.zeros_like(a) + number
-    d = tl.zeros_like(a) + step
+def _joined(low, high):
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def _random_words(key0, key1, number, step, begin, start, BLOCK: tl.constexpr):
+    """Return two random words for each of BLOCK elements starting at ``begin + start`` in the same chunk, both even
+    (csrc/random.h).
+
+    As far as the number of the element has not reached them yet, the words are the same for the whole chunk.
+    """
+    a = ((begin + start) >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
+    b = (begin >> 33).to(tl.uint32)
+    c = number
+    d = step
     for _ in tl.static_range(10):
         high0, low0 = _product(a, 0xD2511F53)
         high1, low1 = _product(c, 0xCD9E8D57)
         a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
         key0 = key0 + tl.full((), 0x9E3779B9, tl.uint32)
         key1 = key1 + tl.full((), 0xBB67AE85, tl.uint32)
-    return tl.interleave(a, c), tl.interleave(b, d)
+    words = tl.interleave(_joined(a, b), _joined(c, d))  # at once, so that no words change threads
+    return words.to(tl.uint32), (words >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -211,19 +265,19 @@ def _step_block(
     pointers, begin, start, count, noise, coefficients, correction, predicts,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
     CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    HAS_L2: tl.constexpr,
 ):  # fmt: skip
     w, out, grad, late, m, v, mean, copy, ahead = pointers
     grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2 = coefficients
+    EXACT: tl.constexpr = CORRECTS or (NORMALISER != _RMS) or (tl.float64 == T) or (not FULL) or _INTERPRETED
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
-    weight = _load(w + start, lanes, mask, FULL).to(T)
-    g = grad_scale * _load(grad + start, lanes, mask, FULL).to(T)
-    if CORRECTS:  # with a correction, one branch per block takes fewer registers; without, a choice per element
-        if l2 != 0:
-            g = g + l2 * weight
-    else:
-        g = tl.where(l2 != 0, g + l2 * weight, g)
-    decayed = _decay(weight, decay)
+    weight = _widened(_load(w + start, lanes, mask, FULL), T)
+    g = grad_scale * _widened(_load(grad + start, lanes, mask, FULL), T)
+    if HAS_L2:
+        g = g + l2 * weight
+    if EXACT:
+        decayed = _decay(weight, decay)
     if CORRECTS:
         (
             strength, inv_bias, mean_eps, ahead_last, ahead_momentum, ahead_mean,
@@ -231,12 +285,12 @@ def _step_block(
         ) = correction  # fmt: skip
         a = tl.zeros([BLOCK], T)
         if KIND >= _ADAPTIVE_COMPENSATION:
-            a = _load(mean + start, lanes, mask, FULL).to(T)
+            a = _widened(_load(mean + start, lanes, mask, FULL), T)
         if (KIND != 0) and (KIND != _DISCREPANCY):
             seen = weight
             if W != G:  # in the gradient's dtype: the difference is 0 for a master that was not stepped since
-                seen = _narrowed(weight, lanes, G, False).to(T)
-            apart = _difference(seen, _load(late + start, lanes, mask, FULL).to(T))
+                seen = _narrowed(weight, G).to(T)
+            apart = _difference(seen, _widened(_load(late + start, lanes, mask, FULL), T))
             if KIND == _COMPENSATION:
                 g = g + strength * g * (g * apart)
             if KIND == _ADAPTIVE_COMPENSATION:
@@ -246,29 +300,41 @@ def _step_block(
                 gap = 1.0 + _quotient(tl.abs(apart), _root(a * inv_bias) + mean_eps)
                 g = _quotient(g, gap)
                 decayed = _quotient(decayed, gap)
-    before = _load(m + start, lanes, mask, FULL).to(T)
+    before = _widened(_load(m + start, lanes, mask, FULL), T)
     m1 = _mean(before, g, weight1, is_small)
     direction = c_grad * g + c_momentum * (before if NORMALISER == _SIGN else m1)
     momentum = m1
     if STOCHASTIC:
         key0, key1, number, step = noise
-        first, second = _random_words(key0, key1, number, step, begin + start, BLOCK)
+        first, second = _random_words(key0, key1, number, step, begin, start, BLOCK)
     else:
         first = tl.zeros([BLOCK], tl.uint32)
         second = first
     if NORMALISER == _RMS:
-        v1 = _square_mean(_load(v + start, lanes, mask, FULL).to(T), g, kept2, rest2, weight2)
+        v1 = _square_mean(_widened(_load(v + start, lanes, mask, FULL), T), g, kept2, rest2, weight2)
         if tl.float16 == M:  # a value that overflows float16 is infinite in this step too
             v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
-        denominator = _root(v1 * inv_bias2) + eps
-        direction = _quotient(direction, denominator)
-        if CORRECTS:
-            momentum = _quotient(m1, denominator)
-        _store(v + start, lanes, _narrowed(v1, second & 0xFFFF, M, STOCHASTIC), mask, FULL)
+        square = v1 * inv_bias2
+        if EXACT:
+            denominator = _root(square) + eps
+            direction = _quotient(direction, denominator)
+            if CORRECTS:
+                momentum = _quotient(m1, denominator)
+        else:  # an infinite weight is not sure, so its decay has no case of its own
+            quotient = corrected_quotient(direction, corrected_root(square) + eps)
+            new = weight - (decay * weight + quotient)
+            if not are_sure(square, direction, quotient, new):
+                new = weight - (_decay(weight, decay) + _quotient(direction, _root(square) + eps))
+                if STOCHASTIC:  # here alone, since a sure step has no NaN
+                    m1 = _quiet(m1)
+                    v1 = _quiet(v1)
+                    new = _quiet(new)
+        _store(v + start, lanes, _rounded(v1, second, False, M, STOCHASTIC, EXACT), mask, FULL)
     if NORMALISER == _SIGN:
         direction = inv_bias2 * _sign(direction)
         momentum = _sign(m1)
-    new = weight - (decayed + direction)
+    if EXACT:
+        new = weight - (decayed + direction)
     if CORRECTS:
         last = _difference(new, weight)
         further = ahead_last * last - ahead_momentum * momentum
@@ -279,13 +345,35 @@ def _step_block(
             further = further + ahead_mean * a
         predicted = new + further
         if KIND >= _ADAPTIVE_COMPENSATION:
-            _store(mean + start, lanes, _narrowed(a, second >> 16, M, STOCHASTIC), mask, FULL)
+            _store(mean + start, lanes, _rounded(a, second, True, M, STOCHASTIC, EXACT), mask, FULL)
         if predicts:
-            _store(ahead + start, lanes, _narrowed(predicted, first, G, False), mask, FULL)
-    _store(m + start, lanes, _narrowed(m1, first >> 16, M, STOCHASTIC), mask, FULL)
-    _store(out + start, lanes, _narrowed(new, first & 0xFFFF, W, STOCHASTIC), mask, FULL)
+            _store(ahead + start, lanes, _narrowed(predicted, G), mask, FULL)
+    _store(m + start, lanes, _rounded(m1, first, True, M, STOCHASTIC, EXACT), mask, FULL)
+    _store(out + start, lanes, _rounded(new, first, False, W, STOCHASTIC, EXACT), mask, FULL)
     if W != G:
-        _store(copy + start, lanes, _narrowed(new, first, G, False), mask, FULL)
+        _store(copy + start, lanes, _narrowed(new, G), mask, FULL)
+
+
+@triton.jit
+def _step_blocks(
+    aligned, pointers, begin, count, noise, coefficients, correction, predicts,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
+    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, HAS_L2: tl.constexpr,
+):  # fmt: skip
+    start = 0
+    if aligned != 0:
+        while start + BLOCK <= count:
+            _step_block(
+                pointers, begin, start, count, noise, coefficients, correction, predicts,
+                W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True, HAS_L2,
+            )  # fmt: skip
+            start += BLOCK
+    while start < count:
+        _step_block(
+            pointers, begin, start, count, noise, coefficients, correction, predicts,
+            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False, HAS_L2,
+        )  # fmt: skip
+        start += BLOCK
 
 
 @triton.jit
@@ -300,7 +388,7 @@ def step_kernel(
     CORRECTS: tl.constexpr, KIND: tl.constexpr, RING_PREDICTS: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Step one chunk.
+    """Step a part of one chunk: the second coordinate of the program tells which of PARTS.
 
     ``table`` and ``chunks`` are int64. ``rows`` is float64 with 10 words per row, 17 with CORRECTS. ``factor`` is
     float64 and read only if SCALED. ``grads``, ``source`` and ``target`` are ring slots. ``key0`` and ``key1`` are the
@@ -308,7 +396,9 @@ def step_kernel(
     is the dtype to compute in. NORMALISER and KIND are values of ``Normaliser`` and ``CorrectionKind`` in
     ``nesterov_pp.kernels``.
     """
-    tensor, begin, count, row, aligned = _span(table, chunks, tensors)
+    tensor, begin, count, row, aligned = _span(table, chunks, tensors, _PARTS)
+    if count <= 0:
+        return
     if row < 0:
         if source != target:
             old = _at(table, tensors, _SLOTS + source, tensor, begin, G)
@@ -352,26 +442,22 @@ def step_kernel(
     correction = coefficients
     if CORRECTS:
         correction = _correction(r + _STEP + 1, T)
-    start = 0
-    if aligned != 0:
-        while start + BLOCK <= count:
-            _step_block(
-                pointers, begin, start, count, noise, coefficients, correction, predicts,
-                W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,
-            )  # fmt: skip
-            start += BLOCK
-    while start < count:
-        _step_block(
-            pointers, begin, start, count, noise, coefficients, correction, predicts,
+    if coefficients[1] != 0:
+        _step_blocks(
+            aligned, pointers, begin, count, noise, coefficients, correction, predicts,
+            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,
+        )  # fmt: skip
+    else:
+        _step_blocks(
+            aligned, pointers, begin, count, noise, coefficients, correction, predicts,
             W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False,
         )  # fmt: skip
-        start += BLOCK
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """Write the sum of squares of a chunk's gradients, 0 for a tensor without one, to ``partials`` (float64)."""
-    tensor, begin, count, row, aligned = _span(table, chunks, tensors)
+    tensor, begin, count, row, aligned = _span(table, chunks, tensors, 1)
     if row < 0:
         count = 0
     grad = _word(table, tensors, _GRAD, tensor).to(tl.pointer_type(G)) + begin
@@ -380,11 +466,11 @@ def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.cons
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
-            x = _load(grad + start, lanes, lanes < BLOCK, True).to(T)
+            x = _widened(_load(grad + start, lanes, lanes < BLOCK, True), T)
             sums += x * x
             start += BLOCK
     while start < count:
-        x = _load(grad + start, lanes, start + lanes < count, False).to(T)
+        x = _widened(_load(grad + start, lanes, start + lanes < count, False), T)
         sums += x * x
         start += BLOCK
     tl.store(partials + tl.program_id(0), tl.sum(sums.to(tl.float64)))

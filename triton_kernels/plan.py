@@ -34,16 +34,20 @@ class Shape:
 
 
 # Eight elements per thread: one 16-byte vector of bfloat16, two of float32.
-STEP, SQUARES = Shape(block=1024, warps=4), Shape(block=2048, warps=8)
-DOUBLE = Shape(block=512, warps=4)
-MIXED = Shape(block=1024, warps=4, registers=96)  # without a limit the assembler of sm_90 spills one of 72
+# The interpreter takes as long for many elements as for few.
+_WIDER = 4 if triton.knobs.runtime.interpret else 1
+# Without a limit the assembler spills registers of a stochastically rounded step; a corrected one needs more than 128.
+STEP = Shape(block=256 * _WIDER, warps=1, registers=128)
+CORRECTED = Shape(block=256 * _WIDER, warps=1)
+DOUBLE = Shape(block=128 * _WIDER, warps=1)
+SQUARES = Shape(block=2048, warps=8)
 
 
-def shape_of(weight: Any, moment: Any) -> Shape:
-    """Return the launch shape of a step with weights and moments of these dtypes."""
+def shape_of(weight: Any, corrects: bool) -> Shape:
+    """Return the launch shape of a step with weights of this dtype."""
     if weight == tl.float64:  # takes twice the registers
         return DOUBLE
-    return MIXED if (weight, moment) == (tl.float32, tl.bfloat16) else STEP
+    return CORRECTED if corrects else STEP
 
 
 class Launches:
@@ -71,8 +75,8 @@ class Launches:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
         key = self.seed or 0
         stochastic = self.seed is not None and tl.bfloat16 in (weight, moment)
-        shape = shape_of(weight, moment)
-        kernels.step_kernel[(group.chunks.numel(),)](
+        shape = shape_of(weight, bool(self._rule["CORRECTS"]))
+        kernels.step_kernel[(group.chunks.numel(), kernels.PARTS)](
             group.table,
             group.chunks,
             rows,

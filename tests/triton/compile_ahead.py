@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time for a compute capability, and print counts from the machine code.
 
 ``python compile_ahead.py 90`` prints a JSON list: name, registers, spilled bytes, counts of loads and stores by width,
-and multiplications fused with additions. No GPU is needed.
+additions fused with multiplications, and instructions of the usual loop per parameter. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nesterov_pp.triton_kernels.plan import SQUARES, Shape, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.main_loop import branch_target, code_of, operation
+from benchmarks.main_loop import Code, branch_target, code_of, operation
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
@@ -82,31 +82,42 @@ def described(name: str, kernel, threads: int, block: int) -> dict[str, object]:
         "loads_128": sum(n for op, n in counts.items() if op.startswith("LDG") and ".128" in op),
         "stores_128": sum(n for op, n in counts.items() if op.startswith("STG") and ".128" in op),
         "spills": sum(n for op, n in counts.items() if op[:3] in ("LDL", "STL")),
-        "fused": kernel.asm["ptx"].count("fma."),
-        "loop": longest_wide_loop(listing) * threads / block,
+        "fused": kernel.asm["ptx"].count("fma.") + kernel.asm["ptx"].count("fma.rn.f32x2"),
+        "loop": usual_loop(listing) * threads / block,
     }
 
 
-def longest_wide_loop(listing: str) -> int:
-    """Return the number of instructions in the longest loop that loads 128 bits at a time; 0 if there is none.
+def usual_loop(listing: str) -> int:
+    """Return the instructions of an iteration of the shortest loop that loads 128 bits at a time; 0 if there is none.
 
-    It has no loop inside. CUDA's slow ways of roots and quotients are calls to code outside of it.
+    The shortest has no L2 term. Its instructions are the fewest that an iteration can take: those of the fast ways of
+    roots and quotients.
     """
     code = code_of(listing)
-    lengths = [0]
+    lengths = []
     for last, text in code:
         first = branch_target(text)
         if first is not None and first <= last:
-            body = [t for address, t in code if first <= address <= last and operation(t)]
-            if any(operation(t).startswith("LDG") and ".128" in t for t in body):
-                lengths.append(len(body))
-    return max(lengths)
+            body = [(address, t) for address, t in code if first <= address <= last and operation(t)]
+            if any(operation(t).startswith("LDG") and ".128" in t for _, t in body):
+                lengths.append(fewest(body))
+    return min(lengths, default=0)
+
+
+def fewest(body: Code) -> int:
+    """Return the number of instructions on the shortest way through code without loops."""
+    left: dict[int, int] = {}
+    after = 0
+    for address, text in reversed(body):
+        further = left.get(branch_target(text), after)
+        after = left[address] = 1 + (min(after, further) if text.startswith("@") else further)
+    return after
 
 
 def main(capability: int) -> list[dict[str, object]]:
     found = []
     for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
-        shape = shape_of(weight, moment)
+        shape = shape_of(weight, kind is not None)
         constants = {
             "W": weight,
             "G": grad,

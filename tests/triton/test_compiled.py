@@ -16,16 +16,17 @@ HERE = Path(__file__).parent
 
 
 CAPABILITIES = [80, 90, 100]
-# Instructions of the main loop per parameter.
+# Instructions of the usual loop per parameter: without an L2 term, and where every root and quotient is sure.
 INSTRUCTIONS = {
-    "float32": 58,
-    "float32, no second moment": 19,
-    "bfloat16": 63,
-    "bfloat16, rounded stochastically": 94,
-    "float16": 63,
-    "float32 masters of bfloat16": 62,
+    "float32": 40,
+    "float32, no second moment": 17,
+    "bfloat16": 44,
+    "bfloat16, rounded stochastically": 67,
+    "float16": 48,
+    "float32 masters of bfloat16": 52,
 }
 ONE_MOMENT = {"float32, no second moment", "float32, sign"}
+FUSED = 2 * 8 * 6  # in the loops with and without an L2 term, for each of a thread's elements: root 2, quotient 4
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
     for name, kernel in kernels.items():
         assert kernel["spills"] == 0, name
         assert kernel["stack"] == 0, name
-        assert kernel["fused"] == 0, name
+        estimates = name not in ONE_MOMENT | {"float64", "squares", "scaling"} and "corrected" not in name
+        assert kernel["fused"] == (FUSED if estimates else 0), name
         # 152: three blocks of 128 threads on a multiprocessor, as with 144
         assert kernel["registers"] <= (152 if "corrected" in name and "stochastic" in name else 128), name
         if name != "scaling":
