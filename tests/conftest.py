@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from backends import DEVICE, ON_DEVICE, DrawnOnTheHost
 
 
@@ -12,6 +13,15 @@ from backends import DEVICE, ON_DEVICE, DrawnOnTheHost
 def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the width of the terminal that the tests were started from, which test runners pass on."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread, like the processes that a test compares with: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

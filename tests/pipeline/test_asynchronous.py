@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from pipeline_worker import (
     shaped,
 )
 from tolerances import MANY_STEPS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAYED = {
     2: list(SCENARIOS),
@@ -73,15 +75,6 @@ def of_replicas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replicas")
     run(4, folder, TWO_REPLICAS)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread, like the processes: the sums of the clipping norm depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("stages", "name"), [(n, name) for n, names in PLAYED.items() for name in names])

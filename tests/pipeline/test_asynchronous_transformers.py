@@ -19,7 +19,11 @@ with warnings.catch_warnings():
 
 from transformers_worker import KINDS, UPDATES, K, expected
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # from transformers
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # from transformers
+]
 NAMES = [*KINDS, "llama-bf16"]
 WORKER = Path(__file__).parents[1] / "transformers_worker.py"
 
@@ -35,7 +39,6 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_virtual_pipeline(outcomes: tuple[int, Path], name: str) -> None:
     stages, folder = outcomes
-    torch.set_num_threads(1)
     found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(stages)]
     wanted = expected(name, stages)
     assert len(found[-1]["losses"]) == K * UPDATES

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from nesterov_pp.pipeline import VirtualPipeline, cut
 from nesterov_pp.pipeline.export import read_weights, write_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HAS_SAFETENSORS = ENDING == ".safetensors"
 WORKER = Path(__file__).parents[1] / "export_worker.py"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import nesterov_pp as npp
 from nesterov_pp.methods.costs import of_step
 from nesterov_pp.pipeline import AsyncPipeline, VirtualPipeline, World, find_recipe, no_decay, recipes
 from nesterov_pp.planning import StageCost, memory_per_stage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BF16 = torch.bfloat16
 WORKER = Path(worker.__file__)
@@ -58,15 +60,6 @@ def test_a_parameter_frozen_on_all_replicas(tmp_path: Path) -> None:
         for name, p in part["weights"].items():
             assert torch.equal(p, parts[(rank + 2) % 4]["weights"][name])
             torch.testing.assert_close(p, wanted["weights"][rank % 2][name], **close)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread, like the processes: the sums of the clipping norm depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pipeline(method: str, stages: list[nn.Module], **options: Any) -> VirtualPipeline:

@@ -20,6 +20,8 @@ from toy import microbatch, model
 from nesterov_pp.pipeline import Batches, VirtualPipeline, checkpoints
 from nesterov_pp.pipeline.saving import random_states, restore_random_states
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ("no-stash-every", "xpipe-two-per-update")
 WORKER = Path(__file__).parents[1] / "saving_worker.py"
 
@@ -206,7 +208,6 @@ def test_processes_killed_while_they_write_go_on_bit_for_bit(tmp_path: Path, nam
     assert [status for status, _ in results] == [0, 0], results
     found = torch.load(tmp_path / "results.pt", weights_only=True)
     assert found["resumed at"] == DIES_AT - EVERY[name]
-    torch.set_num_threads(1)
     wanted = losses_of(virtual(name), ENDS_AT)
     assert found["losses"] == wanted[found["microbatches before"] :]
     kept = sorted((tmp_path / "run").glob("*stage-1-of-2.pt"))

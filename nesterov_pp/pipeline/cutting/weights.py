@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,8 +71,6 @@ def _sources(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Source]:
     path = Path(weights)
     if not path.exists():
         raise FileNotFoundError(f"there are no weights at {path}")
-    from safetensors import safe_open
-
     if path.is_file():
         files = [path]
     else:
@@ -80,6 +79,12 @@ def _sources(weights: str | Path | Mapping[str, Tensor]) -> dict[str, Source]:
         files = sorted(path.glob("*.safetensors")) if names is None else [path / name for name in names]
     if not files:
         raise FileNotFoundError(f"there are no *.safetensors in {path}")
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError(
+            f"reading {files[0]} needs the package safetensors; install it, or give the weights themselves"
+        )
+    from safetensors import safe_open
+
     found: dict[str, Source] = {}
     for file in files:
         opened: Any = safe_open(str(file), framework="pt")
