@@ -103,7 +103,8 @@ NPP_HD float corrected_root(float square, float inverse) {
   return fused(fused(-root, root, square), inverse * 0.5f, root);
 }
 
-// Returns the correctly rounded quotient a / b, given 1 / b to one unit in the last place.
+// Returns the correctly rounded quotient a / b, given 1 / b to one unit in the last place. If b is 2 - 2^-23 times a
+// power of 2, the inverse has to be the nearest number, as the hardware's is.
 NPP_HD float corrected_quotient(float a, float b, float inverse) {
   const float better = fused(fused(-b, inverse, 1.0f), inverse, inverse);
   float quotient = a * better;
