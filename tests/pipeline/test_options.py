@@ -49,6 +49,7 @@ def test_both_pipelines_agree_bit_for_bit(found: Path, name: str) -> None:
         assert sum(part["memory"][kind] for part in parts) == wanted["memory"][kind]
 
 
+@pytest.mark.slow
 def test_a_parameter_frozen_on_all_replicas(tmp_path: Path) -> None:
     """The versions in which it was frozen have no gradient for it, not zeros."""
     results = finish(start([str(WORKER), str(tmp_path), worker.REPLICAS], 4), timeout=120)
