@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +17,10 @@ from nesterov_pp.pipeline.export import check_format, read_weights, write_weight
 from nesterov_pp.pipeline.stage import autocasting
 from nesterov_pp.pipeline.stage_state import as_saved_now
 from nesterov_pp.training import checkpoint
-from nesterov_pp.training.config import Config, RunError, UserError, derived_seed, settle
+from nesterov_pp.training.config import Config, RunError, UserError, derived_seed, recorded_settings, settle
+from nesterov_pp.training.driver import stage_modules
 from nesterov_pp.training.folder import RunFolder, is_fresh, make_folder, read_object
-from nesterov_pp.training.model import build_stages, layers_of, names_in_model
+from nesterov_pp.training.model import layers_of, names_in_model
 from nesterov_pp.training.sample import generate, printable
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 
@@ -137,16 +138,7 @@ def load(path: Path) -> TrainedModel:
 
 def whole_model(config: Config, vocabulary: int) -> nn.Sequential:
     """Return the model of a run, uncut and as it was before training."""
-    (model,) = build_stages(
-        vocabulary=vocabulary,
-        stages=1,
-        layers=config.layers,
-        width=config.width,
-        heads=config.heads,
-        context=config.context,
-        dropout=config.dropout,
-        seed=config.seed,
-    )
+    (model,) = stage_modules(replace(config, stages=1), vocabulary)
     assert isinstance(model, nn.Sequential)
     return model
 
@@ -163,7 +155,7 @@ def _recorded(run: Path) -> tuple[dict[str, Any], Config]:
         record = {}
     if not isinstance(record.get("config"), dict):
         raise UserError(f"{folder.config} is damaged: it describes no run")
-    return record, settle({}, record["config"])
+    return record, settle({}, recorded_settings(record, folder.config))
 
 
 def _of_run(run: Path, config: Config) -> tuple[int, dict[str, Tensor]]:

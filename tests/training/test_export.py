@@ -135,3 +135,19 @@ def test_bad_requests_are_one_sentence(run: Path, tmp_path: Path, capsys: pytest
     finally:
         newest.write_bytes(whole)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_another_version_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["new_setting"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert main(["export", str(tmp_path)]) == 2
+    assert "was written by another version of nesterov_pp" in capsys.readouterr().err
+
+
+def test_a_run_in_bfloat16_generates_in_bfloat16(text_file: Path, tmp_path: Path) -> None:
+    out = trained(text_file, tmp_path / "low", weights_dtype="bfloat16", master_weights=True)
+    found = load(out)
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    prompt, sample = prompt_and_sample(out)
+    assert found.continued(prompt, 24) == sample

@@ -394,6 +394,7 @@ class AsyncPipeline(Checkpoints, Exports):
             **asdict(self._terms()),
             "microbatches": self.total,
             "receive_ahead": self._receive_ahead,
+            "clip_over": "stage" if self._norms is None else "pipeline",
             "position": self.microbatches,
         }
         own = Report(self._world.rank, self.stage, settings, [] if self.replica else prints_of(self.module))
