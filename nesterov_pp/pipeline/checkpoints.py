@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written (the disk is full, ...), in one sentence; ``path`` is left as it was.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with _named(path):
+    with naming(path):
         try:
             yield temporary
             with temporary.open("rb+") as file:
@@ -81,7 +81,7 @@ def serialise(state: dict[str, Any], file: IO[bytes]) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn an OSError inside the block into one whose message is a sentence about ``path``."""
     try:
         yield
@@ -160,7 +160,7 @@ def write(
     write_atomic(path, lambda file: serialise({"format": _FORMAT, "microbatch": microbatch, **state}, file))
     certain = microbatch if certain is None else certain
     own = checkpoints(folder, part)
-    with _named(folder):
+    with naming(folder):
         for old in [p for p in own if microbatch_of(p) <= certain][:-keep] + [p for p in own if p > path]:
             old.unlink(missing_ok=True)
     return path

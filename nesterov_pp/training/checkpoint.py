@@ -21,6 +21,7 @@ __all__ = [
     "stage_part",
     "write_atomic",
     "write_text",
+    "writing",
 ]
 
 
@@ -30,6 +31,13 @@ def _as_run_error() -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(str(error)) from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError, which names the file, for a write in the block that fails (the disk is full, ...)."""
+    with _as_run_error(), files.naming(path):
+        yield
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:

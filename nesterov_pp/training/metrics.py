@@ -12,14 +12,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nesterov_pp.training.config import RunError, UserError
+from nesterov_pp.training.checkpoint import writing
+from nesterov_pp.training.config import UserError
 
 _FLUSH_EVERY = 10
 _NUMBERS = count()
@@ -103,15 +102,6 @@ class ScalarLog:
 
         with writing(self.path):
             self._records.write(Event(wall_time=time.time(), **parts).SerializeToString())
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise RunError, which names the file, for a write in the block that fails (the disk is full, ...)."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
