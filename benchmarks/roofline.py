@@ -32,6 +32,7 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 OPERATIONS = 20  # in csrc/update.h, per parameter
 COPY = "copy"
 UNMEASURED = 3
+COPIED_AT_ONCE = 4 * 2**30  # bytes
 COMPILED_AT_MOST = 300  # tensors: compiling for more takes minutes
 CYCLES = 2e9  # clock cycles of a GPU per second, at most
 LONGEST_WAIT = 0.25  # seconds that the device is kept busy, at most
@@ -96,13 +97,22 @@ class CudaClock:
 
 
 def copy_step(problem: Problem) -> tuple[w.Step, int]:
-    """Return a copy of as many bytes as a step moves, and that number. On a CPU the copy is the plain loop."""
+    """Return a copy of as many bytes as a step moves, and that number. On a CPU the copy is the plain loop.
+
+    Many bytes are copied in several parts, from and to the same memory, which is far larger than any cache.
+    """
     if problem.device.type == "cpu":
         with contextlib.suppress(NoCompilerError):
             return w.plain_loop(problem), 28 * problem.elements
-    source = torch.empty(14 * problem.elements // 4 + 1, device=problem.device).normal_()
+    parts = -(-14 * problem.elements // COPIED_AT_ONCE)
+    source = torch.empty(14 * problem.elements // (4 * parts) + 1, device=problem.device).normal_()
     target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * source.nbytes
+
+    def copy() -> None:
+        for _ in range(parts):
+            target.copy_(source)
+
+    return copy, 2 * parts * source.nbytes
 
 
 def free_bytes(device: torch.device) -> int:
@@ -198,7 +208,7 @@ def run(
     if len(shapes) > COMPILED_AT_MOST:
         missing |= {row.name: f"compiling for {len(shapes):,} tensors takes minutes" for row in rows if row.compiled}
     # Besides the rows of a group: the copy, our first row, and room for the temporaries of foreach.
-    budget = 0.9 * free_bytes(device) - (28 + anchor.held + 16) * elements
+    budget = 0.9 * free_bytes(device) - 2 * COPIED_AT_ONCE - (anchor.held + 16) * elements
     for group in groups([row for row in rows if row.name not in missing], elements, budget):
         step, copied = copy_step(problems[FLOAT])
         steps: dict[str, w.Step] = {COPY: step}

@@ -109,6 +109,25 @@ def moved(dtype: torch.dtype, state: torch.dtype | None = None, master: bool = F
     return 2 * weight.itemsize + 4 * moments.itemsize + dtype.itemsize * (1 + clip) + copy_of_master
 
 
+class Captured:
+    """Our step as a CUDA graph."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        self._step = Ours(problem, backend, capturable=True)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
 def our_rows(backend: str) -> list[Row]:
     def row(note: str, dtype: torch.dtype = FLOAT, ring: int = 0, **options: Any) -> Row:
         state, master = options.get("state_dtype"), options.get("master_weights", False)
@@ -124,6 +143,8 @@ def our_rows(backend: str) -> list[Row]:
 
     if backend == "reference":
         return [row("")]
+    graph = f"nesterov_pp.NAdam, {backend}, as a CUDA graph"
+    captured = [Row(graph, lambda problem: Captured(problem, backend), 28, 12, ours=True)] if backend != "cpu" else []
     return [
         row(""),
         row(", ring of 8", ring=8),
@@ -131,6 +152,7 @@ def our_rows(backend: str) -> list[Row]:
         row(", bfloat16 moments", state_dtype=HALF),
         row(", bfloat16", HALF),
         row(", bfloat16 with float32 masters", HALF, master_weights=True),
+        *captured,
     ]
 
 

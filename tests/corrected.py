@@ -40,9 +40,13 @@ def run(
     dtype: torch.dtype,
     steps: int = 6,
     sizes: list[int] = SIZES,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> tuple[list[torch.Tensor], FusedOptimizer]:
-    """Train a ring with gradients as late as it allows; return the ring, shadow and moments after the last step."""
+    """Train a ring with gradients as late as it allows; return the ring, shadow and moments after the last step.
+
+    Without ``device`` the tensors are on the default device.
+    """
+    device = device or str(torch.get_default_device())
     generator = torch.Generator().manual_seed(0)
     module = nn.ParameterList([torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes])
     module.to(device)

@@ -142,7 +142,7 @@ PARAMETERS: dict[str, Callable[[Tensor], nn.Parameter]] = {
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "plain": lambda g, p: g,
     "none": lambda g, p: None,
-    "zeros without memory": lambda g, p: torch._efficientzerotensor(g.shape, dtype=g.dtype),
+    "zeros without memory": lambda g, p: torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device),
     "negated": lambda g, p: negated(g),
     "conjugated": lambda g, p: conjugated(g),
     "transposed": lambda g, p: transposed(g),
@@ -184,7 +184,9 @@ STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "steps negated": _replace("step", negated),
     "freed": _replace("exp_avg", freed),
     "cut short": _replace("exp_avg_sq", cut_short),
-    "zeros without memory": _replace("exp_avg", lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype)),
+    "zeros without memory": _replace(
+        "exp_avg", lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device)
+    ),
     "with gaps": _replace("exp_avg_sq", with_gaps),
     "transposed": _replace("exp_avg", transposed),
     "wrapped": _replace("exp_avg", Wrapped),

@@ -68,7 +68,8 @@ class Watch:
     def check(self, _: nn.Module, __: Any) -> None:
         """Note compiled code; raise RuntimeError for a forward that runs again and would not compute what it did."""
         if torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
+            # Set once: torch 2.11 compiles no checkpointed block that changes something outside of it.
+            if torch.is_grad_enabled() and not self.ran_compiled:
                 self.ran_compiled = True
         elif torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
             bindings = None if self._bindings is None else self._bindings()

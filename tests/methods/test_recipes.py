@@ -129,6 +129,9 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("method", recipes())
 def test_the_default_device_does_not_matter(method):
+    if "muon" in method and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 counts the steps of its AdamW on the default device")
+
     def losses(default: contextlib.AbstractContextManager[object]) -> list[float]:
         stages, data = model(3), [microbatch(m) for m in range(12)]
         with default:

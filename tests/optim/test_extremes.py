@@ -207,11 +207,11 @@ def late_run(
 @pytest.mark.parametrize("rule", RULES)
 def test_infinite_weights_in_a_ring(rule, case, dtype, backend):
     """Infinite weights stay unchanged in every version, including predicted ones, and nothing else differs."""
-    infinite = torch.tensor([0, 5, 6, 17, 33, 36])
+    infinite = torch.tensor([0, 5, 6, 17, 33, 36], device="cpu")
     options = CASES.get(case, {})
     seen, state = late_run(rule, options, backend, dtype, infinite)
     expected, ordinary_state = late_run(rule, options, backend, dtype, infinite[:0])
-    others = torch.ones(37, dtype=torch.bool)
+    others = torch.ones(37, dtype=torch.bool, device="cpu")
     others[infinite] = False
     for t, e in zip(seen, expected, strict=True):
         assert (t[infinite[::2]] == INF).all()

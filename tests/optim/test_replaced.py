@@ -23,9 +23,9 @@ ALL = [*SHARED, "NAG"]
 
 
 def optimizer_of(name: str, backend: str | None, params: object) -> torch.optim.Optimizer:
-    """Return our optimizer on a backend, or torch's if ``backend`` is None."""
+    """Return our optimizer on a backend, or torch's if ``backend`` is None: the one that loops."""
     if backend is None:
-        return getattr(torch.optim, name)(params, lr=1e-2)
+        return getattr(torch.optim, name)(params, lr=1e-2, foreach=False)
     return getattr(npp, name)(params, lr=1e-2, backend=backend)
 
 

@@ -343,6 +343,7 @@ def test_compiled_whole(fresh_compiler: None, checkpointed: bool | None) -> None
     torch.testing.assert_close(gradients(checkpointed, True), gradients(None, False), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 compiles parts of its checkpoints, too")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo reads it
 def test_compiled_blocks_in_eager_checkpoints(fresh_compiler: None) -> None:
     """The recomputed blocks are compiled and use the weights that the eager stage around them has bound."""

@@ -13,18 +13,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import triton
 import triton.language as tl
-from nesterov_pp.triton_kernels import kernels
-from nesterov_pp.triton_kernels.plan import SQUARES, Shape, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.main_loop import Code, branch_target, code_of, operation
+from nesterov_pp.kernels.backend import _triton_plans
 
+plans = _triton_plans()
+kernels = plans.kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 # Name, dtypes of weights, gradients and moments, normaliser, kind of correction or None, stochastic rounding.
@@ -50,7 +52,7 @@ STEPS = [
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
 
-def compiled(fn, signature: dict[str, str], constants: dict[str, object], capability: int, shape: Shape):
+def compiled(fn, signature: dict[str, str], constants: dict[str, object], capability: int, shape: Any):
     source = ASTSource(
         fn=fn,
         signature={name: signature.get(name, "constexpr") for name in fn.arg_names},
@@ -117,7 +119,7 @@ def fewest(body: Code) -> int:
 def main(capability: int) -> list[dict[str, object]]:
     found = []
     for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
-        shape = shape_of(weight, kind is not None)
+        shape = plans.shape_of(weight, kind is not None)
         constants = {
             "W": weight,
             "G": grad,
@@ -137,15 +139,15 @@ def main(capability: int) -> list[dict[str, object]]:
         kernel = compiled(kernels.step_kernel, signature, constants, capability, shape)
         found.append(described(name, kernel, 32 * shape.warps, shape.block))
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
-    constants = {"G": F32, "T": F32, "BLOCK": SQUARES.block}
-    kernel = compiled(kernels.squares_kernel, signature, constants, capability, SQUARES)
-    found.append(described("squares", kernel, 32 * SQUARES.warps, SQUARES.block))
+    constants = {"G": F32, "T": F32, "BLOCK": plans.SQUARES.block}
+    kernel = compiled(kernels.squares_kernel, signature, constants, capability, plans.SQUARES)
+    found.append(described("squares", kernel, 32 * plans.SQUARES.warps, plans.SQUARES.block))
     signature = dict.fromkeys(("partials", "scale", "limit", "result"), "*fp64") | {
         "count": "i32",
         "grad_scale": "*fp32",
     }
     constants = {"UNSCALES": True, "BLOCK": 1024}
-    kernel = compiled(kernels.scaling_kernel, signature, constants, capability, Shape(1024, 4))
+    kernel = compiled(kernels.scaling_kernel, signature, constants, capability, plans.Shape(1024, 4))
     found.append(described("scaling", kernel, 128, 1024))
     return found
 
