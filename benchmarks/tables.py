@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import tasks
+from benchmarks import roofline, tasks
 from benchmarks.step import commit, processor
 from benchmarks.step import table as step_table
 from benchmarks.summary import table as summary_table
@@ -27,6 +27,8 @@ from nesterov_pp.training.results import depth_markdown, family_of, markdown
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY = "cpu-summary.json"
+GPU = "gpu-roofline.json"
+BILLION = "1b"
 TAKEN = {
     "demo": ("cpu-demo.json", "demo.png"),
     "small": ("compare-small.json", "compare-small.png"),
@@ -163,6 +165,42 @@ def task_table(found: dict[str, Any]) -> str:
     return "\n".join([f"{found['what']}, torch {found['torch']}:", "", *lines])
 
 
+def gpu_table(found: dict[str, Any]) -> str:
+    """Return the table of the list of a billion parameters."""
+    (rows,) = (work["rows"] for work in found["workloads"] if work["workload"] == BILLION)
+    lines = [
+        f"292 tensors, 1.0B parameters, {found['device']}, torch {found['torch']}, Triton {found['triton']}:",
+        "",
+        "| step | bytes a parameter | ms | of a copy's bandwidth | time / ours |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        ms, share, ratio = row["quartiles_ms"][1], row["of_copy"][1], row["times_ours"][1]
+        lines.append(f"| {row['name']} | {row['bytes_per_parameter']} | {ms:.2f} | {share:.3f} | {ratio:.2f}x |")
+    return "\n".join(lines)
+
+
+def gpu_tables(found: dict[str, Any]) -> str:
+    """Return the tables that ``benchmarks.roofline`` prints."""
+    shown = f"float32 unless said otherwise, {found['device']}, torch {found['torch']}"
+    return "\n\n".join(roofline.table(work, shown) for work in found["workloads"])
+
+
+def curves_table(found: dict[str, Any]) -> str:
+    """Return the table of validation losses during training."""
+    losses: dict[str, dict[str, float]] = found["validation_loss"]
+    at = [m for m in next(iter(losses.values())) if int(m) % 200 == 0]
+    lines = [
+        f"{found['what']}, {found['device']}, torch {found['torch']}:",
+        "",
+        f"| microbatches | {' | '.join(f'{int(m):,}' for m in at)} |",
+        "|---" + "|--:" * len(at) + "|",
+    ]
+    for method, by_microbatch in losses.items():
+        lines.append(f"| {method} | {' | '.join(f'{by_microbatch[m]:.3f}' for m in at)} |")
+    return "\n".join(lines)
+
+
 def _load(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return found
@@ -176,8 +214,10 @@ def sections() -> dict[str, dict[str, str]]:
     made |= {name: (TAKEN[name][0], depth_table) for name in ("depth", "depth-rotated")}
     made["rates"] = (TAKEN["rates"][0], rates_table)
     made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
+    made["gpu-training"] = ("gpu-training.json", curves_table)
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
-    return {"README.md": readme_sections(), "docs/methods.md": methods}
+    kernels = {"gpu": gpu_tables(_load(GPU))}
+    return {"README.md": readme_sections(), "docs/methods.md": methods, "docs/kernels.md": kernels}
 
 
 def readme_sections() -> dict[str, str]:
@@ -185,7 +225,7 @@ def readme_sections() -> dict[str, str]:
     steps = [
         step_table(_load(name)) for name in ("cpu-gpt2-small.json", "cpu-gpt2-small-bfloat16.json", "cpu-tiny.json")
     ]
-    parts = {"demo": demo_table(_load(TAKEN["demo"][0])), "step": "\n\n".join(steps)}
+    parts = {"demo": demo_table(_load(TAKEN["demo"][0])), "step": "\n\n".join(steps), "gpu": gpu_table(_load(GPU))}
     if (RESULTS / SUMMARY).exists():
         parts["summary"] = summary_table(_load(SUMMARY))
     return parts
