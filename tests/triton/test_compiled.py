@@ -15,7 +15,6 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-CAPABILITIES = [80, 90, 100]
 NEW_ASSEMBLER = triton.__version__ >= "3.9"
 """Older ones take up to 5 % more instructions, and more registers for corrected steps."""
 # Instructions of the usual loop per parameter: without an L2 term, and where every root and quotient is sure.
@@ -31,26 +30,23 @@ ONE_MOMENT = {"float32, no second moment", "float32, sign"}
 FUSED = 2 * 8 * 6  # in the loops with and without an L2 term, for each of a thread's elements: root 2, quotient 4
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> dict[int, str]:
-    """Run the compilations side by side and return their outputs."""
+@pytest.fixture(
+    scope="module", params=[pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
+def compiled(request, tmp_path_factory) -> tuple[int, str]:
+    """Compile for a capability; return it and what the compilation prints."""
+    capability: int = request.param
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    processes = {}
-    for capability in CAPABILITIES:
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"cache{capability}"))
-        command = [sys.executable, str(HERE / "compile_ahead.py"), str(capability)]
-        processes[capability] = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-    ends = {capability: process.communicate() for capability, process in processes.items()}
-    for capability, (_, errors) in ends.items():
-        assert processes[capability].returncode == 0, errors[-2000:]
-    return {capability: output for capability, (output, _) in ends.items()}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"cache{capability}"))
+    command = [sys.executable, str(HERE / "compile_ahead.py"), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return capability, done.stdout
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_compile_to_wide_accesses_without_spills(capability, printed):
-    kernels = {kernel["name"]: kernel for kernel in json.loads(printed[capability])}
+def test_kernels_compile_to_wide_accesses_without_spills(compiled):
+    capability, printed = compiled
+    kernels = {kernel["name"]: kernel for kernel in json.loads(printed)}
     assert len(kernels) == 18
     for name, kernel in kernels.items():
         assert kernel["spills"] == 0, name
