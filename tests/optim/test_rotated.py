@@ -317,6 +317,31 @@ def test_a_first_gradient_of_low_rank_has_a_basis(failing: Any, raises: bool, mo
     assert float((p.detach() * counts).sum()) < 0.0
 
 
+@pytest.mark.parametrize("rank", [1, 5, 200])
+@pytest.mark.parametrize("side", [6, 64])
+def test_q_by_cholesky_is_that_of_the_decomposition(side: int, rank: int) -> None:
+    """For the images of power iterations, also those of covariances that are hardly of full rank."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -6, side)[:, None]
+    gradients = spread * torch.randn(3, side, rank, generator=generator)
+    turned = torch.linalg.qr(torch.randn(3, side, side, generator=generator)).Q
+    covariance = turned @ (gradients @ gradients.mT) @ turned.mT
+    image = torch.bmm(covariance, bases.first_basis(covariance))
+    found, failed = bases.cholesky_q(image)
+    exact = torch.linalg.qr(image).Q
+    assert not failed.any()
+    torch.testing.assert_close(found.mT @ found, torch.eye(side).expand_as(found), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close((found * exact).sum(1).abs(), torch.ones(3, side), rtol=0.0, atol=1e-3)
+
+
+def test_q_by_cholesky_says_where_it_failed() -> None:
+    image = torch.eye(4).repeat(3, 1, 1)
+    image[1, 2, 2] = float("nan")
+    found, failed = bases.cholesky_q(image)
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(found[0], torch.eye(4))
+
+
 def test_complex_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="a parameter is complex; rotated optimizers only step real, unsharded"):
         npp.RotatedNAdam([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
