@@ -84,7 +84,8 @@ def orthonormal(t: Tensor) -> Tensor:
     ``qr`` only from those for which that fails.
     """
     if not t.is_cuda or t.dtype == torch.float64:
-        return torch.linalg.qr(t).Q
+        exact: Tensor = torch.linalg.qr(t).Q
+        return exact
     q, failed = cholesky_q(t)
     if bool(failed.any()):
         q[failed] = torch.linalg.qr(t[failed]).Q

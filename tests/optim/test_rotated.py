@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import BACKENDS
 from tolerances import MANY_STEPS
 from torch import nn
 
@@ -36,7 +37,7 @@ def net(dtype: torch.dtype = F64, seed: int = 0) -> nn.Sequential:
 def gradients(model: nn.Module, k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=F64).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=F64).to(p)
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -66,6 +67,25 @@ def test_without_a_rotation_it_is_the_plain_rule(rule: Any, how: str, monkeypatc
     train(a, rule(a.parameters(), **same, **options), range(30))
     train(b, plain(b.parameters(), **same, **decoupled), range(30))
     assert_same(a, b, **MANY_STEPS[F64])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_every_backend_steps_alike(rule: Any, dtype: torch.dtype, backend: str) -> None:
+    """On its device, where new bases may be computed in another way, as the reference on the host in float64.
+
+    Where a covariance is singular or a rotated gradient 0, as off the diagonal in the first step, only rounding errors
+    are left: the matrices are square, and eps is larger than such errors.
+    """
+    torch.manual_seed(0)
+    begun = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).to(F64)
+    ours = copy.deepcopy(begun).to(torch.get_default_device(), dtype)
+    judge = copy.deepcopy(begun).to("cpu")
+    for model, which in ((ours, backend), (judge, "reference")):
+        train(model, rule(model.parameters(), lr=1e-2, eps=1e-2, refresh_every=3, backend=which), range(12))
+    ends = [[p.detach().to("cpu", F64) for p in model.parameters()] for model in (ours, judge)]
+    torch.testing.assert_close(*ends, **(MANY_STEPS[F64] if dtype == F64 else {"rtol": 1e-3, "atol": 1e-3}))
 
 
 @pytest.mark.parametrize("rule", RULES)
