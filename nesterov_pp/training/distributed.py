@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nesterov_pp.pipeline import AsyncPipeline, PipelineError, World, connect
+from nesterov_pp.pipeline.distributed.store import Answer, SharedStore
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, RunError, UserError
 from nesterov_pp.training.driver import (
@@ -192,6 +193,7 @@ class AgreedStop:
         self._world, self._margin = world, margin
         self._written = False
         self._asked = time.monotonic()
+        self._answer: Answer[list[str] | None] | None = None
         self.at: int | None = None
 
     def reached(self, told: bool, updates: int) -> bool:
@@ -199,19 +201,25 @@ class AgreedStop:
         store = self._world.store
         if store is None:
             return told
-        if not self._written and (told or self._others_were_told()):
+        if not self._written and (told or self._others_were_told(store)):
             store.set(f"stop/{self._world.rank}", str(updates))
             store.set("stop", "")
             self._written = True
         if self._written and self.at is None:
-            keys = [f"stop/{rank}" for rank in range(self._world.size)]
-            if store.check(keys):
-                self.at = max(int(store.get(key)) for key in keys) + self._margin
+            found = store.words(*(f"stop/{rank}" for rank in range(self._world.size)))
+            if found is not None:
+                self.at = max(map(int, found)) + self._margin
         return self.at is not None and updates >= self.at
 
-    def _others_were_told(self) -> bool:
+    def _others_were_told(self, store: SharedStore) -> bool:
+        """Return whether another process was told to stop, asked once a second and without waiting for the answer."""
+        if self._answer is not None:
+            if not self._answer.ready:
+                return False
+            answer, self._answer = self._answer, None
+            with suppress(RuntimeError):  # a lost store is noticed by whoever needs it
+                return answer.get(0.0) is not None
         now = time.monotonic()
-        if now - self._asked < _ASK_EVERY or self._world.store is None:
-            return False
-        self._asked = now
-        return bool(self._world.store.check(["stop"]))
+        if now - self._asked >= _ASK_EVERY:
+            self._asked, self._answer = now, store.ask("stop")
+        return False
