@@ -42,9 +42,10 @@ class VirtualPipeline(Checkpoints, Exports):
     """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
 
     Update ``t`` applies the gradient of its microbatches at version ``max(0, t - tau_i)`` of stage ``i``'s weights,
-    where ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. The losses and
-    weights are those of the pipeline with P processes; with one stage, those of ordinary training. Some methods have
-    other delays, and ``delays`` sets any.
+    where ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. With
+    ``slack=n``, ``P - i + ceil(n (P - i) / (P - 1))`` takes the place of ``P - i``. The losses and weights are those of
+    the pipeline with P processes; with one stage, those of ordinary training. Some methods have other delays, and
+    ``delays`` sets any.
 
     Args:
         stages: the stage modules in order, each mapping the output of the previous one to its own; or an
@@ -73,8 +74,9 @@ class VirtualPipeline(Checkpoints, Exports):
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
-        overrides: hyper-parameters of the recipe to replace, and ``state_dtype``, ``master_weights`` and
-            ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of the pipeline), if its rule has them.
+        overrides: hyper-parameters of the recipe to replace, such as ``slack`` (further microbatches in flight), and
+            ``state_dtype``, ``master_weights`` and ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of
+            the pipeline), if its rule has them.
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
     stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
@@ -364,6 +366,8 @@ def _delay_model(recipe: Recipe, stages: int, k: int, delays: Delays | Sequence[
         return recipe.delays_of(stages, k)
     if not recipe.delayed:
         raise ValueError(f"method {recipe.name!r} waits for its gradients, so it takes no delays")
+    if recipe.slack:
+        raise ValueError("slack adds to the method's own delays; omit it, or omit delays")
     model = Fixed(list(delays)) if isinstance(delays, Sequence) else delays
     if len(model.largest) != stages:
         raise ValueError(f"delays need one entry for each of {stages} stages, not {len(model.largest)}")

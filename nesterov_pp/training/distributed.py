@@ -59,7 +59,6 @@ class StageDriver:
             )
         self.stages = world.size // replicas
         self.reports = world.rank == self.stages - 1
-        self._stop = AgreedStop(world, margin=self.stages + 3)
 
     def agree(self, act: Callable[[], T]) -> T:
         result, trouble = None, None
@@ -114,6 +113,7 @@ class StageDriver:
             )
         )
         self.delays = self.pipe.delays
+        self._stop = AgreedStop(self.world, margin=self.pipe.in_flight + 3)
         self._keep()
 
     def newest(self, folder: Path) -> State | None:
@@ -127,8 +127,9 @@ class StageDriver:
     def save(self, folder: Path, done: int, state: State) -> None:
         if self.pipe.replica == 0:
             whole = {**state, "pipeline": self.pipe.state_dict()}
-            # No stage is more than P microbatches behind this one.
-            checkpoint.save(folder, done, whole, part=self._part(), certain=done - self.stages)
+            # No stage is further behind this one.
+            certain = done - self.pipe.in_flight
+            checkpoint.save(folder, done, whole, part=self._part(), certain=certain)
         self._keep()
 
     def step(self, lr: float) -> float | None:
