@@ -27,6 +27,9 @@ FIRST_TIMEOUT = 600.0
 
 _POLL = 0.02
 
+_LATER = 1.0
+"""Seconds by which a call that has the same limit of its own is left to end by it first."""
+
 _LAST_WORDS = 2.0
 """Seconds that a process that stops takes at most for each of: why, telling why, and disconnecting."""
 
@@ -65,10 +68,10 @@ class World:
         """Return ``call()``, which connects processes and might never return.
 
         Raises:
-            PipelineError: it fails, or does not return within ``timeout`` seconds.
+            PipelineError: it fails, or does not return in time.
         """
         with self.explained(act):
-            return Answer(call).get(self.timeout)
+            return Answer(call).get(self.timeout + _LATER)
 
     def gather(self, value: T) -> list[T]:
         """Return the ``value`` of every process, on all processes.
@@ -157,7 +160,7 @@ def connect(
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
     try:
-        Answer(join).get(timeout)
+        Answer(join).get(timeout + _LATER)
     except (RuntimeError, TimeoutError) as error:
         raise PipelineError(f"process {rank} could not reach all {size} processes: {first_line(error)}") from error
     shared = SharedStore(store, timeout, where)
@@ -223,7 +226,7 @@ def _store(rank: int, size: int, timeout: float) -> Store:
         return cast(Store, store)
 
     try:
-        return Answer(reach).get(timeout)
+        return Answer(reach).get(timeout + _LATER)
     except (RuntimeError, TimeoutError) as error:
         if serves:
             raise PipelineError(
