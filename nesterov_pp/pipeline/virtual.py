@@ -36,6 +36,7 @@ from nesterov_pp.pipeline.stage import (
     set_learning_rate,
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
+from nesterov_pp.pipeline.wire import Wire, across, check_wire
 
 
 class VirtualPipeline(Checkpoints, Exports):
@@ -74,6 +75,8 @@ class VirtualPipeline(Checkpoints, Exports):
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
+        wire: "bfloat16" or "int8": what stages send each other in training, activations and their gradients, in fewer
+            bits (default: as it is).
         overrides: hyper-parameters of the recipe to replace, such as ``slack`` (further microbatches in flight), and
             ``state_dtype``, ``master_weights`` and ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of
             the pipeline), if its rule has them.
@@ -107,10 +110,13 @@ class VirtualPipeline(Checkpoints, Exports):
         backend: str = "auto",
         recompute: bool = False,
         autocast: torch.dtype | None = None,
+        wire: Wire | None = None,
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        check_wire(wire)
+        self.wire = wire
         over_all = check_clip_over(clip_over, max_grad_norm)
         self.stages = stage_list(stages, partition)
         self._naming = [naming_of(stages, stage, i) for i, stage in enumerate(self.stages)]
@@ -204,7 +210,7 @@ class VirtualPipeline(Checkpoints, Exports):
                     with named_stage(i):
                         bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
-                        hidden = run_stage(self._forwards[i], hidden)
+                        hidden = run_stage(self._forwards[i], across(hidden, self.wire) if i else hidden)
                 loss = loss_of(self.loss_fn(hidden, targets))
             if delays is not None:
                 alone = self.microbatches_per_update == 1
@@ -288,7 +294,8 @@ class VirtualPipeline(Checkpoints, Exports):
             yield from entries_of(stage, self._naming[i] if names is None else partial(names, i))
 
     def _terms(self) -> Terms:
-        return Terms(self.recipe.name, self.microbatches_per_update, list(self.delays), self.flush_every, self.seed)
+        k, delays = self.microbatches_per_update, list(self.delays)
+        return Terms(self.recipe.name, k, delays, self.flush_every, self.seed, wire=self.wire)
 
     def _stage_states(self) -> dict[int, StageState]:
         forecasts: Sequence[Forecast | None] = self.forecasts or [None] * len(self.stages)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nesterov_pp.methods.costs import of_step
 from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.pipeline.wire import check_wire, message_bytes
 from nesterov_pp.planning.layers import stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, least_slack, simulate
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
         "N",
         "further microbatches in flight, in async (default: none, and as many as hide the links)",
     )
+    add("--wire", _wire, "X", "format of messages, bfloat16 or int8 (default: that of the weights)")
     add("--latency", _at_least_0, "MS", "latency of a link between neighbours, in milliseconds (default: 0)")
     add("--bandwidth", _above_0, "GBIT", "bandwidth of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: unlimited)")
     add("--speed", _above_0, "X", "speed of a device, as a multiple of this machine's speed (default: 1)")
@@ -59,6 +61,7 @@ def plan(
     devices: Sequence[int] = (2, 4, 8),
     per_update: int | None = None,
     slack: int | None = None,
+    wire: str | None = None,
     latency: float = 0.0,
     bandwidth: float = math.inf,
     speed: float = 1.0,
@@ -90,6 +93,7 @@ def plan(
     if cost is None:
         raise ValueError(f"plan cannot count {method}, whose step is neither a single pass nor a rotated one")
     layers, stash = measure_model(settings, recipe, weights), recipe.linearise_at == "version"
+    layers = [replace(cost, message_bytes=message_bytes(cost.message_bytes, weights, wire)) for cost in layers]
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
     waiting = per_update or (4 if recipe.delayed else recipe.accumulation(1))
@@ -159,6 +163,11 @@ def _slack(text: str) -> int:
     from nesterov_pp.training.config import whole
 
     return whole(0, _MOST)(text)
+
+
+def _wire(text: str) -> str:
+    check_wire(text)
+    return text
 
 
 def _counts(text: str) -> list[int]:

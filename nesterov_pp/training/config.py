@@ -25,6 +25,7 @@ FINAL_LR = 0.1
 
 LATER = (
     "slack",
+    "wire",
     "weight_decay",
     "betas",
     "no_decay",
@@ -234,6 +235,11 @@ class Config:
     )
     autocast: str | None = _option(
         None, _choice("bfloat16"), "dtype to compute in, with float32 weights: bfloat16 (default: no autocast)"
+    )
+    wire: str | None = _option(
+        None,
+        _choice("bfloat16", "int8"),
+        "format of what stages send each other: bfloat16, or int8 in groups with a scale (default: as computed)",
     )
     device: str = _option(
         "cpu", _choice("cpu", "cuda"), "device of the model, cpu or cuda; a virtual pipeline uses one GPU"

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAYED = {
     2: list(SCENARIOS),
-    3: ["nesterov", "no-stash", "three-per-update", "slack-jitter", "slack-no-stash"],
+    3: ["nesterov", "no-stash", "three-per-update", "slack-jitter", "slack-no-stash", "int8-wire"],
     4: [
         *("nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"),
         *("checkpointed", "slack", "slack-two-per-update", "slack-jitter"),

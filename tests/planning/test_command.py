@@ -67,6 +67,17 @@ def test_slack_is_recommended_on_slow_links(capsys):
     assert [row[1] for row in rows("--latency", "100", "--method", "pipedream-2bw")] == ["async"]
 
 
+def test_a_wire_of_fewer_bits_is_faster_on_thin_links(capsys):
+    def milliseconds(*given: str) -> float:
+        assert main(["plan", *SMALL, "--devices", "2", "--bandwidth", "0.0001", *given]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "│ async " in line)
+        return float(row.split("│")[4])
+
+    whole = milliseconds()
+    assert milliseconds("--wire", "bfloat16") == pytest.approx(whole / 2, rel=0.1)
+    assert milliseconds("--wire", "int8") == pytest.approx(whole * 9 / 32, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -78,6 +89,7 @@ def test_slack_is_recommended_on_slow_links(capsys):
             ["--devices", "2", "--method", "gpipe", "--slack", "1"],
             "method 'gpipe' waits for its gradients, so it has no slack; omit it",
         ),
+        (["--wire", "int4"], 'wire must be "bfloat16", "int8" or None, not \'int4\''),
         (["--latency", "-1"], "needs a number of at least 0, not '-1'"),
         (["--bandwidth", "0"], "needs a number above 0, not '0'"),
         (["--speed", "nan"], "needs a number, not 'nan'"),

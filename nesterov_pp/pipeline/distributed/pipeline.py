@@ -49,6 +49,7 @@ from nesterov_pp.pipeline.stage import (
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, as_saved_now, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
+from nesterov_pp.pipeline.wire import Wire, check_wire
 from nesterov_pp.stash import gathers_itself
 
 Batch = Callable[[int], tuple[Any, Any]]
@@ -82,6 +83,7 @@ class AsyncPipeline(Checkpoints, Exports):
             slack as many more as it lets be on their way on a link).
         recompute: keep no activations except the stage's input, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
+        wire: "bfloat16" or "int8": what stages send each other in training in fewer bits (default: as it is).
         check_finite: check every activation before it is sent, and the loss, for NaN and Inf (on a GPU this waits for
             the device).
         device: where the stage computes (default: the device of its parameters).
@@ -122,6 +124,7 @@ class AsyncPipeline(Checkpoints, Exports):
         receive_ahead: int | None = None,
         recompute: bool = False,
         autocast: torch.dtype | None = None,
+        wire: Wire | None = None,
         check_finite: bool = True,
         device: torch.device | str | None = None,
         timeline: bool = False,
@@ -136,6 +139,8 @@ class AsyncPipeline(Checkpoints, Exports):
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        check_wire(wire)
+        self.wire = wire
         over_all = check_clip_over(clip_over, max_grad_norm)
         self.recipe, self.loss_fn, self._lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
@@ -207,6 +212,7 @@ class AsyncPipeline(Checkpoints, Exports):
             self._weighs or over_all,
             self.timeline,
             eager=self._eager,
+            wire=wire,
         )
         self._world = world
         self._prepared = False
@@ -407,7 +413,7 @@ class AsyncPipeline(Checkpoints, Exports):
 
     def _terms(self) -> Terms:
         k = self.microbatches_per_update
-        return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas)
+        return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas, self.wire)
 
     def _state(self) -> StageState:
         return StageState(self.stash, self.optimizer, self.module, norms=self._norms)

@@ -15,6 +15,7 @@ from nesterov_pp.pipeline.distributed.engine import Engine
 from nesterov_pp.pipeline.distributed.letters import Inbox, Outbox
 from nesterov_pp.pipeline.distributed.links import Channel, Links
 from nesterov_pp.pipeline.distributed.timeline import Timeline
+from nesterov_pp.pipeline.wire import memory_like, pack, pack_gradients, unpack, unpack_gradients
 
 _POLL = 0.0003
 """Seconds between looks for a message."""
@@ -51,6 +52,7 @@ class Traffic:
         notes: whether gradients bring a ``Note`` along.
         timeline: where waiting is recorded.
         eager: whether ``has_inputs_first`` will be asked.
+        wire: the format of activations and gradients between stages.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Traffic:
         timeline: Timeline,
         *,
         eager: bool = False,
+        wire: str | None = None,
     ) -> None:
+        self._wire = wire
         self._links, self._engine, self._timeline = links, engine, timeline
         self._ahead, self._total, self._notes = ahead, total, notes
         self._inbox = self._outbox = None
@@ -102,7 +106,8 @@ class Traffic:
             return None, 0.0
         self._post_inputs(self._inbox, m)
         with self._timeline.span("wait", m):
-            return self._inbox.take(m)
+            value, number = self._inbox.take(m)
+        return unpack(value, self._wire), number
 
     def _post_inputs(self, inbox: Inbox, m: int) -> None:
         channel = _present(self._links.inputs)
@@ -133,7 +138,7 @@ class Traffic:
     def hand_on(self, m: int, output: Any, number: float) -> None:
         """Send the activations of a microbatch and a number to the next stage, if there is one."""
         if self._outbox is not None:
-            self._outbox.send(m, output, number)
+            self._outbox.send(m, pack(output, self._wire), number)
 
     def gradients(self, m: int, forwarded: int) -> tuple[Note, list[Tensor]]:
         """Receive what the next stage hands back for a microbatch; nothing on the last stage.
@@ -146,11 +151,11 @@ class Traffic:
         self._post_gradients(m, forwarded)
         with self._timeline.span("wait", m):
             channel.take(m)
-        arrived = self._arriving.popleft()
-        if not self._notes:
-            return Note(), arrived
-        weight, square = arrived.pop(0).tolist()
-        return Note(None if math.isnan(weight) else weight, square), arrived
+        arrived, found = self._arriving.popleft(), Note()
+        if self._notes:
+            weight, square = arrived.pop(0).tolist()
+            found = Note(None if math.isnan(weight) else weight, square)
+        return found, unpack_gradients(arrived, self._engine.roots(m), self._wire)
 
     def _post_gradients(self, m: int, forwarded: int) -> None:
         channel = self._links.gradients_in
@@ -158,13 +163,15 @@ class Traffic:
             return
         while channel.next_to_post < min(m + 1 + self._ahead, forwarded):
             note = [torch.empty(2, dtype=torch.float64)] if self._notes else []
-            self._arriving.append([*note, *self._engine.gradients_like(channel.next_to_post)])
+            roots = self._engine.roots(channel.next_to_post)
+            self._arriving.append([*note, *(part for root in roots for part in memory_like(root, self._wire))])
             channel.post(channel.next_to_post, self._arriving[-1])
 
     def hand_back(self, m: int, note: Note, gradients: Sequence[Tensor]) -> None:
         """Send the gradients of a microbatch's inputs to the previous stage, if there is one."""
         if self._links.gradients_out is not None:
-            self._links.gradients_out.send(m, [*([note.as_tensor()] if self._notes else []), *gradients])
+            notes = [note.as_tensor()] if self._notes else []
+            self._links.gradients_out.send(m, [*notes, *pack_gradients(gradients, self._wire)])
 
 
 def _present(channel: Channel | None) -> Channel:
