@@ -1,4 +1,4 @@
-"""Measure the pipeline across processes: ``python -m benchmarks.pipeline [--json FILE] [--plan] [--trace DIR]``.
+"""Measure the pipeline across processes: ``python -m benchmarks.pipeline [--json FILE] [--plan | --network | ...]``.
 
 Two processes, each pinned to a core of its own with one thread, alternate between the asynchronous pipeline and torch's
 own GPipe and 1F1B on the same two stages. Every peer is measured in every round, so that other load on the machine
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nesterov_pp as npp
-from benchmarks import engine, timeline
+from benchmarks import engine, network, timeline
 from benchmarks import planned as plan
 from nesterov_pp.pipeline import AsyncPipeline, World, connect
 from nesterov_pp.training.model import Block
@@ -269,6 +269,7 @@ def main() -> None:
         "--plan", action="store_true", help="only compare the times that `plan` predicts with real ones"
     )
     parser.add_argument("--memory", action="store_true", help="only measure the memory of four stages")
+    parser.add_argument("--network", action="store_true", help="only compare `plan` with real times on slow links")
     parser.add_argument(
         "--trace", type=Path, help="only draw a timeline into this folder, with one stage per core but at most four"
     )
@@ -277,6 +278,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.folder, arguments.worker)
+        return
+    if arguments.network:
+        network.main(arguments.json)
         return
     if arguments.trace:
         timeline.write(run("trace", min(4, len(os.sched_getaffinity(0))))[0], arguments.trace)

@@ -205,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the new run, empty or absent")
     sub.add_argument(
+        "--slack",
+        type=_typed(_setting("slack")),
+        metavar="X",
+        help="further microbatches in flight in the new run (default: as many as in the old one)",
+    )
+    sub.add_argument(
         "--one-process",
         action="store_true",
         help="write the new run for one process (default: for one process per stage)",
@@ -350,8 +356,7 @@ def _reshard(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "tensorboard", "tokenizers")
     from nesterov_pp.training.reshard import reshard
 
-    one_process = arguments.pop("one_process", False)
-    print(reshard(arguments["run"], arguments["stages"], arguments["out"], one_process=one_process))
+    print(reshard(arguments.pop("run"), arguments.pop("stages"), arguments.pop("out"), **arguments))
 
 
 def _export(arguments: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "nests-weighted": {"microbatches_per_update": 3},
     "nests-no-stash": {"method": "nesterov-no-stash", "correction_updates": 20, "microbatches_per_update": 2},
     "nests-clipped": {"microbatches_per_update": 2, "max_grad_norm": 0.2, "clip_over": "pipeline"},
+    "nests-over-slow-links": {"microbatches_per_update": 2, "wire": "int8", "slack": 3},
     "nests-recomputed": {"recompute": True, "method": "nesterov-rotated"},
 }
 

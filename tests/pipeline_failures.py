@@ -1,4 +1,4 @@
-"""Run one of three processes of a pipeline in which something goes wrong: ``pipeline_failures.py WHAT TIMEOUT``.
+"""Run one process of a pipeline in which something goes wrong: ``pipeline_failures.py WHAT TIMEOUT [PID]``.
 
 Print the exception that the process raised, and end with status 1.
 """
@@ -6,6 +6,7 @@ Print the exception that the process raised, and end with status 1.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -77,7 +78,9 @@ def go_wrong(what: str, pipe: AsyncPipeline) -> None:
                 p.fill_(float("inf"))
     elif what == "death":
         os._exit(9)
-    elif what == "hanging":
+    elif what in ("hanging", "freezing"):
+        if what == "freezing":
+            os.kill(int(sys.argv[3]), signal.SIGSTOP)
         time.sleep(600)
     elif what == "exception":
         raise KeyError("no such thing")

@@ -34,7 +34,16 @@ class HalvedChannel:
 
     def __init__(self, whole: Channel) -> None:
         self._whole = whole
-        self.next_to_post, self.waited = 0, 0.0
+        self.next_to_post, self.waited, self.backlog = 0, 0.0, 0
+
+    @property
+    def marked(self) -> bool:
+        return self._whole.marked
+
+    @marked.setter
+    def marked(self, marked: bool) -> None:
+        self._whole.marked = marked
+        self._whole.backlog = self.backlog
 
     def send(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
         self._whole.send(microbatch, _halves(tensors))
@@ -42,6 +51,9 @@ class HalvedChannel:
     def post(self, microbatch: int, tensors: Sequence[torch.Tensor]) -> None:
         self._whole.post(microbatch, _halves(tensors))
         self.next_to_post = microbatch + 1
+
+    def arrived(self) -> bool:
+        return self._whole.arrived()
 
     def take(self, microbatch: int) -> None:
         self._whole.take(microbatch)
@@ -77,6 +89,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": True},
     "checkpointed": {"checkpoint": True},
     "far-ahead": {"receive_ahead": 3},
+    "slack": {"slack": 3},
+    "slack-jitter": {"slack": 5},
+    "slack-two-per-update": {"slack": 3, "microbatches_per_update": 2},
+    "slack-drained-over-all": {"slack": 2, "flush_every": 11, "clip_over": "pipeline"},
+    "slack-own-links": {"slack": 2, "links": HalvedLinks},
+    "bfloat16-wire": {"wire": "bfloat16", "slack": 2},
+    "int8-wire": {"wire": "int8"},
+    "int8-wire-weighed": {"wire": "int8", "microbatches_per_update": 2, "clip_over": "pipeline"},
+    "slack-no-stash": {"slack": 2, "method": "nesterov-no-stash", "correction_updates": 40},
     "not-ahead": {"receive_ahead": 0},
     "jitter": {},
     "own-links": {"links": HalvedLinks},
@@ -142,7 +163,7 @@ def run(world: World, name: str) -> dict[str, Any]:
         del options["checkpoint"]
         checkpoint_blocks(modules)
     pipe = AsyncPipeline(modules, F.cross_entropy, microbatch, total, world, **{**BASE, **options})
-    if name == "jitter":
+    if name.endswith("jitter"):
         slow_down(pipe.module, random.Random(world.rank))
     losses, validations = [], []
     for m in range(total):

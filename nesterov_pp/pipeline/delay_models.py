@@ -14,11 +14,22 @@ from pathlib import Path
 from typing import Protocol
 
 
-def stage_delays(stages: int, microbatches_per_update: int = 1) -> list[int]:
+def forwards_ahead(stages: int, slack: int = 0) -> list[int]:
+    """Return the number of forwards by which each stage may be ahead of its backwards, first stage first.
+
+    ``a_i = P - i + ceil(n (P - i) / (P - 1))`` for i = 1 ... P and a slack of n: the first stage, and with it the whole
+    pipeline, has n further microbatches in flight. The links between a stage and the last one take part of the round
+    trip, so it needs that part of the slack. The last stage waits for no gradient and has none.
+    """
+    links = max(1, stages - 1)
+    return [stages - i - (-slack * (stages - i) // links) for i in range(1, stages + 1)]
+
+
+def stage_delays(stages: int, microbatches_per_update: int = 1, slack: int = 0) -> list[int]:
     """Return the delay of each stage in updates, first stage first.
 
-    ``tau_i = floor((2 (P - i) + 1) / (2 K))`` for i = 1 ... P. This is PipeDream's never-flushing schedule (one
-    forward, one backward); the last stage has no delay.
+    ``tau_i = floor((2 a_i + 1) / (2 K))`` for i = 1 ... P, where ``a_i`` is that of ``forwards_ahead``: ``P - i``
+    without slack. This is PipeDream's never-flushing schedule (one forward, one backward); the last stage has no delay.
 
     Raises:
         ValueError: ``stages`` or ``microbatches_per_update`` is below 1.
@@ -27,7 +38,7 @@ def stage_delays(stages: int, microbatches_per_update: int = 1) -> list[int]:
         raise ValueError(
             f"stages and microbatches_per_update must be at least 1, not {stages} and {microbatches_per_update}"
         )
-    return [(2 * (stages - i) + 1) // (2 * microbatches_per_update) for i in range(1, stages + 1)]
+    return [(2 * ahead + 1) // (2 * microbatches_per_update) for ahead in forwards_ahead(stages, slack)]
 
 
 def version_for_update(update: int, delay: int, drained_at: int = 0) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward
+from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward, stage_delays
 from nesterov_pp.stash import LineariseAt, Shadow
 
 
@@ -86,6 +86,7 @@ class Recipe:
         linearise_at: the weights at which backward differentiates: the "version" of the forward, the "newest" weights,
             or the "shadow" of a ``Discrepancy``.
         microbatches_per_update: K; None for as many as there are stages.
+        slack: further microbatches in flight, which hide the latency of slow links (``stage_delays``).
         stage_options: hyper-parameters that depend on the stage.
         lr_factor: ``(delay, update, correction_updates) -> factor`` by which the learning rate is multiplied.
         correction_updates: number of updates until ``lr_factor`` or ``horizon`` reach their final values (the paper's
@@ -110,6 +111,7 @@ class Recipe:
     delayed: bool = True
     linearise_at: LineariseAt = "version"
     microbatches_per_update: int | None = 1
+    slack: int = 0
     stage_options: Callable[[Placement], dict[str, Any]] = _no_options
     lr_factor: Callable[[int, int, int], float] = _full_rate
     correction_updates: int | None = None
@@ -127,7 +129,11 @@ class Recipe:
 
     def delays_of(self, stages: int, microbatches_per_update: int) -> Delays:
         """Return the delays of the method's own pipeline."""
-        return self.delays(stages, microbatches_per_update) if self.delayed else Fixed([0] * stages)
+        if not self.delayed:
+            return Fixed([0] * stages)
+        if self.slack:
+            return Fixed(stage_delays(stages, microbatches_per_update, self.slack))
+        return self.delays(stages, microbatches_per_update)
 
     def check_forward(self, *, recompute: bool, autocast: bool) -> None:
         """Check that the recipe's backward can reach the weights that it differentiates at.
@@ -144,6 +150,19 @@ class Recipe:
                 f"{self.name!r} changes the weights between forward and backward, but the copies that autocast makes "
                 "of the weights would not change with them; use a method with a stash, or turn autocast off"
             )
+
+    @property
+    def takes_slack(self) -> bool:
+        """Whether the method can have ``slack``: its gradients come as late as those of the pipeline, or later."""
+        return self.delayed and self.delays is one_forward_one_backward
+
+    def _check_slack(self, slack: object) -> None:
+        if not isinstance(slack, int) or isinstance(slack, bool) or slack < 0:
+            raise ValueError(f"slack must be a whole number of at least 0, not {slack!r}")
+        if slack and not self.delayed:
+            raise ValueError(f"method {self.name!r} waits for its gradients, so it has no slack; omit it")
+        if slack and not self.takes_slack:
+            raise ValueError(f"method {self.name!r} has delays of its own, to which slack cannot add; omit it")
 
     def check_groups(self) -> None:
         """Raise ValueError if the rule takes no parameter groups."""
@@ -172,13 +191,13 @@ class Recipe:
         """Return this recipe with other hyper-parameters. An override takes precedence over a stage-dependent value.
 
         ``horizon`` may be a number, a sequence with one number per stage, or a function as in the recipe. Every recipe
-        has ``microbatches_per_update``, and those of ``RULE_OPTIONS`` that its rule takes.
+        has ``microbatches_per_update`` and ``slack``, and those of ``RULE_OPTIONS`` that its rule takes.
 
         Raises:
-            ValueError: the recipe does not have one of the hyper-parameters, or ``microbatches_per_update`` is not a
-                whole number of at least 1.
+            ValueError: the recipe does not have one of the hyper-parameters, ``microbatches_per_update`` is not a whole
+                number of at least 1, or ``slack`` not one that the recipe's delays can have.
         """
-        own = {"microbatches_per_update"} | {name for name in _OWN if getattr(self, name) is not None}
+        own = {"microbatches_per_update", "slack"} | {name for name in _OWN if getattr(self, name) is not None}
         sample = self.stage_options(Placement(1, 1, 0))
         known = own | set(self.options) | set(sample)
         unknown = sorted(set(overrides) - known - self.rule_options)
@@ -201,6 +220,7 @@ class Recipe:
         k = changed.get("microbatches_per_update", 1)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"microbatches_per_update must be a whole number of at least 1, not {k!r}")
+        self._check_slack(changed.get("slack", 0))
         return replace(self, options={**self.options, **options}, stage_options=overridden, **changed)
 
 

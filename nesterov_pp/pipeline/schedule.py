@@ -17,14 +17,14 @@ def forward_limit(
 ) -> int:
     """Return the last microbatch whose forward a stage runs before the backward of ``microbatch``.
 
-    The schedule is one forward, one backward, ``ahead = P - i`` microbatches apart (PipeDream, arXiv 1806.03377). A
+    The schedule is one forward, one backward, ``ahead`` microbatches apart (PipeDream, arXiv 1806.03377). A
     forward is held back while the weights that it needs do not exist yet: the microbatches of update ``t`` run with
     version ``t - delay``, and at a drain nothing of the next segment starts before all of this segment is done. With
     ``delay`` 0 and K microbatches per update this is 1F1B with a flush after every K.
 
     Args:
         microbatch: the microbatch, counted from 0.
-        ahead: number of forwards by which stage i of P may be ahead of its backwards, ``P - i``.
+        ahead: number of forwards by which the stage may be ahead of its backwards (``forwards_ahead``).
         delay: the stage's tau, in updates.
         microbatches_per_update: K.
         flush_every: updates between drains; None for never.

@@ -34,6 +34,7 @@ class Terms:
     flush_every: int | None
     seed: int | None
     replicas: int = 1
+    wire: str | None = None
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError if ``saved`` has another value for a setting. Settings that it lacks are not compared."""

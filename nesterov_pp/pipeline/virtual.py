@@ -36,15 +36,17 @@ from nesterov_pp.pipeline.stage import (
     set_learning_rate,
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
+from nesterov_pp.pipeline.wire import Wire, across, check_wire
 
 
 class VirtualPipeline(Checkpoints, Exports):
     """A never-flushing pipeline of ``stages``, emulated in one process. Each call trains on one microbatch.
 
     Update ``t`` applies the gradient of its microbatches at version ``max(0, t - tau_i)`` of stage ``i``'s weights,
-    where ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. The losses and
-    weights are those of the pipeline with P processes; with one stage, those of ordinary training. Some methods have
-    other delays, and ``delays`` sets any.
+    where ``tau_i = floor((2 (P - i) + 1) / (2 K))``, and turns version ``t`` into version ``t + 1``. With
+    ``slack=n``, ``P - i + ceil(n (P - i) / (P - 1))`` takes the place of ``P - i``. The losses and weights are those of
+    the pipeline with P processes; with one stage, those of ordinary training. Some methods have other delays, and
+    ``delays`` sets any.
 
     Args:
         stages: the stage modules in order, each mapping the output of the previous one to its own; or an
@@ -73,8 +75,11 @@ class VirtualPipeline(Checkpoints, Exports):
         backend: as for the optimizers.
         recompute: keep no activations inside a stage, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
-        overrides: hyper-parameters of the recipe to replace, and ``state_dtype``, ``master_weights`` and
-            ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of the pipeline), if its rule has them.
+        wire: "bfloat16" or "int8": what stages send each other in training, activations and their gradients, in fewer
+            bits (default: as it is).
+        overrides: hyper-parameters of the recipe to replace, such as ``slack`` (further microbatches in flight), and
+            ``state_dtype``, ``master_weights`` and ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of
+            the pipeline), if its rule has them.
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
     stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
@@ -105,10 +110,13 @@ class VirtualPipeline(Checkpoints, Exports):
         backend: str = "auto",
         recompute: bool = False,
         autocast: torch.dtype | None = None,
+        wire: Wire | None = None,
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        check_wire(wire)
+        self.wire = wire
         over_all = check_clip_over(clip_over, max_grad_norm)
         self.stages = stage_list(stages, partition)
         self._naming = [naming_of(stages, stage, i) for i, stage in enumerate(self.stages)]
@@ -202,7 +210,7 @@ class VirtualPipeline(Checkpoints, Exports):
                     with named_stage(i):
                         bound.enter_context(stash.use(versions[i], linearise_at=self.recipe.linearise_at))
                     with random_state(module, self.seed, i, self.microbatches):
-                        hidden = run_stage(self._forwards[i], hidden)
+                        hidden = run_stage(self._forwards[i], across(hidden, self.wire) if i else hidden)
                 loss = loss_of(self.loss_fn(hidden, targets))
             if delays is not None:
                 alone = self.microbatches_per_update == 1
@@ -286,7 +294,8 @@ class VirtualPipeline(Checkpoints, Exports):
             yield from entries_of(stage, self._naming[i] if names is None else partial(names, i))
 
     def _terms(self) -> Terms:
-        return Terms(self.recipe.name, self.microbatches_per_update, list(self.delays), self.flush_every, self.seed)
+        k, delays = self.microbatches_per_update, list(self.delays)
+        return Terms(self.recipe.name, k, delays, self.flush_every, self.seed, wire=self.wire)
 
     def _stage_states(self) -> dict[int, StageState]:
         forecasts: Sequence[Forecast | None] = self.forecasts or [None] * len(self.stages)
@@ -364,6 +373,8 @@ def _delay_model(recipe: Recipe, stages: int, k: int, delays: Delays | Sequence[
         return recipe.delays_of(stages, k)
     if not recipe.delayed:
         raise ValueError(f"method {recipe.name!r} waits for its gradients, so it takes no delays")
+    if recipe.slack:
+        raise ValueError("slack adds to the method's own delays; omit it, or omit delays")
     model = Fixed(list(delays)) if isinstance(delays, Sequence) else delays
     if len(model.largest) != stages:
         raise ValueError(f"delays need one entry for each of {stages} stages, not {len(model.largest)}")

@@ -2,7 +2,7 @@
 
 from nesterov_pp.planning.layers import LayerCost, StageCost, measure_layers, stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
-from nesterov_pp.planning.simulate import SCHEDULES, Network, Simulated, simulate
+from nesterov_pp.planning.simulate import SCHEDULES, Network, Simulated, least_slack, simulate
 
 __all__ = [
     "SCHEDULES",
@@ -10,6 +10,7 @@ __all__ = [
     "Network",
     "Simulated",
     "StageCost",
+    "least_slack",
     "measure_layers",
     "memory_per_stage",
     "simulate",

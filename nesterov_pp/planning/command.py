@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nesterov_pp.methods.costs import of_step
 from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.pipeline.wire import check_wire, message_bytes
 from nesterov_pp.planning.layers import stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
-from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
+from nesterov_pp.planning.simulate import SCHEDULES, Network, least_slack, simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
         "N",
         "microbatches per update of gpipe and 1f1b (default: 4, or those of a method that waits)",
     )
+    add(
+        "--slack",
+        _slack,
+        "N",
+        "further microbatches in flight, in async (default: none, and as many as hide the links)",
+    )
+    add("--wire", _wire, "X", "format of messages, bfloat16 or int8 (default: that of the weights)")
     add("--latency", _at_least_0, "MS", "latency of a link between neighbours, in milliseconds (default: 0)")
     add("--bandwidth", _above_0, "GBIT", "bandwidth of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: unlimited)")
     add("--speed", _above_0, "X", "speed of a device, as a multiple of this machine's speed (default: 1)")
@@ -51,6 +60,8 @@ def plan(
     method: str = "nesterov",
     devices: Sequence[int] = (2, 4, 8),
     per_update: int | None = None,
+    slack: int | None = None,
+    wire: str | None = None,
     latency: float = 0.0,
     bandwidth: float = math.inf,
     speed: float = 1.0,
@@ -61,7 +72,7 @@ def plan(
 
     ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
     The asynchronous pipeline updates as often, and as late, as the method does; if the method waits for its gradients,
-    after every microbatch.
+    after every microbatch. Without ``slack``, that of ``least_slack`` has a row of its own where links need one.
 
     Raises:
         UserError: the settings of the model contradict each other.
@@ -75,13 +86,14 @@ def plan(
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
         raise ValueError(f"{settings['layers']} layers cannot be cut into {max(devices)} stages; give more --layers")
-    config = Config(method=method, **storage)
+    config = Config(method=method, slack=slack or 0, **storage)
     config.check_optimizer()
     recipe, weights = config.own_recipe, config.dtype
     cost = of_step(recipe, weights)
     if cost is None:
         raise ValueError(f"plan cannot count {method}, whose step is neither a single pass nor a rotated one")
     layers, stash = measure_model(settings, recipe, weights), recipe.linearise_at == "version"
+    layers = [replace(cost, message_bytes=message_bytes(cost.message_bytes, weights, wire)) for cost in layers]
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
     waiting = per_update or (4 if recipe.delayed else recipe.accumulation(1))
@@ -89,14 +101,19 @@ def plan(
     for count in devices:
         costs = stage_costs(layers, count, speed)
         often = recipe.accumulation(count) if recipe.delayed else 1
-        late = recipe.delays_of(count, often).largest if recipe.delayed else stage_delays(count)
-        run = max(4 * count, 32) * math.lcm(often, waiting)
-        for schedule in SCHEDULES:
-            k, delays = (often, late) if schedule == "async" else (waiting, [0] * count)
-            found = simulate(schedule, costs, network, run, k, delays)
+        slacks = [recipe.slack]
+        if slack is None and not recipe.slack and recipe.takes_slack:
+            slacks += [n for n in [least_slack(costs, network, often, stash=stash)] if n]
+        for schedule, n in [("async", n) for n in slacks] + [(schedule, 0) for schedule in SCHEDULES[1:]]:
+            k, delays = waiting, [0] * count
+            if schedule == "async":
+                k, of_method = often, replace(recipe, slack=n)
+                delays = of_method.delays_of(count, k).largest if recipe.delayed else stage_delays(count)
+            run = max(4 * (count + n), 32) * math.lcm(often, waiting)
+            found = simulate(schedule, costs, network, run, k, delays, slack=n, stash=stash)
             state = cost.state / weights.itemsize
-            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=state, delays=delays))
-            rows.append((count, schedule, found, held, delays))
+            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=state, delays=delays, slack=n))
+            rows.append((count, f"{schedule} --slack {n}" if n else schedule, found, held, delays))
     console.print(_table(rows, tokens, memory * _GIB, waiting))
     fitting = [row for row in rows if row[3] <= memory * _GIB]
     if not fitting:
@@ -105,7 +122,9 @@ def plan(
     count, schedule, found, held, delays = min(fitting, key=lambda row: row[2].seconds_per_microbatch)
     lateness = f"; gradients {delays[0]} updates late on the first stage" if delays[0] else ""
     speed_found = f"{tokens / found.seconds_per_microbatch:,.0f} tokens/s"
-    say(console, f"Fastest that fits: {schedule} with {count} stages, {speed_found}{lateness}.")
+    name, *more = schedule.split(" ", 1)
+    with_slack = "".join(f" and {flag}" for flag in more)
+    say(console, f"Fastest that fits: {name} with {count} stages{with_slack}, {speed_found}{lateness}.")
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
@@ -138,6 +157,17 @@ def _count(text: str) -> int:
     from nesterov_pp.training.config import whole
 
     return whole(1, _MOST)(text)
+
+
+def _slack(text: str) -> int:
+    from nesterov_pp.training.config import whole
+
+    return whole(0, _MOST)(text)
+
+
+def _wire(text: str) -> str:
+    check_wire(text)
+    return text
 
 
 def _counts(text: str) -> list[int]:

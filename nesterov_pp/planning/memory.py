@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.pipeline.delay_models import forwards_ahead, stage_delays
 from nesterov_pp.planning.layers import StageCost
 
 
@@ -16,6 +16,7 @@ def memory_per_stage(
     stash: bool = True,
     state: float = 2.0,
     delays: Sequence[int] | None = None,
+    slack: int = 0,
 ) -> list[int]:
     """Return the bytes of each stage: weight versions, gradients, state, activations of microbatches in flight.
 
@@ -23,15 +24,16 @@ def memory_per_stage(
     the weights: 2 for two moments of their dtype, 6 for bfloat16 weights with two moments and a master in float32.
 
     With ``delays`` tau (default: those of ``stage_delays``), "async" keeps ``tau + 1`` versions (one without a stash)
-    and the activations of up to ``P - i + 1`` microbatches. "gpipe" keeps the activations of all ``per_update``
-    microbatches, "1f1b" those of ``min(per_update, P - i + 1)``. Buffers that libraries allocate are not counted.
+    and the activations of up to ``P - i + 1`` microbatches, and of more with a ``slack`` (``forwards_ahead``). "gpipe"
+    keeps the activations of all ``per_update`` microbatches, "1f1b" those of ``min(per_update, P - i + 1)``. Buffers
+    that libraries allocate are not counted.
     """
     stages = len(costs)
     if schedule != "async":
         delays = [0] * stages
     elif delays is None:
-        delays = stage_delays(stages, per_update)
-    in_flight = [stages - i for i in range(stages)]
+        delays = stage_delays(stages, per_update, slack)
+    in_flight = [ahead + 1 for ahead in forwards_ahead(stages, slack if schedule == "async" else 0)]
     if schedule == "1f1b":
         in_flight = [min(per_update, n) for n in in_flight]
     if schedule == "gpipe":

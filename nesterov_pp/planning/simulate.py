@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-from nesterov_pp.pipeline.delay_models import stage_delays
+from nesterov_pp.pipeline.delay_models import forwards_ahead, stage_delays
 from nesterov_pp.pipeline.schedule import forward_limit
 from nesterov_pp.planning.layers import StageCost
 
 SCHEDULES = ("async", "gpipe", "1f1b")
-Event = tuple[str, int]
-"""An event: ("forward" or "backward", microbatch) or ("step", update), counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ def simulate(
     microbatches: int,
     per_update: int = 1,
     delays: Sequence[int] | None = None,
+    *,
+    slack: int = 0,
+    stash: bool = True,
 ) -> Simulated:
     """Simulate a run of ``microbatches``.
 
@@ -57,6 +62,9 @@ def simulate(
         microbatches: length of the run, at least two updates; a multiple of ``per_update``.
         per_update: microbatches per update.
         delays: the delay of each stage in updates, for "async" (default: those of ``stage_delays``).
+        slack: further microbatches in flight, for "async".
+        stash: whether "async" stashes weights: with slack, a stage may then run a backward before a forward whose
+            input has not come.
 
     Raises:
         ValueError: the schedule is unknown, or the run is too short.
@@ -71,72 +79,123 @@ def simulate(
         )
     stages = len(costs)
     if schedule != "async":
-        delays = [0] * stages
+        delays, slack = [0] * stages, 0
     elif delays is None:
-        delays = stage_delays(stages, per_update)
-    queues = [
-        list(_events(schedule, stages - 1 - i, delay, microbatches, per_update))
-        for i, delay in zip(range(stages), delays, strict=True)
+        delays = stage_delays(stages, per_update, slack)
+    orders = [
+        partial(_limit, schedule, ahead, delay, microbatches, per_update)
+        for ahead, delay in zip(forwards_ahead(stages, slack), delays, strict=True)
     ]
-    finished, busy_until, links = _play(queues, costs, network)
+    steps, end_of_all = _play(orders, costs, network, microbatches, per_update, eager=slack > 0 and stash)
     half = updates // 2
-    begin = [finished[i]["step", half - 1] for i in range(stages)]
-    end = [finished[i]["step", updates - 1] for i in range(stages)]
     work = [(updates - half) * (per_update * (c.forward + c.backward) + c.step) for c in costs]
-    spans = [e - b for b, e in zip(begin, end, strict=True)]
+    spans = [ends[updates - 1] - ends[half - 1] for ends in steps]
     return Simulated(
-        seconds_per_microbatch=(end[-1] - begin[-1]) / ((updates - half) * per_update),
+        seconds_per_microbatch=spans[-1] / ((updates - half) * per_update),
         utilisation=sum(work) / sum(spans) if sum(spans) else 1.0,
         waiting=[max(0.0, 1 - w / span) if span else 0.0 for w, span in zip(work, spans, strict=True)],
-        seconds=max(*busy_until, *links, 0.0),
+        seconds=end_of_all,
     )
 
 
-def _events(schedule: str, ahead: int, delay: int, microbatches: int, k: int) -> Iterator[Event]:
-    """Yield the events of a stage in order. ``ahead`` is the number of stages after it."""
-    forwarded = 0
-    for m in range(microbatches):
-        limit = m // k * k + k - 1
-        if schedule != "gpipe":
-            limit = forward_limit(
-                m, ahead=ahead, delay=delay, microbatches_per_update=k, flush_every=None, stop=microbatches
-            )
-        while forwarded <= limit:
-            yield "forward", forwarded
-            forwarded += 1
-        yield "backward", m
-        if (m + 1) % k == 0:
-            yield "step", m // k
+def _limit(schedule: str, ahead: int, delay: int, microbatches: int, k: int, m: int) -> int:
+    """Return the last microbatch whose forward may run before the backward of ``m``."""
+    if schedule == "gpipe":
+        return m // k * k + k - 1
+    return forward_limit(m, ahead=ahead, delay=delay, microbatches_per_update=k, flush_every=None, stop=microbatches)
+
+
+@dataclass
+class _Stage:
+    """A stage at a moment: what it has done, when it is free, and when its next messages arrive."""
+
+    forwarded: int = 0
+    done: int = 0
+    free: float = 0.0
+    inputs: deque[float] = field(default_factory=deque)
+    gradients: deque[float] = field(default_factory=deque)
+    steps: list[float] = field(default_factory=list)
+    link_on: float = 0.0  # when the links to the next and to the previous stage are free again
+    link_back: float = 0.0
 
 
 def _play(
-    queues: list[list[Event]], costs: Sequence[StageCost], network: Network
-) -> tuple[list[dict[Event, float]], list[float], list[float]]:
-    """Return when each event of each stage ends, and when stages and links finish their last one."""
+    limits: Sequence[Callable[[int], int]],
+    costs: Sequence[StageCost],
+    network: Network,
+    microbatches: int,
+    k: int,
+    *,
+    eager: bool,
+) -> tuple[list[list[float]], float]:
+    """Return when each update of each stage ends, and when stages and links finish their last work.
+
+    A stage runs its forwards up to the limit before a backward. If ``eager``, it runs the backward earlier where the
+    gradients have come and the next activations have not.
+    """
+    last = len(costs) - 1
+    stages = [_Stage() for _ in costs]
+    wakes = [(0.0, i) for i in range(last + 1)]
+    while wakes:
+        now, i = heapq.heappop(wakes)
+        stage, m = stages[i], stages[i].done
+        if now < stage.free or m == microbatches:
+            continue
+        may_forward = stage.forwarded <= limits[i](m)
+        has_input = i == 0 or (bool(stage.inputs) and stage.inputs[0] <= now)
+        has_gradient = stage.forwarded > m and (i == last or (bool(stage.gradients) and stage.gradients[0] <= now))
+        if may_forward and has_input:
+            stage.forwarded += 1
+            stage.free = now + costs[i].forward
+            if i > 0:
+                stage.inputs.popleft()
+            if i < last:
+                stage.link_on = max(stage.link_on, stage.free) + costs[i].message_bytes / network.bandwidth
+                stages[i + 1].inputs.append(stage.link_on + network.latency)
+                heapq.heappush(wakes, (stage.link_on + network.latency, i + 1))
+        elif has_gradient and (eager or not may_forward):
+            stage.done += 1
+            stage.free = now + costs[i].backward
+            if i < last:
+                stage.gradients.popleft()
+            if i > 0:
+                stage.link_back = max(stage.link_back, stage.free) + costs[i - 1].message_bytes / network.bandwidth
+                stages[i - 1].gradients.append(stage.link_back + network.latency)
+                heapq.heappush(wakes, (stage.link_back + network.latency, i - 1))
+            if stage.done % k == 0:
+                stage.free += costs[i].step
+                stage.steps.append(stage.free)
+        else:
+            continue
+        heapq.heappush(wakes, (stage.free, i))
+    return [stage.steps for stage in stages], max(max(s.free, s.link_on, s.link_back) for s in stages)
+
+
+def least_slack(
+    costs: Sequence[StageCost], network: Network, per_update: int = 1, *, stash: bool = True, within: float = 0.05
+) -> int:
+    """Return the least slack with which a microbatch takes at most ``1 + within`` times what it would without latency.
+
+    Without latency, it takes as long as with ideal links, or as the transfer of the largest message. A slack of about
+    the round trip over all links (latencies and transfers) divided by that is enough; the least one is found by
+    simulation. Without a stash, stages keep to their order of events, and only multiples of ``P - 1`` help all links.
+    """
     stages = len(costs)
-    finished: list[dict[Event, float]] = [{} for _ in range(stages)]
-    arrived: list[dict[Event, float]] = [{} for _ in range(stages)]
-    now, done = [0.0] * stages, [0] * stages
-    link = [0.0] * (2 * stages)  # when the links to the next and to the previous stage are free again
-    ready = list(range(stages))
-    while ready:
-        i = ready.pop()
-        while done[i] < len(queues[i]):
-            event = queues[i][done[i]]
-            kind = event[0]
-            source = i - 1 if kind == "forward" else i + 1
-            waits = kind != "step" and 0 <= source < stages
-            if waits and event not in arrived[i]:
-                break
-            cost = {"forward": costs[i].forward, "backward": costs[i].backward, "step": costs[i].step}[kind]
-            now[i] = max(now[i], arrived[i].pop(event) if waits else 0.0) + cost
-            finished[i][event] = now[i]
-            done[i] += 1
-            to = {"forward": i + 1, "backward": i - 1}.get(kind, -1)
-            if 0 <= to < stages:
-                way = 2 * i + (kind == "backward")
-                size = costs[min(i, to)].message_bytes
-                link[way] = max(link[way], now[i]) + size / network.bandwidth
-                arrived[to][event] = link[way] + network.latency
-                ready.append(to)
-    return finished, now, link
+    transfers = [c.message_bytes / network.bandwidth for c in costs[:-1]]
+    round_trip = 2 * sum(network.latency + transfer for transfer in transfers)
+    if round_trip == 0.0:
+        return 0
+    unit = 1 if stash else stages - 1
+
+    def seconds(links: Network, units: int) -> float:
+        run = max(8 * (stages + units * unit), 64) * per_update
+        found = simulate("async", costs, links, run, per_update, slack=units * unit, stash=stash)
+        return found.seconds_per_microbatch
+
+    need = max([seconds(Network(), 0), *transfers])
+    low, high = 0, math.ceil(round_trip / need / unit) + 1 if need else 0
+    while low < high:
+        middle = (low + high) // 2
+        enough = seconds(network, middle) <= (1 + within) * need
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low * unit

@@ -24,6 +24,8 @@ FINAL_LR = 0.1
 """The fraction of the peak learning rate that the cosine leaves at the end of a run."""
 
 LATER = (
+    "slack",
+    "wire",
     "weight_decay",
     "betas",
     "no_decay",
@@ -199,6 +201,11 @@ class Config:
         "delays of the stages, in updates: 3,2,1,0 (one per stage), uniform:0-4, geometric:2.5, trace:FILE or own, "
         "optionally followed by +stragglers:0.1:5 or +dropouts:0.05 (default: own, the method's delays)",
     )
+    slack: int = _option(
+        0,
+        whole(0, 10_000),
+        "further microbatches in flight, which hide the latency of slow links and make gradients later",
+    )
     flush_every: int | None = _option(None, whole(1), "drain the pipeline after every X updates (default: never)")
     max_grad_norm: float | None = _option(
         None, _positive(), "clip the gradient norm of each stage to X (default: no clipping)"
@@ -228,6 +235,11 @@ class Config:
     )
     autocast: str | None = _option(
         None, _choice("bfloat16"), "dtype to compute in, with float32 weights: bfloat16 (default: no autocast)"
+    )
+    wire: str | None = _option(
+        None,
+        _choice("bfloat16", "int8"),
+        "format of what stages send each other: bfloat16, or int8 in groups with a scale (default: as computed)",
     )
     device: str = _option(
         "cpu", _choice("cpu", "cuda"), "device of the model, cpu or cuda; a virtual pipeline uses one GPU"
@@ -304,7 +316,7 @@ class Config:
         named = {part.partition("=")[0] for part in self.method.split(":")[1:]}
         of_betas = {"betas": {"betas", "beta1", "beta2"}}
         try:
-            for name, given in self._rule_options().items():
+            for name, given in {**self._rule_options(), "slack": self.slack or None}.items():
                 if given is not None and named & of_betas.get(name, {name}):
                     raise ValueError(f"{flag(name)} is given twice: it is also in --method {self.method}")
             recipe = self.own_recipe
@@ -331,6 +343,8 @@ class Config:
     def overrides(self) -> dict[str, Any]:
         """Return the hyper-parameters of the recipe that are given, or depend on the length of the run."""
         given = {name: value for name, value in self._rule_options().items() if value is not None}
+        if self.slack:
+            given["slack"] = self.slack
         if self.recipe.correction_updates is None:
             return given
         return {**given, "correction_updates": max(1, round(CORRECTION_SHARE * self.updates))}

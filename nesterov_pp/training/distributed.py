@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nesterov_pp.pipeline import AsyncPipeline, PipelineError, World, connect
+from nesterov_pp.pipeline.distributed.store import Answer, SharedStore
 from nesterov_pp.training import checkpoint
 from nesterov_pp.training.config import Config, RunError, UserError
 from nesterov_pp.training.driver import (
@@ -58,7 +59,6 @@ class StageDriver:
             )
         self.stages = world.size // replicas
         self.reports = world.rank == self.stages - 1
-        self._stop = AgreedStop(world, margin=self.stages + 3)
 
     def agree(self, act: Callable[[], T]) -> T:
         result, trouble = None, None
@@ -113,6 +113,7 @@ class StageDriver:
             )
         )
         self.delays = self.pipe.delays
+        self._stop = AgreedStop(self.world, margin=self.pipe.in_flight + 3)
         self._keep()
 
     def newest(self, folder: Path) -> State | None:
@@ -126,8 +127,9 @@ class StageDriver:
     def save(self, folder: Path, done: int, state: State) -> None:
         if self.pipe.replica == 0:
             whole = {**state, "pipeline": self.pipe.state_dict()}
-            # No stage is more than P microbatches behind this one.
-            checkpoint.save(folder, done, whole, part=self._part(), certain=done - self.stages)
+            # No stage is further behind this one.
+            certain = done - self.pipe.in_flight
+            checkpoint.save(folder, done, whole, part=self._part(), certain=certain)
         self._keep()
 
     def step(self, lr: float) -> float | None:
@@ -192,6 +194,7 @@ class AgreedStop:
         self._world, self._margin = world, margin
         self._written = False
         self._asked = time.monotonic()
+        self._answer: Answer[list[str] | None] | None = None
         self.at: int | None = None
 
     def reached(self, told: bool, updates: int) -> bool:
@@ -199,19 +202,25 @@ class AgreedStop:
         store = self._world.store
         if store is None:
             return told
-        if not self._written and (told or self._others_were_told()):
+        if not self._written and (told or self._others_were_told(store)):
             store.set(f"stop/{self._world.rank}", str(updates))
             store.set("stop", "")
             self._written = True
         if self._written and self.at is None:
-            keys = [f"stop/{rank}" for rank in range(self._world.size)]
-            if store.check(keys):
-                self.at = max(int(store.get(key)) for key in keys) + self._margin
+            found = store.words(*(f"stop/{rank}" for rank in range(self._world.size)))
+            if found is not None:
+                self.at = max(map(int, found)) + self._margin
         return self.at is not None and updates >= self.at
 
-    def _others_were_told(self) -> bool:
+    def _others_were_told(self, store: SharedStore) -> bool:
+        """Return whether another process was told to stop, asked once a second and without waiting for the answer."""
+        if self._answer is not None:
+            if not self._answer.ready:
+                return False
+            answer, self._answer = self._answer, None
+            with suppress(RuntimeError):  # a lost store is noticed by whoever needs it
+                return answer.get(0.0) is not None
         now = time.monotonic()
-        if now - self._asked < _ASK_EVERY or self._world.store is None:
-            return False
-        self._asked = now
-        return bool(self._world.store.check(["stop"]))
+        if now - self._asked >= _ASK_EVERY:
+            self._asked, self._answer = now, store.ask("stop")
+        return False

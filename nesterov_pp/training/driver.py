@@ -216,6 +216,7 @@ def pipeline_options(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "backend": config.backend,
         "recompute": config.recompute,
+        "wire": config.wire,
         "autocast": None if config.autocast is None else getattr(torch, config.autocast),
         **config.overrides(),
     }

@@ -63,6 +63,6 @@ def seconds_per_microbatch(
         k = recipe.accumulation(stages)
         schedule = "async" if recipe.delayed else "gpipe"
         run, late = max(4 * stages, 32) * k, recipe.delays_of(stages, k).largest
-        simulated = simulate(schedule, stage_costs(layers, stages), Network(), run, k, late)
+        simulated = simulate(schedule, stage_costs(layers, stages), Network(), run, k, late, slack=recipe.slack)
         found[method] = simulated.seconds_per_microbatch
     return found

@@ -21,7 +21,7 @@ from nesterov_pp.training.model import Name, layers_of, names_in_model, next_tok
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer
 
 
-def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) -> str:
+def reshard(source: Path, stages: int, out: Path, *, slack: int | None = None, one_process: bool = False) -> str:
     """Write ``source``'s newest checkpoint, regrouped into ``stages`` stages, to ``out``; return a message about it.
 
     Weights, optimizer state and position stay the same. The ring starts again with the newest version in every slot,
@@ -30,6 +30,7 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     Args:
         source: the folder of a run, in one process or several.
         out: an empty or new folder.
+        slack: further microbatches in flight in the new run (default: as many as in the old one).
         one_process: write it for a run in one process; default: for one process per stage.
 
     Raises:
@@ -45,7 +46,7 @@ def reshard(source: Path, stages: int, out: Path, *, one_process: bool = False) 
     config = settle({}, recorded_settings(record, folder.config))
     state = _newest(source)
     processes = 1 if one_process else stages
-    new = replace(config, stages=stages, replicas=1)
+    new = replace(config, stages=stages, replicas=1, slack=config.slack if slack is None else slack)
     new.check()
     pipe = _refilled(new, config, folder, state)
     make_folder(out)

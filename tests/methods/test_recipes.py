@@ -103,6 +103,9 @@ def test_every_method_takes_microbatches_per_update(method: str):
         ("gpipe:microbatches_per_update=0", "microbatches_per_update must be a whole number of at least 1, not 0"),
         ("gpipe:microbatches_per_update=2.0", "microbatches_per_update must be a whole number of at least 1, not 2.0"),
         ("gpipe:microbatches_per_update=x", "microbatches_per_update must be a whole number of at least 1, not 'x'"),
+        ("nesterov:slack=-1", "slack must be a whole number of at least 0, not -1"),
+        ("gpipe-1:slack=1", "method 'gpipe-1' waits for its gradients, so it has no slack; omit it"),
+        ("one-step-ef:slack=1", "method 'one-step-ef' has delays of its own, to which slack cannot add; omit it"),
         ("nesterov:", "after a method's name comes :hyper-parameter=value, not :"),
     ],
 )

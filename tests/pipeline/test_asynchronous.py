@@ -31,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAYED = {
     2: list(SCENARIOS),
-    3: ["nesterov", "no-stash", "three-per-update"],
+    3: ["nesterov", "no-stash", "three-per-update", "slack-jitter", "slack-no-stash", "int8-wire"],
     4: [
         *("nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"),
-        "checkpointed",
+        *("checkpointed", "slack", "slack-two-per-update", "slack-jitter"),
     ],
 }
 """The scenarios for each number of processes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nesterov_pp.pipeline import balanced_sizes, stage_delays, version_for_update
+from nesterov_pp.pipeline.delay_models import forwards_ahead
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,22 @@ def test_delays_are_those_of_a_replayed_pipeline(stages):
             version += 1
         tau = stage_delays(stages)[i - 1]
         assert seen == [version_for_update(t, tau) for t in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "k", "slack", "delays"),
+    [
+        (8, 1, 7, [14, 12, 10, 8, 6, 4, 2, 0]),
+        (4, 1, 1, [4, 3, 2, 0]),
+        (4, 1, 4, [7, 5, 3, 0]),
+        (4, 2, 4, [3, 2, 1, 0]),
+        (2, 1, 3, [4, 0]),
+        (1, 1, 5, [0]),
+    ],
+)
+def test_delays_with_slack(stages, k, slack, delays):
+    assert stage_delays(stages, k, slack) == delays
+    assert [(2 * ahead + 1) // (2 * k) for ahead in forwards_ahead(stages, slack)] == delays
 
 
 @pytest.mark.parametrize("bad", [(0, 1), (4, 0)])

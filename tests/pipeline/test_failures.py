@@ -12,6 +12,7 @@ from launch import ROOT, finish, free_port, start
 from torch.distributed import HashStore
 
 from nesterov_pp.pipeline import PipelineError
+from nesterov_pp.pipeline.distributed.store import SharedStore
 from nesterov_pp.pipeline.distributed.world import World, _meet, connect
 
 WORKER = str(ROOT / "tests" / "pipeline_failures.py")
@@ -141,7 +142,7 @@ def test_a_store_that_outlives_its_processes_does_not_mix_up_meetings() -> None:
 
         def come(rank: int, found: dict[int, str] = found) -> None:
             time.sleep(0.05 * rank)
-            found[rank] = _meet(store, rank, 3, 10.0)
+            found[rank] = _meet(SharedStore(store, 10.0), rank, 3, 10.0)
 
         threads = [threading.Thread(target=come, args=(rank,)) for rank in (2, 0, 1)]
         for thread in threads:

@@ -7,13 +7,14 @@ import json
 import pytest
 
 from nesterov_pp.pipeline import stage_delays, version_for_update
+from nesterov_pp.pipeline.delay_models import forwards_ahead
 from nesterov_pp.pipeline.distributed.timeline import Event, Timeline, chrome_trace
 from nesterov_pp.pipeline.schedule import drained_before, forward_limit
 
 
 class Stage:
-    def __init__(self, index: int, stages: int, delay: int, k: int, flush_every: int | None, stop: int) -> None:
-        self.ahead, self.delay, self.k, self.flush_every, self.stop = stages - 1 - index, delay, k, flush_every, stop
+    def __init__(self, ahead: int, delay: int, k: int, flush_every: int | None, stop: int) -> None:
+        self.ahead, self.delay, self.k, self.flush_every, self.stop = ahead, delay, k, flush_every, stop
         self.forwarded = self.done = 0
         self.most_in_flight = 0
 
@@ -41,29 +42,32 @@ class Stage:
 @pytest.mark.parametrize("flush_every", [None, 1, 3])
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("delayed", [True, False])
+@pytest.mark.parametrize(
+    ("delayed", "slack", "eager"), [(True, 0, False), (False, 0, False), (True, 3, False), (True, 3, True)]
+)
 def test_stages_never_wait_for_each_other_in_a_circle(
-    count: int, k: int, flush_every: int | None, delayed: bool
+    count: int, k: int, flush_every: int | None, delayed: bool, slack: int, eager: bool
 ) -> None:
     stop = 12 * k
-    delays = stage_delays(count, k) if delayed else [0] * count
-    stages = [Stage(i, count, delays[i], k, flush_every, stop) for i in range(count)]
+    delays = stage_delays(count, k, slack) if delayed else [0] * count
+    aheads = forwards_ahead(count, slack)
+    stages = [Stage(aheads[i], delays[i], k, flush_every, stop) for i in range(count)]
     while any(stage.done < stop for stage in stages):
         progress = False
         for i, stage in enumerate(stages):
             if stage.done == stop:
                 continue
-            if stage.next_is_forward():
-                if i == 0 or stages[i - 1].forwarded > stage.forwarded:
-                    stage.forward()
-                    progress = True
-            elif i == count - 1 or stages[i + 1].done > stage.done:
-                assert stage.forwarded > stage.done
+            has_input = i == 0 or stages[i - 1].forwarded > stage.forwarded
+            has_gradient = stage.forwarded > stage.done and (i == count - 1 or stages[i + 1].done > stage.done)
+            if stage.next_is_forward() and has_input:
+                stage.forward()
+                progress = True
+            elif has_gradient and (eager or not stage.next_is_forward()):
                 stage.done += 1
                 progress = True
         assert progress, [(s.forwarded, s.done) for s in stages]
     assert all(stage.most_in_flight <= stage.ahead + 1 for stage in stages)
-    if delayed and k == 1 and flush_every is None:
+    if delayed and k == 1 and flush_every is None and not eager:
         assert [stage.most_in_flight for stage in stages] == [min(tau + 1, stop) for tau in delays]
 
 

@@ -105,6 +105,17 @@ def assert_equals_the_slow_reference(method: str, stages: int) -> None:
 
 
 @pytest.mark.usefixtures("float64_scalars")
+def test_slack_equals_the_slow_reference():
+    judged, slow = model(4), model(4)
+    pipe = VirtualPipeline(judged, F.cross_entropy, "nesterov", 3e-3, slack=4)
+    losses = [float(pipe.step(*microbatch(m))) for m in range(40)]
+    expected = slow_reference(slow, 40, [torch_optimizer("nesterov", stage, 3e-3) for stage in slow], [7, 5, 3, 0])
+    assert losses == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="slack adds to the method's own delays; omit it, or omit delays"):
+        VirtualPipeline(model(4), F.cross_entropy, slack=4, delays=[3, 2, 1, 0])
+
+
+@pytest.mark.usefixtures("float64_scalars")
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_wrong_delay_would_be_noticed(wrong):
     judged, slow = model(4), model(4)

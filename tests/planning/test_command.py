@@ -16,7 +16,7 @@ def test_the_table_and_what_fits(capsys):
     assert main(["plan", *SMALL, "--devices", "2,4", "--latency", "20", "--bandwidth", "1", "--memory", "1"]) == 0
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if any(f" {s} " in line for s in ("async", "gpipe", "1f1b"))]
-    assert len([line for line in rows if line.startswith("│")]) == 6
+    assert len([line for line in rows if line.startswith("│")]) == 8  # async with and without slack
     assert "Fastest that fits: " in printed
     assert main(["plan", *SMALL, "--devices", "2", "--memory", "0.000001"]) == 0
     printed = capsys.readouterr().out
@@ -49,6 +49,35 @@ def test_the_methods_own_microbatches_per_update(capsys):
     assert "gpipe and 1f1b update every 8 microbatches" in title
 
 
+def test_slack_is_recommended_on_slow_links(capsys):
+    def rows(*given: str) -> list[list[str]]:
+        assert main(["plan", *SMALL, "--devices", "4", *given]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if " async" in line and "│" in line]
+
+    bare, slack = rows("--latency", "100")
+    assert (bare[1], slack[1][:14]) == ("async", "async --slack ")
+    n = int(slack[1].split()[-1])
+    assert (bare[-1], slack[-1]) == ("3", str(3 + n))
+    assert float(slack[4]) < float(bare[4]) / 3
+    assert len(rows()) == 1
+    (own,) = rows("--latency", "100", "--slack", "6")
+    assert (own[1], own[-1]) == ("async --slack 6", "9")
+    assert rows("--latency", "100", "--method", "nesterov:slack=6")[0][-1] == "9"
+    assert [row[1] for row in rows("--latency", "100", "--method", "pipedream-2bw")] == ["async"]
+
+
+def test_a_wire_of_fewer_bits_is_faster_on_thin_links(capsys):
+    def milliseconds(*given: str) -> float:
+        assert main(["plan", *SMALL, "--devices", "2", "--bandwidth", "0.0001", *given]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "│ async " in line)
+        return float(row.split("│")[4])
+
+    whole = milliseconds()
+    assert milliseconds("--wire", "bfloat16") == pytest.approx(whole / 2, rel=0.1)
+    assert milliseconds("--wire", "int8") == pytest.approx(whole * 9 / 32, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -56,6 +85,11 @@ def test_the_methods_own_microbatches_per_update(capsys):
         (["--devices", "2,x"], "needs a whole number of at least 1, not 'x'"),
         (["--devices", "2", "--method", "muon"], "unknown method 'muon'; choose one of"),
         (["--devices", "2", "--method", "basis-rotation"], "plan cannot count basis-rotation, whose step"),
+        (
+            ["--devices", "2", "--method", "gpipe", "--slack", "1"],
+            "method 'gpipe' waits for its gradients, so it has no slack; omit it",
+        ),
+        (["--wire", "int4"], 'wire must be "bfloat16", "int8" or None, not \'int4\''),
         (["--latency", "-1"], "needs a number of at least 0, not '-1'"),
         (["--bandwidth", "0"], "needs a number above 0, not '0'"),
         (["--speed", "nan"], "needs a number, not 'nan'"),

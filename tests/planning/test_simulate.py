@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nesterov_pp.planning import Network, StageCost, memory_per_stage, simulate, stage_costs
+from nesterov_pp.planning import Network, StageCost, least_slack, memory_per_stage, simulate, stage_costs
 
 F, B, S = 1.0, 2.0, 0.5
 EQUAL = StageCost(F, B, S, message_bytes=100, weight_bytes=1000, activation_bytes=10)
@@ -40,6 +40,40 @@ def test_two_microbatches_in_flight_hide_no_latency(latency):
     costs = [StageCost(1.0, 1.0), StageCost(1.0, 1.0)]
     found = simulate("async", costs, Network(latency=latency), 200)
     assert found.seconds_per_microbatch == pytest.approx((4.0 + 2 * latency) / 2)
+
+
+@pytest.mark.parametrize(("stages", "latency", "slack"), [(8, 0.5, 7), (8, 0.125, 2), (4, 1.0, 6), (2, 0.5, 1)])
+def test_enough_slack_hides_the_links(stages, latency, slack):
+    """The round trip of 2 (P - 1) latencies takes as long as computing ``slack`` microbatches."""
+    costs = [StageCost(0.25, 0.5, 0.25)] * stages
+    hidden = simulate("async", costs, Network(latency), 400, slack=slack)
+    assert hidden.seconds_per_microbatch == pytest.approx(1.0)
+    assert max(hidden.waiting) == pytest.approx(0.0, abs=1e-9)
+    bare = simulate("async", costs, Network(latency), 400)
+    # Gradients are sent before the step.
+    assert bare.seconds_per_microbatch == pytest.approx(1 + (2 * latency - 0.25) * (1 - 1 / stages))
+    found = least_slack(costs, Network(latency))
+    assert found <= slack
+    assert simulate("async", costs, Network(latency), 400, slack=found).seconds_per_microbatch < 1.06
+    if found:
+        assert simulate("async", costs, Network(latency), 400, slack=found - 1).seconds_per_microbatch > 1.04
+
+
+def test_without_a_stash_slack_helps_by_the_link():
+    """Stages that keep to one order of events hide what every link has of its own."""
+    costs = [StageCost(0.25, 0.75)] * 4
+    times = [simulate("async", costs, Network(0.4), 400, slack=n, stash=False).seconds_per_microbatch for n in range(4)]
+    assert times[3] == pytest.approx(1.0)
+    assert times[2] > 1.2
+    assert least_slack(costs, Network(0.4), stash=False) == 3
+    assert least_slack(costs, Network(0.0), stash=False) == 0
+
+
+def test_no_slack_helps_where_a_link_is_the_limit():
+    costs = [StageCost(0.25, 0.75, message_bytes=100)] * 4
+    thin = Network(latency=0.1, bandwidth=50.0)
+    slack = least_slack(costs, thin)
+    assert simulate("async", costs, thin, 400, slack=slack).seconds_per_microbatch == pytest.approx(2.0, rel=0.06)
 
 
 def test_on_a_thin_link_the_first_stages_round_trip_sets_the_pace():
@@ -77,6 +111,7 @@ def test_gpipe_against_a_recurrence():
 def test_memory_by_hand():
     assert memory_per_stage("async", [EQUAL] * 4) == [7030 + 10, 6030, 5020, 4010]
     assert memory_per_stage("async", [EQUAL] * 4, stash=False) == [4040, 4030, 4020, 4010]
+    assert memory_per_stage("async", [EQUAL] * 4, slack=3) == [10030 + 40, 8050, 6030, 4010]
     assert memory_per_stage("gpipe", [EQUAL] * 4, 8) == [4080] * 4
     assert memory_per_stage("1f1b", [EQUAL] * 4, 3) == [4030, 4030, 4020, 4010]
 

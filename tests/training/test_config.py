@@ -45,6 +45,9 @@ def test_the_defaults_are_usable_with_every_method() -> None:
         ({"method": "gpipe-muon", "no_decay": True}, "takes no param_groups; its rule groups the parameters itself"),
         ({"method": "nesterov-sgd", "betas": "0.9,0.99"}, "has no hyper-parameter 'betas'; it has .*momentum"),
         ({"method": "nesterov:beta1=0.9", "betas": "0.9,0.99"}, "--betas is given twice: it is also in --method nest"),
+        ({"method": "gpipe", "slack": 2}, "method 'gpipe' waits for its gradients, so it has no slack; omit it"),
+        ({"method": "pipedream-2bw", "slack": 2}, "has delays of its own, to which slack cannot add; omit it"),
+        ({"method": "nesterov:slack=1", "slack": 2}, "--slack is given twice: it is also in --method nesterov:slack=1"),
         ({"method": "adam"}, "unknown method 'adam'; choose one of nesterov, "),
     ],
 )

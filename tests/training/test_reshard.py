@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from launch import finish, start
 
 from nesterov_pp.cli import main
+from nesterov_pp.pipeline import stage_delays
 from nesterov_pp.training import checkpoint
+from nesterov_pp.training.config import UserError
 from nesterov_pp.training.metrics import read_curves
 from nesterov_pp.training.trainer import train
 
@@ -57,6 +60,7 @@ def test_without_delay_the_losses_do_not_change(
     ("method", "more"),
     [
         ("nesterov", {}),
+        ("nesterov", {"slack": 3}),
         ("xpipe", LOW),
         *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare")),
         *(pytest.param(m, LOW, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "nesterov-rotated")),
@@ -77,6 +81,17 @@ def test_into_the_stages_of_several_processes(
     train({}, tmp_path / "alone", resume=True)
     assert (tmp_path / "new" / "metrics.jsonl").read_bytes() == (tmp_path / "alone" / "metrics.jsonl").read_bytes()
     assert len(read_curves(tmp_path / "new" / "metrics.jsonl").train) == 60
+
+
+def test_another_slack(text_file: Path, tmp_path: Path) -> None:
+    half_way(text_file, tmp_path / "old", 2, "nesterov", slack=1)
+    arguments = ["reshard", "--run", str(tmp_path / "old"), "--stages", "3", "--slack", "4", "--one-process"]
+    assert main([*arguments, "--out", str(tmp_path / "new")]) == 0
+    train({}, tmp_path / "new", resume=True)
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert summary["delays"] == stage_delays(3, slack=4)
+    with pytest.raises(UserError, match="this run has --slack 4, not 1; omit the flag"):
+        train({"slack": 1}, tmp_path / "new", resume=True)
 
 
 def test_bad_requests_change_nothing(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nesterov_pp.optim.local import is_dtensor
-from nesterov_pp.pipeline.distributed.world import PipelineError
+from nesterov_pp.pipeline.distributed.store import PipelineError
 
 _HASHED = 4096
 """A print takes this many values of a parameter."""

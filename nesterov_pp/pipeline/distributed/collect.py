@@ -41,10 +41,13 @@ def collected(world: World, stages: int, own: Iterator[Entry]) -> Iterator[Entry
 
 def _group(world: World) -> dist.ProcessGroup | None:
     """Return a group whose messages are those of CPU tensors, apart from all others."""
-    with world.explained("sending weights"):
-        if world.size == 1:
-            return None
+    if world.size == 1:
+        return None
+
+    def connect() -> dist.ProcessGroup:
         return cast(dist.ProcessGroup, dist.new_group(timeout=timedelta(seconds=world.timeout), backend="gloo"))
+
+    return world.bounded("connecting to send weights", connect)
 
 
 def _received(world: World, stages: int, own: Iterator[Entry], group: dist.ProcessGroup | None) -> Iterator[Entry]:

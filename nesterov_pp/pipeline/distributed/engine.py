@@ -40,9 +40,9 @@ class Engine:
         self._flying[microbatch] = _Flight(leaves, [t for t in tensors_of(output) if t.requires_grad])
         return output
 
-    def gradients_like(self, microbatch: int) -> list[Tensor]:
-        """Return memory for the gradients that the next stage sends back for a microbatch."""
-        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self._flying[microbatch].roots]
+    def roots(self, microbatch: int) -> list[Tensor]:
+        """Return the tensors for which the next stage sends gradients back for a microbatch."""
+        return self._flying[microbatch].roots
 
     def backward(self, microbatch: int, loss: Tensor | None, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Differentiate a microbatch from its loss, or from the gradients of its outputs.

@@ -17,12 +17,17 @@ class Channel(Protocol):
 
     Attributes:
         next_to_post: the microbatch whose tensors ``post`` receives next.
+        backlog: the number of sends that may be on their way before another one waits for the oldest.
+        marked: whether messages end with a mark, by which ``arrived`` tells; the same at both ends, and set before the
+            first message.
         waited: seconds that calls have blocked so far.
 
     Every method raises ``PipelineError`` if the other process has stopped or does not respond in time.
     """
 
     next_to_post: int
+    backlog: int
+    marked: bool
     waited: float
 
     def send(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
@@ -30,6 +35,9 @@ class Channel(Protocol):
 
     def post(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
         """Start receiving into the tensors; ``microbatch`` is the next one, or the same as before."""
+
+    def arrived(self) -> bool:
+        """Return whether the oldest posted tensors have arrived, without waiting; needs ``marked``."""
 
     def take(self, microbatch: int) -> None:
         """Wait until the oldest posted tensors, which belong to this microbatch, have arrived."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from nesterov_pp.pipeline.batches import Batches, as_batches
 from nesterov_pp.pipeline.checkpoints import stage_part
 from nesterov_pp.pipeline.clipping import ClipOver, Norms, check_clip_over, clip, squared_norm
-from nesterov_pp.pipeline.delay_models import version_for_update
+from nesterov_pp.pipeline.delay_models import forwards_ahead, version_for_update
 from nesterov_pp.pipeline.distributed.agreement import Report, check_agreement, prints_of
 from nesterov_pp.pipeline.distributed.collect import collected
 from nesterov_pp.pipeline.distributed.engine import Engine
 from nesterov_pp.pipeline.distributed.links import Links
 from nesterov_pp.pipeline.distributed.replicas import BUCKET_BYTES, check_shards
+from nesterov_pp.pipeline.distributed.store import PipelineError
 from nesterov_pp.pipeline.distributed.timeline import Timeline
 from nesterov_pp.pipeline.distributed.traffic import Note, Traffic
 from nesterov_pp.pipeline.distributed.transport import TorchLinks
 from nesterov_pp.pipeline.distributed.versions import Versions
-from nesterov_pp.pipeline.distributed.world import PipelineError, World, in_one_sentence
+from nesterov_pp.pipeline.distributed.world import World, in_one_sentence
 from nesterov_pp.pipeline.export import Entry, Exports, Naming, entries_of, naming_of
 from nesterov_pp.pipeline.losses import Loss, LossFunction, loss_of, reweigh, weight_of_update
 from nesterov_pp.pipeline.partition import own_stage
@@ -47,6 +49,7 @@ from nesterov_pp.pipeline.stage import (
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, as_saved_now, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
+from nesterov_pp.pipeline.wire import Wire, check_wire
 from nesterov_pp.stash import gathers_itself
 
 Batch = Callable[[int], tuple[Any, Any]]
@@ -56,7 +59,9 @@ class AsyncPipeline(Checkpoints, Exports):
     """One stage of a never-flushing pipeline over the processes of ``world``. Every process creates one.
 
     The losses and weights are those of ``VirtualPipeline`` with the same arguments. ``step`` completes one microbatch
-    on this stage; between its forward and its backward the stage works on up to ``P - i`` others.
+    on this stage; between its forward and its backward the stage works on up to ``P - i`` others, and with a slack on
+    up to ``ceil(slack (P - i) / (P - 1))`` more. Then a stage with stashed weights does not insist on its order of
+    events: it runs the backward of a microbatch whose gradients have come while the next activations have not.
 
     Args:
         stages: this process's stage, a list of all stages, or an ``nn.Sequential`` with ``partition``.
@@ -74,9 +79,11 @@ class AsyncPipeline(Checkpoints, Exports):
             process ``r P + i`` is stage i (from 0) of replica r. A stage that ``fully_shard`` has sharded over its
             replicas needs a method without a stash, and all replicas must call ``evaluate`` and ``predict``.
         bucket_bytes: bytes of gradients that are sent together between replicas.
-        receive_ahead: number of messages to receive in each direction before they are needed.
+        receive_ahead: number of messages to receive in each direction before they are needed (default: 1, and with a
+            slack as many more as it lets be on their way on a link).
         recompute: keep no activations except the stage's input, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
+        wire: "bfloat16" or "int8": what stages send each other in training in fewer bits (default: as it is).
         check_finite: check every activation before it is sent, and the loss, for NaN and Inf (on a GPU this waits for
             the device).
         device: where the stage computes (default: the device of its parameters).
@@ -87,6 +94,7 @@ class AsyncPipeline(Checkpoints, Exports):
         stage, replica: this process's stage and replica, counted from 0.
         stages: the number of stages.
         delay: the stage's tau, in updates.
+        in_flight: the largest number of microbatches in flight, by which stages can be apart.
         microbatches, updates: numbers completed on this stage.
 
     Raises:
@@ -113,9 +121,10 @@ class AsyncPipeline(Checkpoints, Exports):
         backend: str = "auto",
         replicas: int = 1,
         bucket_bytes: int = BUCKET_BYTES,
-        receive_ahead: int = 1,
+        receive_ahead: int | None = None,
         recompute: bool = False,
         autocast: torch.dtype | None = None,
+        wire: Wire | None = None,
         check_finite: bool = True,
         device: torch.device | str | None = None,
         timeline: bool = False,
@@ -125,17 +134,19 @@ class AsyncPipeline(Checkpoints, Exports):
         recipe = find_recipe(method).override(overrides)
         if replicas < 1 or world.size % replicas:
             raise ValueError(f"{world.size} processes cannot be divided into {replicas} replicas of a pipeline")
-        if receive_ahead < 0:
+        if receive_ahead is not None and receive_ahead < 0:
             raise ValueError(f"receive_ahead must be at least 0, not {receive_ahead}")
         if flush_every is not None and flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 update, or None for never, not {flush_every}")
         recipe.check_forward(recompute=recompute, autocast=autocast is not None)
+        check_wire(wire)
+        self.wire = wire
         over_all = check_clip_over(clip_over, max_grad_norm)
         self.recipe, self.loss_fn, self._lr = recipe, loss_fn, lr
         self.stages, self.stage, self.replica = world.size // replicas, 0, 0
         self.stage, self.replica = world.rank % self.stages, world.rank // self.stages
         self.replicas, self.seed, self.flush_every = replicas, seed, flush_every
-        self._batch = as_batches(batch, seed, window=(self.stages + 1) * replicas)
+        self._batch = as_batches(batch, seed, window=(self.stages + 1 + recipe.slack) * replicas)
         self.module = own_stage(stages, partition, self.stages, self.stage, world.agreed, lambda: self._batch(0)[0])
         self._naming = naming_of(stages, self.module, self.stage)
         if device is not None:
@@ -151,12 +162,16 @@ class AsyncPipeline(Checkpoints, Exports):
         if microbatches < 1 or microbatches % k:
             raise ValueError(f"the length of a run must be a positive multiple of {k} microbatches, not {microbatches}")
         self.microbatches_per_update, self.total = k, microbatches
-        self.delay, self._ahead = self.delays[self.stage], self.stages - 1 - self.stage
+        aheads = forwards_ahead(self.stages, recipe.slack)
+        self.delay, self._ahead, self.in_flight = self.delays[self.stage], aheads[self.stage], aheads[0] + 1
         self.microbatches = self._forwarded = 0
         self.optimizer_seconds = 0.0
         self.timeline = Timeline(self.stage, timeline)
         self._autocast, self._check_finite = autocast, check_finite
+        if receive_ahead is None:
+            receive_ahead = max((a - b for a, b in pairwise(aheads)), default=1)
         self._receive_ahead = receive_ahead
+        self._eager = recipe.slack > 0 and recipe.linearise_at == "version"
         self._losses: dict[int, Loss] = {}
         self._weighs = k > 1 or replicas > 1  # a microbatch's weight matters where an update takes several
         self._weights: list[float | None] = []
@@ -188,7 +203,16 @@ class AsyncPipeline(Checkpoints, Exports):
             self._average = self._links.average(leaves, bucket_bytes)
         self._engine = Engine(Recomputed(self.module) if recompute else self.module)
         self._traffic = Traffic(
-            self._links, self._engine, receive_ahead, microbatches, self.device, self._weighs or over_all, self.timeline
+            self._links,
+            self._engine,
+            receive_ahead,
+            self.in_flight,
+            microbatches,
+            self.device,
+            self._weighs or over_all,
+            self.timeline,
+            eager=self._eager,
+            wire=wire,
         )
         self._world = world
         self._prepared = False
@@ -196,7 +220,7 @@ class AsyncPipeline(Checkpoints, Exports):
             stage_part(self.stage, self.stages),
             writes=self.replica == 0,
             replicas=replicas,
-            behind=self.stages,
+            behind=self.in_flight,
             gather=world.gather,
             sharded=gathers_itself(self.module),
         )
@@ -260,7 +284,7 @@ class AsyncPipeline(Checkpoints, Exports):
             flush_every=self.flush_every,
             stop=self.total,
         )
-        while self._forwarded <= limit:
+        while self._next_is_forward(m, limit):
             self._forward(self._forwarded)
             self._forwarded += 1
         loss = self._backward(m)
@@ -270,6 +294,14 @@ class AsyncPipeline(Checkpoints, Exports):
         if self.microbatches == self.total:
             self._traffic.finish()
         return loss
+
+    def _next_is_forward(self, m: int, limit: int) -> bool:
+        """Return whether a forward comes next, of those up to ``limit``, or else the backward of ``m``."""
+        if self._forwarded > limit:
+            return False
+        if not self._eager or self._forwarded == m:
+            return True
+        return self._traffic.has_inputs_first(self._forwarded, m)
 
     # ------------------------------------------------------------------ evaluation: called on all stages of a pipeline
 
@@ -381,7 +413,7 @@ class AsyncPipeline(Checkpoints, Exports):
 
     def _terms(self) -> Terms:
         k = self.microbatches_per_update
-        return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas)
+        return Terms(self.recipe.name, k, list(self.delays), self.flush_every, self.seed, self.replicas, self.wire)
 
     def _state(self) -> StageState:
         return StageState(self.stash, self.optimizer, self.module, norms=self._norms)
@@ -393,6 +425,7 @@ class AsyncPipeline(Checkpoints, Exports):
         settings = {
             **asdict(self._terms()),
             "microbatches": self.total,
+            "slack": self.recipe.slack,
             "receive_ahead": self._receive_ahead,
             "clip_over": "stage" if self._norms is None else "pipeline",
             "position": self.microbatches,

@@ -18,7 +18,8 @@ from torch import distributed as dist
 
 from nesterov_pp.pipeline.distributed.links import Average, Channel, Side
 from nesterov_pp.pipeline.distributed.replicas import GradientAverage
-from nesterov_pp.pipeline.distributed.world import PipelineError, World
+from nesterov_pp.pipeline.distributed.store import PipelineError
+from nesterov_pp.pipeline.distributed.world import World
 from nesterov_pp.pipeline.tensors import to_device
 
 T = TypeVar("T")
@@ -45,20 +46,19 @@ class TorchChannel:
         world: provides the timeouts, and the reason why a neighbour is gone.
         group: the process group of the two processes.
         peer: the global rank of the other process.
-        backlog: number of sends that may be in flight before another one waits for the oldest.
         stage, other: this stage and the stage at the other end, for error messages.
         what: what the channel carries, for error messages.
     """
 
-    def __init__(
-        self, world: World, group: dist.ProcessGroup, peer: int, backlog: int, stage: int, other: int, what: str
-    ) -> None:
-        self._world, self._group, self._peer, self._backlog = world, group, peer, backlog
+    def __init__(self, world: World, group: dist.ProcessGroup, peer: int, stage: int, other: int, what: str) -> None:
+        self._world, self._group, self._peer = world, group, peer
         self._stage, self._other, self._what = stage, other, what
         self._sent: deque[tuple[int, list[_Work], Sequence[Tensor]]] = deque()
-        self._posted: deque[tuple[int, list[_Work]]] = deque()
+        self._posted: deque[tuple[int, list[_Work], Tensor | None]] = deque()
         self._patience = world.first_timeout
         self.next_to_post = 0
+        self.backlog = 1
+        self.marked = False
         self.waited = 0.0
 
     def send(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
@@ -67,8 +67,10 @@ class TorchChannel:
         def start() -> list[_Work]:
             return [_Work(dist.isend(t, self._peer, group=self._group), t.is_cpu) for t in tensors]
 
+        if self.marked:
+            tensors = [*tensors, torch.ones(1, dtype=torch.uint8)]
         self._sent.append((microbatch, self._guarded(microbatch, "send", start), tensors))
-        while len(self._sent) > self._backlog:
+        while len(self._sent) > self.backlog:
             self._settle()
 
     def post(self, microbatch: int, tensors: Sequence[Tensor]) -> None:
@@ -77,12 +79,23 @@ class TorchChannel:
         def start() -> list[_Work]:
             return [_Work(dist.irecv(t, self._peer, group=self._group), t.is_cpu) for t in tensors]
 
-        self._posted.append((microbatch, self._guarded(microbatch, "receive", start)))
+        mark = torch.zeros(1, dtype=torch.uint8) if self.marked else None
+        if mark is not None:
+            tensors = [*tensors, mark]
+        self._posted.append((microbatch, self._guarded(microbatch, "receive", start), mark))
         self.next_to_post = microbatch + 1
+
+    def arrived(self) -> bool:
+        """Return whether the oldest posted tensors have arrived: whether the mark that comes after them has.
+
+        torch does not say whether a receive over gloo has completed except by waiting for it.
+        """
+        mark = self._posted[0][2] if self._posted else None
+        return mark is not None and bool(mark.item())
 
     def take(self, microbatch: int) -> None:
         """Wait until the oldest posted tensors, which belong to this microbatch, have arrived."""
-        posted, works = self._posted.popleft()
+        posted, works, _ = self._posted.popleft()
         assert posted == microbatch
         self._wait(microbatch, "receive", works)
 
@@ -164,7 +177,6 @@ class TorchLinks:
         self.stage, self.replica, self.replicas = world.rank % stages, world.rank // stages, replicas
         i, timeout = self.stage, timedelta(seconds=world.timeout)
         longest = timedelta(seconds=max(world.timeout, world.first_timeout))
-        backlog = stages - i + 2  # the microbatches that the stage has in flight, plus two
         self.inputs: Channel | None = None
         self.outputs: Channel | None = None
         self.overflow_in: Channel | None = None
@@ -174,10 +186,13 @@ class TorchLinks:
         self._twins: dist.ProcessGroup | None = None
 
         def group(ranks: list[int], timeout: timedelta = timeout, backend: str | None = None) -> dist.ProcessGroup:
-            return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
+            def connect() -> dist.ProcessGroup:
+                return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=timeout, backend=backend))
+
+            return world.bounded("connecting the stages", connect)
 
         def channel(members: dist.ProcessGroup, other: int, what: str) -> Channel:
-            return TorchChannel(world, members, world.rank + other - i, backlog, i, other, what)
+            return TorchChannel(world, members, world.rank + other - i, i, other, what)
 
         for replica in range(replicas):
             ranks = [replica * stages + k for k in range(stages)]

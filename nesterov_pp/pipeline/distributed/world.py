@@ -15,6 +15,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from nesterov_pp.pipeline.distributed.store import Answer, PipelineError, SharedStore, first_line, try_for
+
 T = TypeVar("T")
 
 TIMEOUT = 60.0
@@ -25,11 +27,11 @@ FIRST_TIMEOUT = 600.0
 
 _POLL = 0.02
 
+_LATER = 1.0
+"""Seconds by which a call that has the same limit of its own is left to end by it first."""
 
-class PipelineError(RuntimeError):
-    """An error after which training cannot continue; its message is one sentence."""
-
-    one_sentence = True
+_LAST_WORDS = 2.0
+"""Seconds that a process that stops takes at most for each of: why, telling why, and disconnecting."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,37 @@ class World:
     rank: int
     size: int
     timeout: float = TIMEOUT
-    store: Store | None = None
+    store: SharedStore | None = None
     first_timeout: float = FIRST_TIMEOUT
 
     def tell(self, reason: str) -> None:
         """Record why this process stops, for the others to read. Only the first reason is kept."""
         if self.store is not None:
-            with suppress(RuntimeError):
-                self.store.compare_set("failure", "", reason)
+            with suppress(PipelineError):
+                self.store.set_first("failure", reason, self._last_words)
 
     def reason(self) -> str | None:
-        """Return why another process has stopped, if it recorded a reason."""
+        """Return why another process has stopped, if it recorded a reason and this process can read it."""
         if self.store is None:
             return None
         try:
-            return self.store.get("failure").decode() if self.store.check(["failure"]) else None
-        except RuntimeError:  # the store's process has ended
+            found = self.store.words("failure", seconds=self._last_words)
+        except PipelineError:  # the store's process has ended, or the link to it
             return None
+        return found[0] if found else None
+
+    @property
+    def _last_words(self) -> float:
+        return min(self.timeout, _LAST_WORDS)
+
+    def bounded(self, act: str, call: Callable[[], T]) -> T:
+        """Return ``call()``, which connects processes and might never return.
+
+        Raises:
+            PipelineError: it fails, or does not return in time.
+        """
+        with self.explained(act):
+            return Answer(call).get(self.timeout + _LATER)
 
     def gather(self, value: T) -> list[T]:
         """Return the ``value`` of every process, on all processes.
@@ -89,8 +105,10 @@ class World:
         """
         try:
             yield
-        except RuntimeError as error:
-            why = self.reason() or "it has ended or hangs"
+        except PipelineError:
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            why = self.reason() or "it has ended or hangs, or the link to it is gone"
             raise PipelineError(
                 f"process {self.rank} stopped while {act} because another process stopped: {why}"
             ) from error
@@ -131,23 +149,29 @@ def connect(
     if not dist.is_available():
         raise PipelineError("this build of torch has no torch.distributed; install one that has it")
     rank, size = _number("RANK"), _number("WORLD_SIZE")
-    store = _store(rank, size, timeout)
-    store = PrefixStore(f"nesterov_pp/{_meet(store, rank, size, timeout)}", store)
+    where = f"the store of the run at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    whole = _store(rank, size, timeout)
+    meeting = _meet(SharedStore(whole, timeout, where), rank, size, timeout)
+    store = PrefixStore(f"nesterov_pp/{meeting}", whole)
     wait = timedelta(seconds=timeout)
     backend = backend or _backend()
-    try:
+
+    def join() -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    except RuntimeError as error:
-        raise PipelineError(f"process {rank} could not reach all {size} processes: {_first(error)}") from error
-    world = World(rank, size, timeout, store, max(timeout, FIRST_TIMEOUT) if first_timeout is None else first_timeout)
+
+    try:
+        Answer(join).get(timeout + _LATER)
+    except (RuntimeError, TimeoutError) as error:
+        raise PipelineError(f"process {rank} could not reach all {size} processes: {first_line(error)}") from error
+    shared = SharedStore(store, timeout, where)
+    world = World(rank, size, timeout, shared, max(timeout, FIRST_TIMEOUT) if first_timeout is None else first_timeout)
     try:
         yield world
         _part(world)
     except BaseException as error:
         world.tell(in_one_sentence(error))
         if "nccl" not in backend or not isinstance(error, PipelineError):
-            with suppress(RuntimeError):
-                dist.destroy_process_group()
+            try_for(_LAST_WORDS, dist.destroy_process_group)
         raise
     dist.destroy_process_group()
 
@@ -195,14 +219,18 @@ def _store(rank: int, size: int, timeout: float) -> Store:
     if not host:
         raise PipelineError("MASTER_ADDR is not set; start the processes with torchrun")
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
+
+    def reach() -> Store:
         patience = timedelta(seconds=timeout)
         store = dist.TCPStore(host, port, is_master=serves, timeout=patience, wait_for_workers=False)  # type: ignore[attr-defined]
         return cast(Store, store)
-    except RuntimeError as error:
+
+    try:
+        return Answer(reach).get(timeout + _LATER)
+    except (RuntimeError, TimeoutError) as error:
         if serves:
             raise PipelineError(
-                f"cannot listen on port {port} ({_first(error)}); choose another with --master-port"
+                f"cannot listen on port {port} ({first_line(error)}); choose another with --master-port"
             ) from error
         raise PipelineError(
             f"process {rank} of {size} found no process at {host}:{port} within {timeout:g} s; check that the first "
@@ -210,7 +238,7 @@ def _store(rank: int, size: int, timeout: float) -> Store:
         ) from error
 
 
-def _meet(store: Store, rank: int, size: int, timeout: float) -> str:
+def _meet(store: SharedStore, rank: int, size: int, timeout: float) -> str:
     """Return a name for this meeting of ``size`` processes that no other meeting in the same store has.
 
     ``torchrun`` keeps its store through restarts, and counts restarts per machine. So process 0 makes up a name and
@@ -221,53 +249,49 @@ def _meet(store: Store, rank: int, size: int, timeout: float) -> str:
     """
     card = uuid.uuid4().hex
     others = range(1, size)
-    store.set(f"card/{rank}", card)
+    end = time.monotonic() + timeout
 
-    def cards() -> str | None:
-        keys = [f"card/{r}" for r in others]
-        return " ".join(store.get(k).decode() for k in keys) if not keys or store.check(keys) else None
+    def left() -> float:
+        return max(0.0, end - time.monotonic())
 
+    store.set(f"card/{rank}", card, left())
     name = card
 
     def invited() -> bool:
         nonlocal name
-        words = store.get("invitation").decode().split() if store.check(["invitation"]) else []
+        found = store.words("invitation", seconds=left())
+        words = found[0].split() if found else []
         if card not in words:
             return False
         name = words[0]
-        store.set(f"{name}/here/{rank}", "")
-        return store.check([f"{name}/all"])
+        store.set(f"{name}/here/{rank}", "", left())
+        return store.has(f"{name}/all", seconds=left())
 
     def all_here() -> bool:
-        found = cards()
-        if found is None:
+        cards = store.words(*(f"card/{r}" for r in others), seconds=left()) if others else []
+        if cards is None:
             return False
-        store.set("invitation", f"{card} {found}")
-        return size == 1 or bool(store.check([f"{card}/here/{r}" for r in others]))
+        store.set("invitation", " ".join([card, *cards]), left())
+        return not others or store.has(*(f"{card}/here/{r}" for r in others), seconds=left())
 
-    if not _until(invited if rank else all_here, timeout):
+    if not _until(invited if rank else all_here, end):
         raise PipelineError(_missing(store, rank, size, timeout))
     if rank == 0:
-        store.set(f"{name}/all", "")
+        store.set(f"{name}/all", "", max(left(), _POLL))
     return name
 
 
-def _missing(store: Store, rank: int, size: int, timeout: float) -> str:
-    absent = [r for r in range(size) if not store.check([f"card/{r}"])]
+def _missing(store: SharedStore, rank: int, size: int, timeout: float) -> str:
+    absent = [r for r in range(size) if not store.has(f"card/{r}", seconds=min(timeout, _LAST_WORDS))]
     who = f"process {', '.join(map(str, absent))}" if absent else "another process"
     return (
         f"process {rank} timed out after {timeout:g} s waiting for {who} of {size}; start all of them, or ask for fewer"
     )
 
 
-def _until(done: Callable[[], bool], timeout: float) -> bool:
-    end = time.monotonic() + timeout
+def _until(done: Callable[[], bool], end: float) -> bool:
     while not done():
-        if time.monotonic() > end:
+        if time.monotonic() > end - _POLL:
             return False
         time.sleep(_POLL)
     return True
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
