@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward
-from nesterov_pp.stash import LineariseAt, Shadow
+from nesterov_pp.stash import LineariseAt, OldVersions, Shadow
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,14 @@ class Recipe:
             raise ValueError(
                 f"{self.name!r} changes the weights between forward and backward, but the copies that autocast makes "
                 "of the weights would not change with them; use a method with a stash, or turn autocast off"
+            )
+
+    def check_old_versions(self, old_versions: OldVersions) -> None:
+        """Raise ValueError if older versions are to be kept in another form, but the recipe keeps none."""
+        if old_versions != "full" and self.linearise_at == "newest":
+            raise ValueError(
+                f"method {self.name!r} keeps no older versions of the weights, so none can be kept as {old_versions}; "
+                "omit old_versions, or use a method with a stash"
             )
 
     def check_groups(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nesterov_pp.methods.costs import of_step
 from nesterov_pp.pipeline.delay_models import stage_delays
@@ -14,6 +14,7 @@ from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 
 if TYPE_CHECKING:
+    from nesterov_pp.stash import OldVersions
     from rich.console import Console
 
     from nesterov_pp.terminal import Table
@@ -59,7 +60,7 @@ def plan(
 ) -> None:
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
-    ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
+    ``storage`` are the settings ``weights_dtype``, ``state_dtype``, ``master_weights`` and ``stash`` of ``Config``.
     The asynchronous pipeline updates as often, and as late, as the method does; if the method waits for its gradients,
     after every microbatch.
 
@@ -95,7 +96,18 @@ def plan(
             k, delays = (often, late) if schedule == "async" else (waiting, [0] * count)
             found = simulate(schedule, costs, network, run, k, delays)
             state = cost.state / weights.itemsize
-            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=state, delays=delays))
+            held = max(
+                memory_per_stage(
+                    schedule,
+                    costs,
+                    k,
+                    stash=stash,
+                    old_versions=cast("OldVersions", config.stash),
+                    itemsize=weights.itemsize,
+                    state=state,
+                    delays=delays,
+                )
+            )
             rows.append((count, schedule, found, held, delays))
     console.print(_table(rows, tokens, memory * _GIB, waiting))
     fitting = [row for row in rows if row[3] <= memory * _GIB]

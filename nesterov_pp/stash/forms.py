@@ -23,13 +23,16 @@ class Form(Protocol):
     dtypes: ClassVar[Sequence[torch.dtype]]
     """The dtypes of tensors that the form takes."""
 
+    each: ClassVar[float]
+    """Bytes of an element in a row."""
+
     def __init__(self, tensors: Sequence[Tensor], rows: int) -> None: ...
 
     def keep(self, row: int, version: Sequence[Tensor], following: Sequence[Tensor]) -> None:
         """Keep a version in a row; ``following`` is the version after it."""
 
     def restore(self, newest: Sequence[Tensor], rows: Sequence[int], out: Sequence[Tensor]) -> None:
-        """Write the version in the last of ``rows`` to ``out``; the others are those of all versions since, newest first."""
+        """Write the version in the last of ``rows``, which are those of all since too, newest first, to ``out``."""
 
     def row(self, row: int) -> SavedRow:
         """Return the tensors of a row, not copied."""
@@ -43,6 +46,7 @@ class Differences:
     """8-bit differences (``kernels.differences``): 1.0625 bytes for each element and version."""
 
     dtypes: ClassVar[Sequence[torch.dtype]] = differences.DTYPES
+    each: ClassVar[float] = 1.0 + torch.bfloat16.itemsize / differences.GROUP
 
     def __init__(self, tensors: Sequence[Tensor], rows: int) -> None:
         self._codes, self._scales = differences.new_rows(tensors, rows)
@@ -65,6 +69,7 @@ class Rounded:
     """Weights rounded to bfloat16: 2 bytes for each element and version."""
 
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
+    each: ClassVar[float] = torch.bfloat16.itemsize
 
     def __init__(self, tensors: Sequence[Tensor], rows: int) -> None:
         self._sizes = [t.numel() for t in tensors]
@@ -109,6 +114,21 @@ def check_form(form: str, named: Mapping[str, Tensor]) -> None:
             raise ValueError(f"old_versions={form!r} keeps weights of {names}, but {name} is {found}; use 'full'")
     if len({p.device for p in named.values()}) > 1:
         raise ValueError(f"old_versions={form!r} keeps weights of one device; use 'full'")
+
+
+def is_short(form: str, versions: int) -> bool:
+    """Return whether a ring of so many versions keeps older ones in another form than in full.
+
+    It needs two full versions in any case.
+    """
+    return form != "full" and versions > 2
+
+
+def ring_bytes(form: str, versions: int, itemsize: int) -> float:
+    """Return the bytes of a ring for each weight of ``itemsize`` bytes, the newest version included."""
+    if not is_short(form, versions):
+        return float(versions * itemsize)
+    return 2 * itemsize + (versions - 1) * _CLASSES[form].each
 
 
 def new_form(form: str, tensors: Sequence[Tensor], rows: int) -> Form:

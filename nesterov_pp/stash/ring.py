@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nesterov_pp.stash.bindings import Binding, Bindings
 from nesterov_pp.stash.bound import SHADOW, Bound
-from nesterov_pp.stash.forms import OldVersions, check_form
+from nesterov_pp.stash.forms import OldVersions, check_form, is_short
 from nesterov_pp.stash.leaves import aliases, check_stashable, gathers_itself, new_leaves
 from nesterov_pp.stash.linearise import check_linearisable, saved_elsewhere
 from nesterov_pp.stash.module_state import Pair, PartState
@@ -105,7 +105,7 @@ class WeightStash:
         self.old_versions = old_versions
         self._names = list(named)
         first = list(named.values())
-        short = old_versions != "full" and versions > 2 and bool(first)
+        short = is_short(old_versions, versions) and bool(first)
         # Besides the newest version, the memory that a step writes next and that older versions are decoded into.
         self._owning = versions if not short else versions + 1 if exact_forward else 2
         self._slots = [first] + [new_leaves(first) for _ in range(self._owning - 1)]
@@ -157,6 +157,11 @@ class WeightStash:
         return list(self._names)
 
     @property
+    def keeps_exactly(self) -> bool:
+        """Whether every version of the ring can be used in a forward as it was."""
+        return self._old is None or self._old.exact
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all that the ring keeps besides the newest version: the older ones, a buffer, a shadow."""
         one = sum(p.nbytes for p in self._slots[0])
@@ -193,6 +198,9 @@ class WeightStash:
         self._settle()
         self._position.slot_of(version)
         if self._old is None or version == self.newest:
+            return
+        if self._old.exact:
+            self._bindings.rest()
             return
         shows = self._bindings.shows()
         if shows is not None and shows != version:
