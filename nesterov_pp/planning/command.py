@@ -14,9 +14,9 @@ from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, simulate
 
 if TYPE_CHECKING:
-    from nesterov_pp.stash import OldVersions
     from rich.console import Console
 
+    from nesterov_pp.stash import OldVersions
     from nesterov_pp.terminal import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]

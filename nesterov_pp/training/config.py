@@ -195,8 +195,8 @@ class Config:
     stash: str = _option(
         "full",
         _choice(*FORMS),
-        "how stages keep weights older than the newest: full, 8bit-differences (1.06 bytes a parameter and version, at "
-        "0.4 % of their distance from the exact ones) or bfloat16",
+        "how stages keep weights older than the newest: full, 8bit-differences (1.06 bytes a parameter and version) or "
+        "bfloat16",
     )
     warmup: int = _option(
         100, whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
