@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     analysis_arguments(sub, _typed)
     sub = command("plan", _plan, "predict time, memory and delays of a pipeline of this model on other machines")
     plan_arguments(sub, _typed)
-    for name in (*MODEL, *STORAGE):
+    for name in (*MODEL, *STORAGE, "stash"):
         add_setting(sub, name)
     sub = command("reshard", _reshard, "regroup a run's newest checkpoint for another number of stages")
     sub.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run to regroup")

@@ -102,6 +102,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "jitter": {},
     "own-links": {"links": HalvedLinks},
     "clipped-over-all": {"clip_over": "pipeline"},
+    "differences": {"old_versions": "8bit-differences"},
+    "differences-recomputed": {"old_versions": "8bit-differences", "recompute": True},
+    "differences-drained": {"old_versions": "8bit-differences", "flush_every": 11},
+    "differences-compensated": {"old_versions": "8bit-differences", "method": "dc-asgd"},
+    "rounded": {"old_versions": "bfloat16"},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
 ONLY_ASYNC = ("recompute", "receive_ahead", "checkpoint", "links")
@@ -140,6 +145,8 @@ def k_of(options: dict[str, Any]) -> int:
 def expected(stages: int, name: str) -> dict[str, Any]:
     """Return the losses and final weights of the virtual pipeline."""
     options = {k: v for k, v in SCENARIOS[name].items() if k not in ONLY_ASYNC}
+    if "old_versions" in options:  # then recomputation changes the losses, because it runs at decoded weights
+        options["recompute"] = SCENARIOS[name].get("recompute", False)
     modules = model(stages, dropout=0.1, dtype=torch.float32)
     pipe = VirtualPipeline(modules, F.cross_entropy, **{**BASE, **options})
     losses, validations = [], []

@@ -23,8 +23,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "no-stash": {"method": "nesterov-no-stash", "correction_updates": 9},
     "no-stash-every": {"method": "nesterov-no-stash", "correction_updates": 9},
     "xpipe-two-per-update": {"method": "xpipe", "microbatches_per_update": 2},
+    "differences": {"old_versions": "8bit-differences"},
+    "rounded": {"old_versions": "bfloat16"},
 }
-EVERY = {"nesterov": 6, "no-stash": 6, "no-stash-every": 1, "xpipe-two-per-update": 6}
+EVERY = dict.fromkeys(SCENARIOS, 6) | {"no-stash-every": 1}
 DIES_AT, ENDS_AT = 18, 22
 
 
@@ -38,9 +40,14 @@ def length(name: str) -> int:
     return ENDS_AT * int(SCENARIOS[name].get("microbatches_per_update", 1))
 
 
+def stages(name: str) -> int:
+    """Return the number of stages, enough for a ring in which older versions are not kept in full."""
+    return 3 if "old_versions" in SCENARIOS[name] else 2
+
+
 def virtual(name: str) -> VirtualPipeline:
     """Return the virtual pipeline of a scenario."""
-    return VirtualPipeline(model(2, 0.1, torch.float32), F.cross_entropy, lr=1e-2, seed=3, **SCENARIOS[name])
+    return VirtualPipeline(model(stages(name), 0.1, torch.float32), F.cross_entropy, lr=1e-2, seed=3, **SCENARIOS[name])
 
 
 def losses_of(pipe: VirtualPipeline, updates: int) -> list[float]:
@@ -52,7 +59,7 @@ def losses_of(pipe: VirtualPipeline, updates: int) -> list[float]:
 
 
 def build(world: World, name: str, total: int) -> AsyncPipeline:
-    modules = model(2, 0.1, torch.float32)
+    modules = model(stages(name), 0.1, torch.float32)
     return AsyncPipeline(modules, F.cross_entropy, loader(), total, world, lr=1e-2, seed=3, **SCENARIOS[name])
 
 

@@ -85,7 +85,7 @@ void run(const std::vector<Task>& tasks, const std::vector<StepRow>& rows) {
   const int64_t units = first_unit.back();
   if (units == 0) return;
   const bool streaming = new_bytes >= kStreamingBytes;
-  const Isa isa = selected().load(std::memory_order_relaxed);
+  const Isa isa = selected_isa();
 
   const auto all = static_cast<int64_t>(tasks.size()) * kTaskElements + units * kUnit;
   const int64_t grain = std::max<int64_t>(1, units * kParallelElements / all);
@@ -109,7 +109,7 @@ double norm(const std::vector<Values>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i)
     first_chunk[i + 1] = first_chunk[i] + (tensors[i].count + kChunk - 1) / kChunk;
   std::vector<double> sums(static_cast<size_t>(first_chunk.back()), 0.0);
-  const Isa isa = selected().load(std::memory_order_relaxed);
+  const Isa isa = selected_isa();
   at::parallel_for(0, first_chunk.back(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       auto it = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - 1;
@@ -125,7 +125,9 @@ double norm(const std::vector<Values>& tensors) {
   return std::sqrt(total);
 }
 
-std::string isa() { return isa_name(selected().load()); }
+Isa selected_isa() { return selected().load(std::memory_order_relaxed); }
+
+std::string isa() { return isa_name(selected_isa()); }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;

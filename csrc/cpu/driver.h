@@ -23,6 +23,7 @@ struct Values {
 double norm(const std::vector<Values>& tensors);
 
 // The instruction set in use, and those that this processor offers. set_isa throws std::invalid_argument for others.
+Isa selected_isa();
 std::string isa();
 std::vector<std::string> isas();
 void set_isa(const std::string& name);

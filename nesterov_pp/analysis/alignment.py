@@ -156,7 +156,8 @@ class AlignmentMeter:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _leaves(self, version: int) -> list[Tensor]:
-        return self._stash.leaves(self._parameters())[version % self._stash.versions]
+        self._stash.show(version)
+        return self._stash.leaves(self._parameters())[self._stash.slot_of(version)]
 
     @torch.no_grad()
     def _lookahead(self) -> list[Tensor]:

@@ -5,6 +5,9 @@
 in float32, float64, bfloat16 or float16, gradients in the dtype of their weights, moments in that dtype, float32 or
 bfloat16 (float64 only with float64). ``exp_avg_sqs`` is empty for non-adaptive rules; ``coefficients`` is a float64
 CPU tensor of shape [rows, 9] (the fields of ``Coefficients``) and tensor ``i`` takes row ``row_of[i]``.
+
+``encode_differences(version, next, codes, scales, row)`` and ``decode_differences(newest, out, codes, scales, rows)``
+are those of ``nesterov_pp.kernels.differences``.
 """
 
 from __future__ import annotations
@@ -21,3 +24,5 @@ def _nothing(*_: object) -> None:
 if extension.load()[0] is not None:
     torch.library.register_fake("nesterov_pp::step_")(_nothing)
     torch.library.register_fake("nesterov_pp::step_into")(_nothing)
+    torch.library.register_fake("nesterov_pp::encode_differences")(_nothing)
+    torch.library.register_fake("nesterov_pp::decode_differences")(_nothing)

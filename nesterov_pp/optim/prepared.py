@@ -69,12 +69,13 @@ class Prepared:
         self._resolved = [i for i in self._special if any(is_resolved(slot[i]) for slot in self.leaves)]
         self.sharded = any(map(is_dtensor, parameters))
         self._options = (only_reference, count_on_device)
-        tensors_to_step = list(chain.from_iterable(self._plain))
+        memory = self._plain if stash is None else [list(map(local, part)) for part in stash.memory(parameters)]
+        tensors_to_step = list(chain.from_iterable(memory))
         odd = only_reference or _odd_state(names, states)
         self.backend = choose_backend(options.backend, tensors_to_step, odd)
         swapped = stash is not None and stash.shadow == "stepped"
         shadows = stash.shadows_of(parameters) if stash is not None and stash.shadow else []
-        newest = self.leaves[stash.newest % stash.versions] if stash is not None else parameters
+        newest = self.leaves[stash.slot_of(stash.newest)] if stash is not None else parameters
         stepped = shadows if swapped else newest
         masters = masters_of(states, stepped, options)
         self.masters = MasterWeights([shadows] * len(self.leaves) if swapped else self.leaves, masters)

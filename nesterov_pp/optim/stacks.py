@@ -83,7 +83,10 @@ class RotatedTensors:
         stash = options.stash
         self.leaves = [self.parameters] if stash is None else stash.leaves(self.parameters)
         self.stacks = _stacks(self.parameters, group_of, groups, state)
-        passed = [[p.detach() for p in slot] for slot in self.leaves]
+        # Leaves may point elsewhere for a while (see stash/old_versions.py).
+        memory = self.leaves if stash is None else stash.memory(self.parameters)
+        own = [memory[s % len(memory)] for s in range(len(self.leaves))]
+        passed = [[p.detach() for p in slot] for slot in own]
         self._gradients: dict[int, Tensor] = {}
         rotated = set()
         for stack in self.stacks:
@@ -96,11 +99,10 @@ class RotatedTensors:
                     slot[n] = step
         self._passed = passed
         self.cut_weights = [
-            {m.number: m.cut(slot[m.number].detach()) for stack in self.stacks for m in stack.matrices}
-            for slot in self.leaves
+            {m.number: m.cut(slot[m.number].detach()) for stack in self.stacks for m in stack.matrices} for slot in own
         ]
         states = [state[p] for p in self.parameters]
-        newest = self.leaves[0] if stash is None else self.leaves[stash.newest % stash.versions]
+        newest = self.leaves[0] if stash is None else self.leaves[stash.slot_of(stash.newest)]
         masters = masters_of(states, newest, options)
         for s, master in zip(states, masters, strict=True):
             s.update({} if master is None else {"master_weight": master})

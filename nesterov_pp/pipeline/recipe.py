@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward, stage_delays
-from nesterov_pp.stash import LineariseAt, Shadow
+from nesterov_pp.stash import LineariseAt, OldVersions, Shadow
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,14 @@ class Recipe:
             raise ValueError(f"method {self.name!r} waits for its gradients, so it has no slack; omit it")
         if slack and not self.takes_slack:
             raise ValueError(f"method {self.name!r} has delays of its own, to which slack cannot add; omit it")
+
+    def check_old_versions(self, old_versions: OldVersions) -> None:
+        """Raise ValueError if older versions are to be kept in another form, but the recipe keeps none."""
+        if old_versions != "full" and self.linearise_at == "newest":
+            raise ValueError(
+                f"method {self.name!r} keeps no older versions of the weights, so none can be kept as {old_versions}; "
+                "omit old_versions, or use a method with a stash"
+            )
 
     def check_groups(self) -> None:
         """Raise ValueError if the rule takes no parameter groups."""

@@ -13,7 +13,7 @@ from torch import nn
 from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.tensors import device_of
-from nesterov_pp.stash import WeightStash
+from nesterov_pp.stash import OldVersions, WeightStash
 
 ParamGroups = Callable[[nn.Module], Sequence[dict[str, Any]]]
 """``(stage) -> groups`` for the optimizer of a stage, with every trainable parameter in one of them.
@@ -22,9 +22,21 @@ A group's ``"lr_scale"`` multiplies the learning rate of the run; its other entr
 """
 
 
-def build_stash(recipe: Recipe, module: nn.Module, versions: int) -> WeightStash:
-    """Return the ring of a stage's weights, with the recipe's shadow if it has one."""
-    return WeightStash(module, versions, shadow=recipe.shadow)
+def build_stash(
+    recipe: Recipe,
+    module: nn.Module,
+    versions: int,
+    old_versions: OldVersions = "full",
+    *,
+    exact_forward: bool = False,
+) -> WeightStash:
+    """Return the ring of a stage's weights, with the recipe's shadow if it has one.
+
+    Raises:
+        ValueError: the recipe uses no older versions, but ``old_versions`` is not "full"; or as for ``WeightStash``.
+    """
+    recipe.check_old_versions(old_versions)
+    return WeightStash(module, versions, shadow=recipe.shadow, old_versions=old_versions, exact_forward=exact_forward)
 
 
 def build_optimizer(

@@ -56,7 +56,8 @@ class StageState:
     def memory(self) -> dict[str, int]:
         """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``, ``masters``.
 
-        ``stash`` includes the shadow, ``moments`` all tensors of the optimizer's state but the master weights.
+        ``stash`` includes the shadow and, if older versions are kept in another form, the memory that a step writes
+        next. ``moments`` are all tensors of the optimizer's state but the master weights.
         """
         ring = set(self.stash.names)
         one = sum(map(_bytes, self.stash.parameters(self.stash.newest).values()))
@@ -64,10 +65,9 @@ class StageState:
         states = () if self.optimizer is None else self.optimizer.state.values()
         tensors = [(n, t) for state in states for n, t in state.items() if isinstance(t, Tensor) and t.dim() > 0]
         masters = sum(_bytes(t) for name, t in tensors if name == "master_weight")
-        others = self.stash.versions - 1 + (self.stash.shadow is not None)
         return {
             "weights": one + outside,
-            "stash": others * one,
+            "stash": self.stash.nbytes,
             "moments": sum(_bytes(t) for _, t in tensors) - masters,
             "masters": masters,
         }
@@ -106,7 +106,7 @@ class StageState:
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
         """Load everything but the optimizer from an entry that ``check`` has accepted."""
-        self.stash.load_state_dict(saved["stash"])
+        self.stash.load_state_dict(saved["stash"], exactly=saved.get("kept"))
         for name, buffer in self.module.named_buffers():
             buffer.copy_(saved["buffers"][name])
         for name, part in self._others().items():

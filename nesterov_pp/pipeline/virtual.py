@@ -37,6 +37,7 @@ from nesterov_pp.pipeline.stage import (
 )
 from nesterov_pp.pipeline.stage_state import StageState, Terms, check_finished, load_stages, memory_of, save_stages
 from nesterov_pp.pipeline.wire import Wire, across, check_wire
+from nesterov_pp.stash import OldVersions
 
 
 class VirtualPipeline(Checkpoints, Exports):
@@ -77,14 +78,17 @@ class VirtualPipeline(Checkpoints, Exports):
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
         wire: "bfloat16" or "int8": what stages send each other in training, activations and their gradients, in fewer
             bits (default: as it is).
+        old_versions: how a stage keeps versions of its weights older than the newest, as for ``WeightStash``: "full"
+            (default), "8bit-differences" or "bfloat16".
         overrides: hyper-parameters of the recipe to replace, such as ``slack`` (further microbatches in flight), and
             ``state_dtype``, ``master_weights`` and ``stochastic_rounding`` (as for ``optim.NAdam``, with the seed of
             the pipeline), if its rule has them.
 
     The emulation keeps one version more of each stage's weights than its largest delay, even for recipes that need no
-    stash in a real pipeline. ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or
-    evaluation) that they are in. Between two updates, parameters can be frozen and unfrozen by ``requires_grad_``, if
-    they required gradients when the pipeline was built.
+    stash in a real pipeline, and keeps all of them in full, whatever ``old_versions`` is, since its forwards run late.
+    ``pipe.delays`` holds the expected delays. Modules stay in the mode (training or evaluation) that they are in.
+    Between two updates, parameters can be frozen and unfrozen by ``requires_grad_``, if they required gradients when
+    the pipeline was built.
 
     Raises:
         ValueError: the method or a hyper-parameter is unknown, the partition is invalid, parameters are tied across
@@ -111,6 +115,7 @@ class VirtualPipeline(Checkpoints, Exports):
         recompute: bool = False,
         autocast: torch.dtype | None = None,
         wire: Wire | None = None,
+        old_versions: OldVersions = "full",
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
@@ -138,7 +143,8 @@ class VirtualPipeline(Checkpoints, Exports):
         self.updates = 0
         self.optimizer_seconds = 0.0
         self.stashes = [
-            build_stash(recipe, m, n + 1) for m, n in zip(self.stages, self.delay_model.largest, strict=True)
+            build_stash(recipe, m, n + 1, old_versions, exact_forward=True)
+            for m, n in zip(self.stages, self.delay_model.largest, strict=True)
         ]
         self._forwards = [Recomputed(module) if recompute else module for module in self.stages]
         self._autocast = autocast

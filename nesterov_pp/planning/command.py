@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nesterov_pp.methods.costs import of_step
 from nesterov_pp.pipeline.delay_models import stage_delays
@@ -18,6 +18,7 @@ from nesterov_pp.planning.simulate import SCHEDULES, Network, least_slack, simul
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nesterov_pp.stash import OldVersions
     from nesterov_pp.terminal import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
@@ -70,7 +71,7 @@ def plan(
 ) -> None:
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
 
-    ``storage`` are the settings ``weights_dtype``, ``state_dtype`` and ``master_weights`` of ``Config``.
+    ``storage`` are the settings ``weights_dtype``, ``state_dtype``, ``master_weights`` and ``stash`` of ``Config``.
     The asynchronous pipeline updates as often, and as late, as the method does; if the method waits for its gradients,
     after every microbatch. Without ``slack``, that of ``least_slack`` has a row of its own where links need one.
 
@@ -112,7 +113,19 @@ def plan(
             run = max(4 * (count + n), 32) * math.lcm(often, waiting)
             found = simulate(schedule, costs, network, run, k, delays, slack=n, stash=stash)
             state = cost.state / weights.itemsize
-            held = max(memory_per_stage(schedule, costs, k, stash=stash, state=state, delays=delays, slack=n))
+            held = max(
+                memory_per_stage(
+                    schedule,
+                    costs,
+                    k,
+                    stash=stash,
+                    old_versions=cast("OldVersions", config.stash),
+                    itemsize=weights.itemsize,
+                    state=state,
+                    delays=delays,
+                    slack=n,
+                )
+            )
             rows.append((count, f"{schedule} --slack {n}" if n else schedule, found, held, delays))
     console.print(_table(rows, tokens, memory * _GIB, waiting))
     fitting = [row for row in rows if row[3] <= memory * _GIB]

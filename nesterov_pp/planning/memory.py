@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nesterov_pp.pipeline.delay_models import forwards_ahead, stage_delays
 from nesterov_pp.planning.layers import StageCost
+from nesterov_pp.stash import OldVersions, ring_bytes
 
 
 def memory_per_stage(
@@ -14,13 +15,16 @@ def memory_per_stage(
     per_update: int = 1,
     *,
     stash: bool = True,
+    old_versions: OldVersions = "full",
+    itemsize: int = 4,
     state: float = 2.0,
     delays: Sequence[int] | None = None,
     slack: int = 0,
 ) -> list[int]:
     """Return the bytes of each stage: weight versions, gradients, state, activations of microbatches in flight.
 
-    ``state`` is the size of the optimizer's state (moments, masters, a predicted copy) as a multiple of one version of
+    ``old_versions`` is the form of versions older than the newest, for weights of ``itemsize`` bytes. ``state`` is the
+    size of the optimizer's state (moments, masters, a predicted copy) as a multiple of one version of
     the weights: 2 for two moments of their dtype, 6 for bfloat16 weights with two moments and a master in float32.
 
     With ``delays`` tau (default: those of ``stage_delays``), "async" keeps ``tau + 1`` versions (one without a stash)
@@ -39,6 +43,7 @@ def memory_per_stage(
     if schedule == "gpipe":
         in_flight = [per_update] * stages
     return [
-        c.weight_bytes * ((tau + 1 if stash else 1) + 1) + round(c.weight_bytes * state) + n * c.activation_bytes
+        round(c.weight_bytes * (ring_bytes(old_versions, tau + 1 if stash else 1, itemsize) / itemsize + 1 + state))
+        + n * c.activation_bytes
         for c, tau, n in zip(costs, delays, in_flight, strict=True)
     ]

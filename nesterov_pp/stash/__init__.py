@@ -1,6 +1,7 @@
 """The ring of weight versions of one pipeline stage."""
 
+from nesterov_pp.stash.forms import FORMS, OldVersions, ring_bytes
 from nesterov_pp.stash.leaves import gathers_itself
 from nesterov_pp.stash.ring import LineariseAt, Shadow, WeightStash
 
-__all__ = ["LineariseAt", "Shadow", "WeightStash", "gathers_itself"]
+__all__ = ["FORMS", "LineariseAt", "OldVersions", "Shadow", "WeightStash", "gathers_itself", "ring_bytes"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from nesterov_pp.stash.bound import SHADOW, Bound
+from nesterov_pp.stash.old_versions import ShortVersions
 from nesterov_pp.stash.position import Position
 from nesterov_pp.stash.watch import Ending, Watch
 
@@ -26,13 +28,24 @@ class Binding:
         version: version of the weights; SHADOW for the weights outside the ring.
         linearise_at: as in ``WeightStash.use``.
         task: autograd's id of the backward; None for a block.
+        backward: whether the module only runs again inside, for a backward.
+        weights: the weights of ``version``, for a ring that has them no more exactly.
         counted: whether the block counts as a microbatch in flight.
         ran_backward: whether a backward of this version ran inside the block.
         nodes: number of autograd nodes before the block.
     """
 
-    def __init__(self, version: int, linearise_at: str, task: int | None = None) -> None:
+    def __init__(
+        self,
+        version: int,
+        linearise_at: str,
+        task: int | None = None,
+        *,
+        backward: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.version, self.linearise_at, self.task = version, linearise_at, task
+        self.backward, self.weights = backward or task is not None, weights
         self.counted = self.ran_backward = False
         self.nodes = _nodes()
 
@@ -40,8 +53,8 @@ class Binding:
 class Bindings:
     """The bindings of a module: to the version of the innermost block or backward, else to the newest."""
 
-    def __init__(self, position: Position, bound: Bound) -> None:
-        self._position, self._bound = position, bound
+    def __init__(self, position: Position, bound: Bound, old: ShortVersions | None = None) -> None:
+        self._position, self._bound, self._old = position, bound, old
         self._all: list[Binding] = []
         self.watch = Watch(self)
 
@@ -62,8 +75,24 @@ class Bindings:
             ValueError: with ``follow``, if the module's parameters were changed in a way that the ring cannot follow.
         """
         position, version = self._position, self.version
-        slot = SHADOW if version == SHADOW else max(version, position.oldest) % position.versions
+        slot = SHADOW if version == SHADOW else max(version, position.oldest) % position.slots
         self._bound.bind(slot, position.newest_slot, follow=follow)
+        if self._old is not None:
+            self._show(self._old)
+
+    def rest(self) -> None:
+        """Let go of an older version that ``WeightStash.show`` has left in the buffer."""
+        if self._old is not None and self.shows() is None:
+            self._old.rest()
+
+    def shows(self) -> int | None:
+        """Return the older version whose weights the module computes with, from the buffer; None without one."""
+        old, binding = self._old, self._all[-1] if self._all else None
+        if old is None or binding is None or not self._position.oldest <= binding.version < self._position.newest:
+            return None
+        # Other backwards read no weights of the version, and an exact forward does not need the buffer.
+        reads = binding.linearise_at == "version" if binding.backward else not old.exact
+        return binding.version if reads else None
 
     @contextmanager
     def block(self, binding: Binding, *, counts: bool = False) -> Iterator[None]:
@@ -171,6 +200,13 @@ class Bindings:
             )
 
     # ------------------------------------------------------------------ inside
+
+    def _show(self, old: ShortVersions) -> None:
+        version = self.shows()
+        if version is None:
+            old.rest()
+        else:
+            old.show(version, self._all[-1].weights)
 
     def _innermost_block(self) -> Binding | None:
         return next((binding for binding in reversed(self._all) if binding.task is None), None)

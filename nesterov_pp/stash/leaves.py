@@ -70,3 +70,13 @@ def new_leaves(first: list[nn.Parameter]) -> list[nn.Parameter]:
         leaf.__dict__.update(p.__dict__)
         leaves.append(leaf)
     return leaves
+
+
+def aliases(first: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return leaves of their own with the memory, the version counters and the attributes of these parameters."""
+    leaves = []
+    for p in first:
+        leaf = nn.Parameter(p.detach())
+        leaf.__dict__.update(p.__dict__)
+        leaves.append(leaf)
+    return leaves

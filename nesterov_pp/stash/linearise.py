@@ -1,4 +1,4 @@
-"""Linearisation at other weights than those of the forward."""
+"""Backward with other weights than those that autograd has saved."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 
-def linearised_elsewhere(
-    leaves: Sequence[Tensor], elsewhere: Callable[[], Sequence[Tensor]], *, linearise_at: str, gathered: bool
-) -> AbstractContextManager[Any]:
-    """Return hooks that swap the weights autograd saves, and views of them, for other weights when backward runs.
+def check_linearisable(leaves: Sequence[Tensor], linearise_at: str, gathered: bool) -> None:
+    """Raise ValueError if autocast or tensor parallelism would hide the weights of a forward, its ``leaves``.
 
-    Args:
-        leaves: the weights of the forward.
-        elsewhere: function that returns the weights to use instead, called when backward runs.
-        linearise_at: the value to show in error messages.
-        gathered: whether ``fully_shard`` keeps some of the leaves.
-
-    Raises:
-        ValueError: autocast or tensor parallelism would hide the weights.
+    ``gathered``: whether ``fully_shard`` keeps some of the leaves.
     """
     if not gathered and any(hasattr(leaf, "to_local") for leaf in leaves):
         raise ValueError(f'linearise_at="{linearise_at}" cannot follow DTensor weights; use linearise_at="version"')
@@ -32,15 +23,30 @@ def linearised_elsewhere(
             f'linearise_at="{linearise_at}" cannot see through the weight copies that autocast makes; '
             'turn autocast off in this stage or use linearise_at="version"'
         )
+
+
+def saved_elsewhere(
+    places: Sequence[Sequence[Tensor]], elsewhere: Callable[[], Sequence[Tensor]]
+) -> AbstractContextManager[Any]:
+    """Return hooks that swap the weights autograd saves, and views of them, for other weights when backward runs.
+
+    Args:
+        places: lists of the parameters; the weights of the forward lie in the memory of one of the lists.
+        elsewhere: function that returns the weights to use instead, called when backward runs.
+    """
     # Weights that fully_shard keeps are gathered again for the backward, as the newest weights.
-    plain = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.numel() and not hasattr(leaf, "to_local")]
-    owner = {leaf.untyped_storage().data_ptr(): i for i, leaf in plain}
+    owner = {
+        leaf.untyped_storage().data_ptr(): (i, leaf.storage_offset())
+        for leaves in places
+        for i, leaf in enumerate(leaves)
+        if leaf.numel() and not hasattr(leaf, "to_local")
+    }
 
     def pack(saved: Tensor) -> Any:
-        i = owner.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
-        if i is None:
+        found = owner.get(saved.untyped_storage().data_ptr()) if saved.layout == torch.strided else None
+        if found is None:
             return saved
-        return i, saved.shape, saved.stride(), saved.storage_offset() - leaves[i].storage_offset()
+        return found[0], saved.shape, saved.stride(), saved.storage_offset() - found[1]
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):

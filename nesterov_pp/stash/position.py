@@ -29,10 +29,13 @@ class _State(NamedTuple):
 
 
 class Position:
-    """The position of a ring of ``versions`` slots. Version ``v`` lives in slot ``v % versions``."""
+    """The position of a ring of ``versions`` versions. Version ``v`` lives in slot ``v % slots``.
 
-    def __init__(self, versions: int) -> None:
-        self.versions = versions
+    There are as many slots as versions, or more.
+    """
+
+    def __init__(self, versions: int, slots: int) -> None:
+        self.versions, self.slots = versions, slots
         self._state = _State()
         self._next = 0
 
@@ -46,7 +49,7 @@ class Position:
 
     @property
     def newest_slot(self) -> int:
-        return self.newest % self.versions
+        return self.newest % self.slots
 
     @property
     def loads(self) -> int:
@@ -69,7 +72,7 @@ class Position:
                 f"version {version} has left the ring, which holds versions {self.oldest} to {self.newest}; "
                 f"keep more than {self.versions} versions to reach further back"
             )
-        return version % self.versions
+        return version % self.slots
 
     def in_flight(self, version: int) -> int:
         """Return how many microbatches used a version and have not been stepped."""
@@ -109,7 +112,7 @@ class Position:
         taken = state.newest if version is None else version
         counted = state.counting(taken, -microbatches)
         left = {v: n for v, n in counted.in_flight.items() if v > self._next - self.versions}
-        slots = (taken % self.versions, self._next % self.versions)
+        slots = (taken % self.slots, self._next % self.slots)
         self._state = counted._replace(newest=self._next, in_flight=left, to_clear=slots)
 
     def cleared(self) -> None:

@@ -11,7 +11,7 @@ so autograd raises an error where it would have used the wrong weights.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from nesterov_pp.stash.bindings import Binding, Bindings
 from nesterov_pp.stash.bound import SHADOW, Bound
-from nesterov_pp.stash.leaves import check_stashable, gathers_itself, new_leaves
-from nesterov_pp.stash.linearise import linearised_elsewhere
+from nesterov_pp.stash.forms import OldVersions, check_form, is_short
+from nesterov_pp.stash.leaves import aliases, check_stashable, gathers_itself, new_leaves
+from nesterov_pp.stash.linearise import check_linearisable, saved_elsewhere
 from nesterov_pp.stash.module_state import Pair, PartState
+from nesterov_pp.stash.old_versions import ShortVersions
 from nesterov_pp.stash.position import Position
-from nesterov_pp.stash.saved import check_saved
+from nesterov_pp.stash.saved import SavedRing, check_saved
 from nesterov_pp.stash.watch import detach
 
 LineariseAt = Literal["version", "newest", "shadow"]
@@ -34,8 +36,8 @@ Shadow = Literal["stepped", "linearised"]
 class WeightStash:
     """A ring of the ``versions`` newest weight versions of ``module``, which never copies a version.
 
-    Version ``v`` lives in slot ``v % versions``. An optimizer built with ``stash=`` reads the newest slot and writes
-    the next one, so a step with a stash moves as many bytes as one without.
+    Version ``v`` lives in slot ``v % versions`` (see ``slot_of``). An optimizer built with ``stash=`` reads the newest
+    slot and writes the next one, so a step with a stash moves as many bytes as one without.
 
     Args:
         module: a pipeline stage. Its trainable parameters become slot 0; the other ``versions - 1`` slots are
@@ -45,6 +47,16 @@ class WeightStash:
         shadow: one more copy of the weights, kept outside the ring, for an optimizer with a ``prediction``. "stepped":
             the weights that are stepped, while the ring holds predicted weights. "linearised": the weights at which
             ``use(version, linearise_at="shadow")`` differentiates. Default: None, no such copy.
+        old_versions: how the versions older than the newest are kept. "full" (default): as they are.
+            "8bit-differences": each as its difference to the next version, an int8 code for each weight and a bfloat16
+            scale for 32 of them, 1.0625 bytes a weight; for weights of float32, bfloat16 and float16. "bfloat16":
+            rounded, 2 bytes a weight; for weights of float32 (and bfloat16, which lose nothing). docs/memory.md has
+            the errors of both. Either way two versions are kept in full: the newest one, and the memory that the next
+            step writes, into which older versions are decoded until then; so a ring of two is always full. Weights of
+            an older version can be read inside ``use`` and ``bind``, and after ``show``. With differences, what is
+            written to the newest version outside of a step moves the older versions as well.
+        exact_forward: also keep every version in full, for forwards that run late in an emulation of a pipeline.
+            Backward uses the decoded weights all the same (default: False).
 
     Outside ``use``, the module is bound to the newest version. ``module.parameters()`` returns the leaves of the bound
     version. With a "stepped" shadow, these are predictions; ``state_dict()`` of the module and its parts
@@ -60,11 +72,19 @@ class WeightStash:
     Raises:
         ValueError: ``versions`` is below 1; ``shadow`` is not one of the above; a parameter cannot be kept in a ring,
             because it has no values yet (meta device, lazy modules), shares memory with another one, overlaps itself,
-            or carries hooks (register them afterwards, on each of ``parameters(version)``); or ``versions`` is above 1
-            and ``fully_shard`` keeps the module's weights.
+            or carries hooks (register them afterwards, on each of ``parameters(version)``); ``versions`` is above 1
+            and ``fully_shard`` keeps the module's weights; or ``old_versions`` is unknown or cannot keep a parameter.
     """
 
-    def __init__(self, module: nn.Module, versions: int, *, shadow: Shadow | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        versions: int,
+        *,
+        shadow: Shadow | None = None,
+        old_versions: OldVersions = "full",
+        exact_forward: bool = False,
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(f"a WeightStash takes a torch.nn.Module, not {type(module).__name__}")
         if not isinstance(versions, int) or versions < 1:
@@ -79,19 +99,32 @@ class WeightStash:
                 f"fully_shard keeps one version of a module's weights, so a ring of {versions} versions is not "
                 "possible; use a method without a stash, such as nesterov-no-stash, or a delay of 0"
             )
+        check_form(old_versions, named)
         self.versions = versions
         self.shadow = shadow
+        self.old_versions = old_versions
         self._names = list(named)
         first = list(named.values())
-        self._slots = [first] + [new_leaves(first) for _ in range(versions - 1)]
+        short = is_short(old_versions, versions) and bool(first)
+        # Besides the newest version, the memory that a step writes next and that older versions are decoded into.
+        self._owning = versions if not short else versions + 1 if exact_forward else 2
+        self._slots = [first] + [new_leaves(first) for _ in range(self._owning - 1)]
+        self._memory: list[list[Tensor]] = [list(slot) for slot in self._slots]
+        if short:
+            self._memory = [[leaf.detach() for leaf in slot] for slot in self._slots]
+        while short and (len(self._slots) < versions or len(self._slots) % self._owning):
+            self._slots.append(aliases(self._slots[len(self._slots) % self._owning]))
         self._shadows = new_leaves(first) if shadow is not None else []
         with torch.no_grad():
             for leaf, p in zip(self._shadows, first if self._shadows else [], strict=True):
                 leaf.copy_(p)
         self._index = {id(leaf): i for slot in self._slots for i, leaf in enumerate(slot)}
-        self._position = Position(versions)
+        self._position = Position(versions, len(self._slots))
+        self._old = (
+            ShortVersions(old_versions, self._position, self._names, self._slots, self._memory) if short else None
+        )
         self._bound = Bound(module, self._names, self._slots, self._shadows, self._gathered)
-        self._bindings = Bindings(self._position, self._bound)
+        self._bindings = Bindings(self._position, self._bound, self._old)
         self._owner: weakref.ref[Any] | None = None
         handles = self._bindings.watch.attach(module)
         if shadow is not None:
@@ -123,13 +156,56 @@ class WeightStash:
         """The names of the parameters in the ring, as in ``module.named_parameters()``."""
         return list(self._names)
 
+    @property
+    def keeps_exactly(self) -> bool:
+        """Whether every version of the ring can be used in a forward as it was."""
+        return self._old is None or self._old.exact
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all that the ring keeps besides the newest version: the older ones, a buffer, a shadow."""
+        one = sum(p.nbytes for p in self._slots[0])
+        others = self._owning - 1 + (self.shadow is not None)
+        return others * one + (0 if self._old is None else self._old.nbytes)
+
+    def slot_of(self, version: int) -> int:
+        """Return the slot of a version, a place in what ``leaves`` returns.
+
+        Raises:
+            ValueError: the version is not in the ring.
+        """
+        return self._position.slot_of(version)
+
     def parameters(self, version: int) -> dict[str, nn.Parameter]:
-        """Return the leaf tensors of a version, by name.
+        """Return the leaf tensors of a version, by name. Their gradients are always those of the version.
+
+        With ``old_versions`` other than "full", the values of an older version are there after ``show`` only.
 
         Raises:
             ValueError: the version is not in the ring.
         """
         return dict(zip(self._names, self._slots[self._position.slot_of(version)], strict=True))
+
+    def show(self, version: int) -> None:
+        """Make the values of a version readable in its leaves, until the next block, backward or step.
+
+        With ``old_versions="full"``, those of all versions always are.
+
+        Raises:
+            ValueError: the version is not in the ring, or the module is bound to another older one, whose values would
+                be lost.
+        """
+        self._settle()
+        self._position.slot_of(version)
+        if self._old is None or version == self.newest:
+            return
+        if self._old.exact:
+            self._bindings.rest()
+            return
+        shows = self._bindings.shows()
+        if shows is not None and shows != version:
+            raise ValueError(f"version {version} cannot be shown while the module computes with version {shows}")
+        self._old.show(version)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the stepped weights, by name: the newest version, or the shadow if the ring holds predictions."""
@@ -152,7 +228,9 @@ class WeightStash:
         self._position.count(version, -1)
 
     @contextmanager
-    def use(self, version: int, *, linearise_at: LineariseAt = "version") -> Iterator[None]:
+    def use(
+        self, version: int, *, linearise_at: LineariseAt = "version", weights: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
         """Run the module with the weights of ``version`` inside the block.
 
         A block in which the module runs forward with gradients counts as one microbatch in flight until
@@ -161,6 +239,8 @@ class WeightStash:
 
         Args:
             version: version between ``oldest`` and ``newest``.
+            weights: the weights of an older version as they were, by name, for a forward that runs again after a
+                restart in a ring that has kept them in a short form (default: as the ring has them).
             linearise_at: the weights at which backward differentiates. "version" (default): those of ``version``.
                 "newest": the activations are those of ``version``, but the weights are those that are newest when
                 backward runs, as in a pipeline without a stash; they replace the weights that autograd has saved.
@@ -179,18 +259,16 @@ class WeightStash:
             raise ValueError("linearise_at='shadow' needs a WeightStash built with shadow='linearised'")
         self._settle()
         slot = self._position.slot_of(version)
-        self._bound.follow(self._position.newest_slot, thorough=True)
+        self._follow(thorough=True)
         hooks: AbstractContextManager[Any] = nullcontext()
-        if linearise_at != "version" and torch.is_grad_enabled():
-            hooks = linearised_elsewhere(
-                self._slots[slot],
-                lambda: self._shadows if linearise_at == "shadow" else self._slots[self._position.newest_slot],
-                linearise_at=linearise_at,
-                gathered=self._gathered,
-            )
+        if torch.is_grad_enabled() and (linearise_at != "version" or self._old is not None):
+            if linearise_at != "version":
+                check_linearisable(self._slots[slot], linearise_at, self._gathered)
+            places = [self._slots[slot]] if self._old is None else self._old.places
+            hooks = saved_elsewhere(places, self._for_backward(version, linearise_at))
         # A forward inside a backward runs for the second time.
         counts = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-        with self._bindings.block(Binding(version, linearise_at), counts=counts), hooks:
+        with self._bindings.block(Binding(version, linearise_at, weights=weights), counts=counts), hooks:
             yield
 
     def bind(self, version: int, *, linearise_at: LineariseAt = "version") -> AbstractContextManager[None]:
@@ -201,8 +279,8 @@ class WeightStash:
         """
         self._settle()
         self._position.slot_of(version)
-        self._bound.follow(self._position.newest_slot, thorough=True)
-        return self._bindings.block(Binding(version, linearise_at))
+        self._follow(thorough=True)
+        return self._bindings.block(Binding(version, linearise_at, backward=True))
 
     @contextmanager
     def use_stepped(self) -> Iterator[None]:
@@ -235,7 +313,7 @@ class WeightStash:
                 if leaf.grad is not None:
                     onto.grad = leaf.grad if onto.grad is None else onto.grad.add_(leaf.grad)
                 leaf.grad = None
-        self._bound.drop_frozen_gradients(newest % self.versions)
+        self._bound.drop_frozen_gradients(self._position.slot_of(newest))
         self._position.move([version for version in slots if version != newest], newest)
         return newest
 
@@ -283,6 +361,10 @@ class WeightStash:
             )
         return [[slot[i] for i in order] for slot in self._slots]
 
+    def memory(self, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return tensors with the memory of the slots, in the order of ``parameters``; slot s has list s modulo n."""
+        return [[part[self._index[id(p)]] for p in parameters] for part in self._memory]
+
     def shadows_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the shadows of ``parameters``, which may be leaves of any version."""
         return [self._shadows[self._index[id(p)]] for p in parameters]
@@ -290,8 +372,8 @@ class WeightStash:
     def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
         """Check a step that takes the gradients of ``version``; return its slots (gradients, source, target).
 
-        ``None`` stands for the newest version, unless that is ambiguous. Takes over changes made to the module's
-        parameters; changes nothing else.
+        The weights of all three can be read. ``None`` stands for the newest version, unless that is ambiguous. Takes
+        over changes made to the module's parameters; changes nothing else.
 
         Raises:
             ValueError: the version is not in the ring; the step would overwrite a version that other microbatches in
@@ -299,15 +381,19 @@ class WeightStash:
                 changed in a way that the ring cannot follow.
         """
         self._settle()
-        self._bound.follow(self._position.newest_slot)
+        self._follow()
         if version is None:
             version = self._implied_version()
         grads_of = self._position.slot_of(version)
         self._bindings.tally(version)
         self._position.check_step(version, microbatches)
         self._bound.drop_frozen_gradients(grads_of)
+        if self._old is not None:
+            if version != self.newest:
+                self._old.show(version)
+            self._old.forget()  # the step writes its target to the buffer
         self._position.begin_step()
-        return grads_of, self._position.newest_slot, (self.newest + 1) % self.versions
+        return grads_of, self._position.newest_slot, (self.newest + 1) % self._position.slots
 
     def end_step(self, version: int | None, microbatches: int) -> None:
         """Count the step that ``begin_step`` checked: its gradients are taken, and the next version is the newest.
@@ -323,59 +409,107 @@ class WeightStash:
         """Return every live version, ``{"newest": int, "weights": [{name: tensor}, ...]}``, oldest first, not copied.
 
         Weights outside the ring, if there are any, are under ``"shadow"``; the names of parameters that do not require
-        gradients in each version, if there are any, are under ``"frozen"``.
+        gradients in each version, if there are any, are under ``"frozen"``. If older versions are kept in another form,
+        ``"weights"`` holds the newest only (all, with ``exact_forward``), and the others are under ``"older"``, in the
+        form named by ``"old_versions"``.
 
         Raises:
             ValueError: the module's parameters were changed in a way that the ring cannot follow.
         """
         self._settle()
-        self._bound.follow(self._position.newest_slot, thorough=True)
+        self._follow(thorough=True)
+        self._bindings.rest()
         live = range(self.oldest, self.newest + 1)
+        in_full = live if self._old is None or self._old.exact else [self.newest]
         state: dict[str, Any] = {
             "newest": self.newest,
-            "weights": [{n: p.detach() for n, p in self.parameters(v).items()} for v in live],
+            "weights": [{n: p.detach() for n, p in self.parameters(v).items()} for v in in_full],
         }
+        if self._old is not None:
+            state |= {"old_versions": self._old.form, "older": self._old.saved()}
         if self.shadow is not None:
             state["shadow"] = {n: p.detach() for n, p in zip(self._names, self._shadows, strict=True)}
-        frozen = [self._bound.frozen(v % self.versions) for v in live]
+        frozen = [self._bound.frozen(self._position.slot_of(v)) for v in live]
         return {**state, "frozen": frozen} if any(frozen) else state
 
-    def check(self, state: dict[str, Any]) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
-        """Check a state for ``load_state_dict``; return its newest version, its weights (oldest first) and its shadow.
+    def check(self, state: dict[str, Any]) -> SavedRing:
+        """Check a state for ``load_state_dict``, and return it.
 
         Raises:
             ValueError: ``load_state_dict`` would refuse the state.
         """
         self._settle()
-        self._bound.follow(self._position.newest_slot, thorough=True)
+        self._follow(thorough=True)
         like = dict(zip(self._names, self._slots[0], strict=True))
         return check_saved(state, like, self.versions, has_shadow=self.shadow is not None)
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], *, exactly: Mapping[int, Mapping[str, Tensor]] | None = None
+    ) -> None:
         """Restore every live version. No microbatch is in flight afterwards: their forwards have to be run again.
 
-        Parameters that were frozen when the state was saved are frozen, and those that are frozen now stay so.
+        Parameters that were frozen when the state was saved are frozen, and those that are frozen now stay so. Older
+        versions that were kept in another form are converted to that of this ring.
+
+        Args:
+            state: what ``state_dict`` returned.
+            exactly: older versions as they were, of which the state may have only a short form.
 
         Raises:
             ValueError: the state is of a ring of another length or of other parameters, or the module's parameters
                 were changed in a way that the ring cannot follow; nothing is changed.
         """
-        newest, weights, shadow = self.check(state)
-        self._position.load(newest)
+        saved = self.check(state)
+        self._bindings.rest()
+        self._position.load(saved.newest)
         resting = {name for name, trains in zip(self._names, self._bound.trained, strict=True) if not trains}
-        frozen = state.get("frozen", [()] * len(weights))
-        for version, saved, names in zip(range(self.oldest, newest + 1), weights, frozen, strict=True):
-            self._bound.freeze(version % self.versions, resting | set(names))
-            for name, leaf in self.parameters(version).items():
-                leaf.copy_(saved[name])
+        for version, names in zip(range(self.oldest, saved.newest + 1), saved.frozen, strict=True):
+            self._bound.freeze(self._position.slot_of(version), resting | set(names))
+            for leaf in self._slots[self._position.slot_of(version)]:
                 leaf.grad = None
-        if shadow is not None:
+        live = range(self.oldest, saved.newest + 1)
+        if self._old is not None and saved.fits(self._old.form, self._slots[0]):
+            self._old.load(saved.older)
+        elif self._old is not None:
+            self._old.load_in_full([list(weights.values()) for weights in saved.in_full()])
+        in_full = {saved.newest: saved.newest_weights}
+        if self._old is None or self._old.exact:
+            in_full = {
+                v: {**weights, **(exactly or {}).get(v, {})} for v, weights in zip(live, saved.in_full(), strict=True)
+            }
+        for version, weights in in_full.items():
+            for name, leaf in self.parameters(version).items():
+                leaf.copy_(weights[name])
+        if saved.shadow is not None:
             for name, leaf in zip(self._names, self._shadows, strict=True):
-                leaf.copy_(shadow[name])
+                leaf.copy_(saved.shadow[name])
         self._bindings.rebind()
 
     # ------------------------------------------------------------------ inside
+
+    def _follow(self, *, thorough: bool = False) -> None:
+        self._bound.follow(self._position.newest_slot, thorough=thorough)
+        if self._old is not None:
+            self._old.follow()
+
+    def _for_backward(self, version: int, linearise_at: LineariseAt) -> Callable[[], Sequence[Tensor]]:
+        """Return a function that returns the weights at which the backward of a forward differentiates."""
+        loads = self._position.loads
+
+        def weights() -> Sequence[Tensor]:
+            if linearise_at == "shadow":
+                return self._shadows
+            if linearise_at == "newest" or self._old is None:
+                return self._slots[self._position.newest_slot]
+            if loads != self._position.loads:
+                raise RuntimeError(
+                    "this backward belongs to a forward from before the WeightStash was loaded; run that forward again"
+                )
+            self._settle()
+            return self._old.weights(version)
+
+        return weights
 
     def _exchanged(self, follow: bool) -> Pair | None:
         """Return the newest leaves and the shadows; None while the module is bound to other weights."""
@@ -383,12 +517,12 @@ class WeightStash:
         if not self._bindings.is_newest:
             return None
         if follow:
-            self._bound.follow(self._position.newest_slot)
+            self._follow()
         return self._slots[self._position.newest_slot], self._shadows
 
     def _implied_version(self) -> int:
         def has_gradient(version: int) -> bool:
-            return any(leaf.grad is not None for leaf in self._slots[version % self.versions])
+            return any(leaf.grad is not None for leaf in self._slots[self._position.slot_of(version)])
 
         older = [v for v in range(self.oldest, self.newest) if has_gradient(v)]
         if older:
@@ -407,6 +541,8 @@ class WeightStash:
                 leaf.grad = None
         self._bound.tell(self._position.newest_slot)
         self._bound.rest(self._position.newest_slot, ring_predicts=self.shadow == "stepped")
+        if self._old is not None:
+            self._old.keep()
         self._bindings.rebind()
         self._position.cleared()
 

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from nesterov_pp.stash.forms import SavedRow, check_rows, restored
 
-def check_saved(
-    state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_shadow: bool
-) -> tuple[int, list[dict[str, Tensor]], dict[str, Tensor] | None]:
-    """Check a saved ring; return its newest version, its weights (oldest first) and its shadow.
+
+@dataclass(frozen=True)
+class SavedRing:
+    """A checked state of a ring.
+
+    Attributes:
+        newest: its newest version.
+        weights: the versions that are there in full, oldest first, by the parameters' names: all, or the newest.
+        form: the form of the older versions.
+        older: the older versions in that form, oldest first, if it is not "full".
+        shadow: the weights outside the ring, if it has any.
+        frozen: the names of the parameters that are frozen in each version, oldest first.
+    """
+
+    newest: int
+    weights: list[dict[str, Tensor]]
+    form: str
+    older: list[SavedRow]
+    shadow: dict[str, Tensor] | None
+    frozen: list[Sequence[str]]
+
+    @property
+    def newest_weights(self) -> dict[str, Tensor]:
+        return self.weights[-1]
+
+    def fits(self, form: str, like: Sequence[Tensor]) -> bool:
+        """Return whether the older versions are in this form, of tensors laid out in memory like these."""
+        strides = [t.stride() for t in self.newest_weights.values()]
+        return self.form == form and strides == [t.stride() for t in like]
+
+    def in_full(self) -> list[dict[str, Tensor]]:
+        """Return all versions, oldest first, decoding those that are not there in full."""
+        if len(self.weights) > len(self.older):
+            return self.weights
+        newest = self.newest_weights
+        versions = restored(self.form, list(newest.values()), self.older)
+        return [*(dict(zip(newest, version, strict=True)) for version in versions), newest]
+
+
+def check_saved(state: dict[str, Any], like: Mapping[str, Tensor], versions: int, *, has_shadow: bool) -> SavedRing:
+    """Check a saved ring, and return it.
 
     Args:
         state: the state that ``WeightStash.state_dict`` returned.
@@ -23,21 +62,27 @@ def check_saved(
         ValueError: the state is of a ring of another length or of other parameters.
     """
     newest, weights = _parts_of(state)
-    if len(weights) != min(newest + 1, versions):
+    form, older = state.get("old_versions", "full"), state.get("older", [])
+    live = len(weights) if form == "full" or not isinstance(older, list) else len(older) + 1
+    if live != min(newest + 1, versions):
         raise ValueError(
-            f"the saved ring holds {len(weights)} versions at version {newest}; "
+            f"the saved ring holds {live} versions at version {newest}; "
             f"this one keeps {versions} and needs {min(newest + 1, versions)}"
         )
+    if len(weights) not in (1, live):
+        raise ValueError(f"the saved ring has {len(weights)} of its {live} versions in full; it takes one or all")
     shadow = state.get("shadow", state.get("beside"))  # "beside" is its former name
     if has_shadow != (shadow is not None) or not isinstance(shadow, dict | None):
         raise ValueError("only one of the saved ring and this ring has a shadow (weights outside the ring)")
     for saved in weights if shadow is None else [*weights, shadow]:
         _check_weights(saved, like)
-    frozen = state.get("frozen", [[]] * len(weights))
-    known = isinstance(frozen, list) and len(frozen) == len(weights) and all(isinstance(n, list) for n in frozen)
+    if form != "full":
+        check_rows(form, list(like.values()), older)
+    frozen = state.get("frozen", [[]] * live)
+    known = isinstance(frozen, list) and len(frozen) == live and all(isinstance(n, list) for n in frozen)
     if not known or not {name for names in frozen for name in names} <= like.keys():
         raise ValueError("the 'frozen' of a saved ring must be one list of its parameters' names for each version")
-    return newest, weights, shadow
+    return SavedRing(newest, weights, form, older, shadow, frozen)
 
 
 def _check_weights(saved: dict[str, Tensor], like: Mapping[str, Tensor]) -> None:

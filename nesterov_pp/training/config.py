@@ -16,6 +16,7 @@ import nesterov_pp
 from nesterov_pp.kernels import BACKENDS
 from nesterov_pp.pipeline import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.stage import build_optimizer, build_stash
+from nesterov_pp.stash import FORMS, OldVersions
 
 CORRECTION_SHARE = 0.14
 """T of Eq. 13 (arXiv 2505.01099) as a share of a run's updates: the paper's 7,000 of 50,000."""
@@ -33,6 +34,7 @@ LATER = (
     "state_dtype",
     "master_weights",
     "stochastic_rounding",
+    "stash",
 )
 """Settings that the first runs did not record, and had at what are their defaults now."""
 LARGEST_SEED = 2**64 - 1
@@ -192,6 +194,12 @@ class Config:
     stochastic_rounding: bool = _option(
         False, _yes_or_no, "round bfloat16 weights without masters, and bfloat16 moments, at random (default: no)"
     )
+    stash: str = _option(
+        "full",
+        _choice(*FORMS),
+        "how stages keep weights older than the newest: full, 8bit-differences (1.06 bytes a parameter and version) or "
+        "bfloat16",
+    )
     warmup: int = _option(
         100, whole(0), "length of the linear warm-up, in microbatches; a cosine decay to a tenth of --lr follows"
     )
@@ -320,6 +328,7 @@ class Config:
                 if given is not None and named & of_betas.get(name, {name}):
                     raise ValueError(f"{flag(name)} is given twice: it is also in --method {self.method}")
             recipe = self.own_recipe
+            recipe.check_old_versions(cast(OldVersions, self.stash))
             if self.no_decay or self.embedding_lr != 1.0:
                 recipe.check_groups()
             # A rule refuses by itself what it cannot do.

@@ -215,6 +215,7 @@ def pipeline_options(config: Config) -> dict[str, Any]:
         "param_groups": _groups(config),
         "seed": config.seed,
         "backend": config.backend,
+        "old_versions": config.stash,
         "recompute": config.recompute,
         "wire": config.wire,
         "autocast": None if config.autocast is None else getattr(torch, config.autocast),

@@ -29,12 +29,16 @@ from tolerances import MANY_STEPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SHORT = [name for name, options in SCENARIOS.items() if "old_versions" in options]
+"""Scenarios in which older versions are kept in another form than in full, which takes rings of more than two."""
+
 PLAYED = {
-    2: list(SCENARIOS),
+    2: [name for name in SCENARIOS if name not in SHORT],
     3: ["nesterov", "no-stash", "three-per-update", "slack-jitter", "slack-no-stash", "int8-wire"],
     4: [
         *("nesterov", "no-stash", "pipedream-lr", "two-per-update", "drained", "synchronous", "recomputed", "jitter"),
         *("checkpointed", "slack", "slack-two-per-update", "slack-jitter"),
+        *SHORT,
     ],
 }
 """The scenarios for each number of processes."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launch import finish, start
-from saving_worker import DIES_AT, ENDS_AT, EVERY, SCENARIOS, losses_of, virtual
+from saving_worker import DIES_AT, ENDS_AT, EVERY, SCENARIOS, losses_of, stages, virtual
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +22,7 @@ from nesterov_pp.pipeline.saving import random_states, restore_random_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("no-stash-every", "xpipe-two-per-update")
+QUICK = ("no-stash-every", "xpipe-two-per-update", "differences")
 WORKER = Path(__file__).parents[1] / "saving_worker.py"
 
 
@@ -201,16 +201,15 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_processes_killed_while_they_write_go_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     """Process 0 is killed by the system while it writes the checkpoint after ``DIES_AT`` updates."""
-    results = finish(start([str(WORKER), str(tmp_path), name, "dies"], 2), timeout=120)
-    assert results[0][0] == -9, results
-    assert results[1][0] == 1, results
-    results = finish(start([str(WORKER), str(tmp_path), name, "ends"], 2), timeout=120)
-    assert [status for status, _ in results] == [0, 0], results
+    results = finish(start([str(WORKER), str(tmp_path), name, "dies"], stages(name)), timeout=120)
+    assert [status for status, _ in results] == [-9] + [1] * (stages(name) - 1), results
+    results = finish(start([str(WORKER), str(tmp_path), name, "ends"], stages(name)), timeout=120)
+    assert [status for status, _ in results] == [0] * stages(name), results
     found = torch.load(tmp_path / "results.pt", weights_only=True)
     assert found["resumed at"] == DIES_AT - EVERY[name]
     wanted = losses_of(virtual(name), ENDS_AT)
     assert found["losses"] == wanted[found["microbatches before"] :]
-    kept = sorted((tmp_path / "run").glob("*stage-1-of-2.pt"))
+    kept = sorted((tmp_path / "run").glob(f"*stage-1-of-{stages(name)}.pt"))
     assert [checkpoints.microbatch_of(path) for path in kept][-1] == len(wanted)
     if "no-stash" in name:
         assert found["other total"].endswith("start a run of that length anew from its weights")
@@ -218,7 +217,9 @@ def test_processes_killed_while_they_write_go_on_bit_for_bit(tmp_path: Path, nam
     alone, whole = (virtual(name) for _ in range(2))
     assert alone.resume(tmp_path / "run") == kept[-1]
     losses_of(whole, ENDS_AT)
-    assert losses_of(alone, ENDS_AT + 6) == losses_of(whole, ENDS_AT + 6)
+    after, further = losses_of(alone, ENDS_AT + 6), losses_of(whole, ENDS_AT + 6)
+    # At its end a run has no microbatches in flight, so it does not keep exact weights for those that would come.
+    assert after == (further if "old_versions" not in SCENARIOS[name] else pytest.approx(further, rel=1e-3))
     with pytest.raises(ValueError, match="save to another folder"):
         alone.save(tmp_path / "run")
 

@@ -50,7 +50,7 @@ from nesterov_pp.pipeline.stage import (
 from nesterov_pp.pipeline.stage_state import StageState, Terms, as_saved_now, check_finished, load_stages, save_stages
 from nesterov_pp.pipeline.tensors import device_of, is_finite, to_device
 from nesterov_pp.pipeline.wire import Wire, check_wire
-from nesterov_pp.stash import gathers_itself
+from nesterov_pp.stash import OldVersions, gathers_itself
 
 Batch = Callable[[int], tuple[Any, Any]]
 
@@ -89,6 +89,8 @@ class AsyncPipeline(Checkpoints, Exports):
         device: where the stage computes (default: the device of its parameters).
         timeline: record events and their times in ``pipe.timeline``.
         links: ``(world, replicas) -> Links``, the connections between the processes.
+        old_versions: how the stage keeps versions of its weights older than the newest, as for ``WeightStash``: "full"
+            (default), "8bit-differences" or "bfloat16".
 
     Attributes:
         stage, replica: this process's stage and replica, counted from 0.
@@ -129,6 +131,7 @@ class AsyncPipeline(Checkpoints, Exports):
         device: torch.device | str | None = None,
         timeline: bool = False,
         links: Callable[[World, int], Links] = TorchLinks,
+        old_versions: OldVersions = "full",
         **overrides: Any,
     ) -> None:
         recipe = find_recipe(method).override(overrides)
@@ -180,7 +183,8 @@ class AsyncPipeline(Checkpoints, Exports):
         self._earlier: dict[int, float] = {}
 
         check_shards(self.module)
-        self.stash = build_stash(recipe, self.module, 1 if recipe.linearise_at == "newest" else self.delay + 1)
+        versions = 1 if recipe.linearise_at == "newest" else self.delay + 1
+        self.stash = build_stash(recipe, self.module, versions, old_versions)
         self._place = Placement(self.stage + 1, self.stages, self.delay)
         self._versions = Versions(self.stash, self.delay)
         self.optimizer = build_optimizer(
@@ -349,9 +353,10 @@ class AsyncPipeline(Checkpoints, Exports):
     def keep_for(self, update: int) -> None:
         """Announce that ``state_dict`` will be called after ``update`` updates.
 
-        A recipe without a stash overwrites the weights that microbatches in flight began with; from this call on, those
-        that the state needs are copied as they come. With a stash there is nothing to do. ``save`` with ``every=`` and
-        ``resume`` call this themselves.
+        A recipe without a stash overwrites the weights that microbatches in flight began with, and a stash with
+        ``old_versions`` other than "full" no longer has them exactly; from this call on, those that the state needs are
+        copied as they come, and held until their microbatches are done. With a full stash there is nothing to do.
+        ``save`` with ``every=`` and ``resume`` call this themselves.
         """
         self._versions.keep_for(update)
 
@@ -380,7 +385,8 @@ class AsyncPipeline(Checkpoints, Exports):
         self._terms().check(whole["terms"])
         self._check_in_flight(whole)
         saved = load_stages(self._terms(), {self.stage: self._state()}, state)
-        self._versions.load(saved["stages"][self.stage].get("kept", {}))
+        own = saved["stages"][self.stage]
+        self._versions.load(own.get("kept", {}), own["stash"])
         self.microbatches = self._forwarded = int(saved["microbatches"])
 
     def _check_in_flight(self, saved: dict[str, Any]) -> None:
@@ -428,6 +434,7 @@ class AsyncPipeline(Checkpoints, Exports):
             "slack": self.recipe.slack,
             "receive_ahead": self._receive_ahead,
             "clip_over": "stage" if self._norms is None else "pipeline",
+            "old_versions": self.stash.old_versions,
             "position": self.microbatches,
         }
         own = Report(self._world.rank, self.stage, settings, [] if self.replica else prints_of(self.module))
@@ -498,7 +505,7 @@ class AsyncPipeline(Checkpoints, Exports):
         completes = (m + 1) % self.microbatches_per_update == 0
         with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
-                self._average.expect(self._version(m) % self.stash.versions)
+                self._average.expect(self.stash.slot_of(self._version(m)))
             objective = None if loss is None else (loss.tensor if self._weighs else loss.mean)
             with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
                 back = self._engine.backward(m, objective, gradients)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ class Versions:
     """The weights that a microbatch runs with: a version of the ring or, without a stash, the newest weights.
 
     Without a stash (a ring of one), the forwards of microbatches in flight can run again after a restart only if the
-    weights that they began with were copied. ``kept`` holds these copies; a version's lacks the parameters that were
-    frozen in it, which have not moved since as long as a microbatch that began with it is in flight.
+    weights that they began with were copied; with a stash that keeps older versions in a short form, they run again
+    exactly only then. ``kept`` holds these copies; without a stash, a version's lacks the parameters that were frozen
+    in it, which have not moved since as long as a microbatch that began with it is in flight.
     """
 
     def __init__(self, stash: WeightStash, delay: int) -> None:
@@ -29,14 +31,14 @@ class Versions:
 
     def keep_for(self, update: int) -> None:
         """Announce a checkpoint after ``update`` updates, and copy from now on the weights that it needs."""
-        if not self._all_stashed():
+        if not self._all_exact():
             self._announced.add(update)
             self._copy()
 
     def missing(self, in_flight: Iterable[int]) -> list[int]:
         """Return the versions in flight that a checkpoint needs, but that neither the ring nor a copy holds."""
         older = sorted(v for v in in_flight if v < self._stash.newest)
-        return [] if self._all_stashed() else [v for v in older if v not in self.kept]
+        return [] if self._all_exact() else [v for v in older if v not in self.kept]
 
     def needed(self, in_flight: Iterable[int]) -> dict[int, Weights]:
         """Return the copies that a checkpoint needs for the versions in flight; none if the ring holds them all.
@@ -44,7 +46,7 @@ class Versions:
         Raises:
             ValueError: a version in flight was not kept.
         """
-        if self._all_stashed():
+        if self._all_exact():
             return {}
         newest, in_flight = self._stash.newest, set(in_flight)
         missing = self.missing(in_flight)
@@ -55,15 +57,18 @@ class Versions:
             )
         return {v: self.kept[v] for v in sorted(in_flight) if v < newest}
 
-    def load(self, kept: Mapping[int, Weights]) -> None:
-        """Restore the copies that ``needed`` returned."""
-        self.kept = dict(kept)
+    def load(self, kept: Mapping[int, Weights], ring: Mapping[str, Any]) -> None:
+        """Restore the copies that ``needed`` returned, or take those in the state of a ring that had them all."""
+        weights, newest = ring["weights"], ring["newest"]
+        full = {newest - k: w for k, w in enumerate(reversed(weights)) if k and not self._all_exact()}
+        self.kept = {**full, **kept}
 
     @contextmanager
     def use(self, version: int, linearise_at: LineariseAt) -> Iterator[None]:
         """Bind the module to ``version`` inside the block, for one microbatch."""
         if linearise_at != "newest":
-            with self._stash.use(version, linearise_at=linearise_at):
+            weights = self.kept.get(version) if version < self._stash.newest else None
+            with self._stash.use(version, linearise_at=linearise_at, weights=weights):
                 yield
             return
         with self._as_it_was(version), self._stash.use(self._stash.newest, linearise_at=linearise_at):
@@ -93,11 +98,16 @@ class Versions:
             optimizer.step(version=version, microbatches=microbatches)
         else:
             optimizer.step(microbatches=microbatches)
+        if not self._all_exact():
             self._copy()
 
     def _all_stashed(self) -> bool:
         """Return whether the ring holds every version that a microbatch in flight can have."""
         return self._stash.versions > self._delay
+
+    def _all_exact(self) -> bool:
+        """Return whether the ring holds them as they were, so that a forward can run again."""
+        return self._all_stashed() and self._stash.keeps_exactly
 
     def _copy(self) -> None:
         newest = self._stash.newest
