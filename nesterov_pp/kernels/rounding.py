@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 in plain torch, with the random bits of ``csrc/random.h``."""
+"""Random bits in plain torch, those of ``csrc/random.h``: for rounding to bfloat16, and to codes of eight bits."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ def _words(count: int, device: torch.device, *, seed: int, tensor: int, step: in
     like = torch.zeros_like(block)
     a, b, c, d = philox((block & _WORD, block >> 32, like + tensor, like + step), seed)
     return _Words(torch.stack([a, c], 1).flatten()[:count], torch.stack([b, d], 1).flatten()[:count])
+
+
+def noise_of_codes(count: int, device: torch.device, *, seed: int, tensor: int, step: int) -> Tensor:
+    """Return 16 random bits for the second moment of each element in memory order, as int64: of a counter for eight."""
+    block = torch.arange((count + 7) // 8, device=device)
+    like = torch.zeros_like(block)
+    words = philox((block & _WORD, (block >> 32) | 0x80000000, like + tensor, like + step), seed)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, 1).flatten()[:count]
 
 
 def _in_memory_order(value: Tensor) -> Tensor:
