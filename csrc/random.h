@@ -8,6 +8,9 @@
 // number of the element:
 //   first word:   lower half the weight, upper half the first moment
 //   second word:  lower half the second moment, upper half the running mean of a correction
+// The code of a second moment in eight bits (codes.h) takes 16 bits of other counters: elements 8c to 8c + 7 of a
+// tensor share the counter (c, c >> 32 | 2^31, tensor, step), and take the halves of its four words in turn, lower half
+// first.
 #pragma once
 
 #include "update.h"

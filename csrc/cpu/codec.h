@@ -21,6 +21,9 @@ struct Lanes {
   typedef double D __attribute__((vector_size(8 * N)));
   typedef unsigned int U __attribute__((vector_size(4 * N)));
   typedef unsigned short H __attribute__((vector_size(2 * N)));
+  typedef int I __attribute__((vector_size(4 * N)));
+  typedef signed char C __attribute__((vector_size(N)));
+  typedef unsigned char B __attribute__((vector_size(N)));
   typedef unsigned long long W __attribute__((vector_size(4 * N)));  // N / 2 lanes
 };
 
@@ -42,6 +45,47 @@ NPP_INLINE U choose_lanes(const U& mask, const U& yes, const U& no) {
 template <int N>
 NPP_INLINE typename Lanes<N>::U joined(const typename Lanes<N>::W& low, const typename Lanes<N>::W& high) {
   return bits_of<typename Lanes<N>::U>((low & 0xffffffffULL) | (high << 32));
+}
+
+template <class V>
+struct Both {
+  V first, second;
+};
+
+// Interleaves the lanes of two vectors: those of the lower halves, and those of the upper halves.
+template <int N, class V>
+NPP_INLINE Both<V> interleaved(const V& a, const V& b) {
+  typename Lanes<N>::I low, high;
+  for (int k = 0; k < N; ++k) {
+    low[k] = k / 2 + k % 2 * N;
+    high[k] = N / 2 + k / 2 + k % 2 * N;
+  }
+  return {__builtin_shuffle(a, b, low), __builtin_shuffle(a, b, high)};
+}
+
+// Returns the largest lane.
+template <int N>
+NPP_INLINE int largest_of(typename Lanes<N>::I x) {
+  for (int apart = N / 2; apart > 0; apart /= 2) {
+    typename Lanes<N>::I from;
+    for (int k = 0; k < N; ++k) from[k] = (k + apart) % N;
+    const typename Lanes<N>::I other = __builtin_shuffle(x, from);
+    x = x > other ? x : other;
+  }
+  return x[0];
+}
+
+// Stores the low bytes of the lanes.
+template <int N>
+NPP_INLINE void store_bytes(void* to, const typename Lanes<N>::U& x) {
+  const auto bytes = __builtin_convertvector(x, typename Lanes<N>::B);
+  __builtin_memcpy(to, &bytes, sizeof(bytes));
+}
+
+// Stores whole numbers from -128 to 127 nearest to x, ties to even: adding this constant leaves them in the low byte.
+template <int N>
+NPP_INLINE void store_nearest(void* to, const typename Lanes<N>::F& x) {
+  store_bytes<N>(to, bits_of<typename Lanes<N>::U>(x + 12582912.0f));
 }
 
 template <class S, int N>

@@ -3,6 +3,7 @@
 // processors.
 #pragma once
 
+#include "../codes.h"
 #include "codec.h"
 #include "kernels.h"
 
@@ -77,10 +78,31 @@ struct Pointers {
   typename P::M* mean;
   typename P::G* copy;
   typename P::G* ahead;
+  signed char* residual;
+  unsigned short* m_scale;  // of the moments' groups
+  unsigned short* v_scale;
 
+  // Advances all but the scales, within a group.
+  NPP_INLINE_METHOD Pointers within(long long i) const {
+    Pointers moved = at(i);
+    moved.m_scale = m_scale;
+    moved.v_scale = v_scale;
+    return moved;
+  }
+  // `i` is a multiple of the size of a group where moments have groups.
   NPP_INLINE_METHOD Pointers at(long long i) const {
-    return {w + i,       out + i,        grad + i,       after(late, i), m + i,
-            after(v, i), after(mean, i), after(copy, i), after(ahead, i)};
+    return {w + i,
+            out + i,
+            grad + i,
+            after(late, i),
+            m + i,
+            after(v, i),
+            after(mean, i),
+            after(copy, i),
+            after(ahead, i),
+            after(residual, i),
+            after(m_scale, i / kGroup),
+            after(v_scale, i / kGroup)};
   }
 };
 
@@ -93,21 +115,27 @@ struct Constants {
   Noise noise;
 };
 
-// Returns the words of N counters: the counter of element i of a run plus each of the `offsets` (random.h).
+// Returns the words of N counters: `first` plus each of the `offsets`, with the bits `top` in the second word.
 template <int N>
-NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
-                                                    const typename Lanes<N>::U& offsets) {
+NPP_INLINE Words<typename Lanes<N>::U> words_of_counters(const Noise& noise, unsigned long long first, unsigned int top,
+                                                         const typename Lanes<N>::U& offsets) {
   using U = typename Lanes<N>::U;
   using W = typename Lanes<N>::W;
-  const auto first = static_cast<unsigned long long>(noise.first + i) / 2;
   const U low = offsets + static_cast<unsigned int>(first);
   const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
-  const W a = bits_of<W>(low), b = bits_of<W>(carry + static_cast<unsigned int>(first >> 32));
+  const W a = bits_of<W>(low), b = bits_of<W>((carry + static_cast<unsigned int>(first >> 32)) | top);
   const W tensor = W{} + noise.tensor, step = W{} + noise.step;
   const RoundKeys keys = RoundKeys::from(noise.seed);
   const Words<W> x = philox<W>({a, b, tensor, step}, keys);
   const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, keys);
   return {joined<N>(x.a, y.a), joined<N>(x.b, y.b), joined<N>(x.c, y.c), joined<N>(x.d, y.d)};
+}
+
+// Returns the words of element i of a run and of those that follow at `offsets` counters (random.h).
+template <int N>
+NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
+                                                    const typename Lanes<N>::U& offsets) {
+  return words_of_counters<N>(noise, static_cast<unsigned long long>(noise.first + i) / 2, 0, offsets);
 }
 
 template <int N>
@@ -155,14 +183,43 @@ NPP_INLINE V apart(const Pointers<P>& p, const V& w) {
   return difference(seen, load<G, N>(p.late));
 }
 
+// Returns the weights that the pass computes with.
+template <class P, int N>
+NPP_INLINE auto load_weights(const Pointers<P>& p) {
+  if constexpr (P::kSplit) {
+    typename Lanes<N>::C residual;
+    __builtin_memcpy(&residual, p.residual, sizeof(residual));
+    using V = typename Lanes<N>::F;
+    const V rounded = load<BFloat16, N>(reinterpret_cast<const BFloat16*>(p.w));
+    return codes::joined<typename Lanes<N>::U>(rounded, __builtin_convertvector(residual, V));
+  } else {
+    return load<typename P::W, N>(p.w);
+  }
+}
+
+template <class P, bool kStreaming, int N, class V>
+NPP_INLINE void store_weights(const Pointers<P>& p, const V& next, const typename Lanes<N>::U& noise) {
+  using G = typename P::G;
+  if constexpr (P::kSplit) {
+    using Round = Element<BFloat16, N>;
+    const auto stored = Round::narrow(next);
+    store_nearest<N>(p.residual, codes::residual_of<typename Lanes<N>::U>(next, Round::widen(stored)));
+    store_next<kStreaming>(p.out, stored);
+  } else if constexpr (P::kCopies) {
+    store<typename P::W, N>(p.out, next);
+    if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
+  } else {
+    store_next<kStreaming>(p.out, narrowed<typename P::W, N, P::kStochastic>(next, noise));
+  }
+}
+
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
   using U = typename Lanes<N>::U;
-  using V = typename Element<W, N>::Value;
-  const V w = load<W, N>(p.w);
+  using V = decltype(load_weights<P, N>(p));
+  const V w = load_weights<P, N>(p);
   V m = load<M, N>(p.m), v{};
   if (P::has_second(k.rule)) v = load<M, N>(p.v);
   Late<V> late{};
@@ -187,18 +244,98 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
     if (p.mean != nullptr) store<M, N, P::kStochastic>(p.mean, late.mean, mean_noise);
     if (p.ahead != nullptr) store<G, N>(p.ahead, late.ahead);
   }
-  if constexpr (P::kCopies) {
-    store<W, N>(p.out, next);
-    if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
-  } else {
-    store_next<kStreaming>(p.out, narrowed<W, N, P::kStochastic>(next, weight_noise));
+  store_weights<P, kStreaming, N>(p, next, weight_noise);
+}
+
+// Returns the random bits that round the codes of 8 N elements, from element i of a run on (random.h).
+template <int N>
+NPP_INLINE void noise_of_codes(const Noise& noise, long long i, typename Lanes<N>::U (&halves)[8]) {
+  using U = typename Lanes<N>::U;
+  const auto first = static_cast<unsigned long long>(noise.first + i) / 8;
+  const auto words = words_of_counters<N>(noise, first, 0x80000000U, counting<N>(1));
+  const Both<U> ac = interleaved<N>(words.a, words.c), bd = interleaved<N>(words.b, words.d);
+  const Both<U> low = interleaved<N>(ac.first, bd.first), high = interleaved<N>(ac.second, bd.second);
+  const U in_order[4] = {low.first, low.second, high.first, high.second};
+  for (int j = 0; j < 4; ++j) {
+    const Both<U> both = interleaved<N>(in_order[j] & 0xffffU, in_order[j] >> 16);
+    halves[2 * j] = both.first;
+    halves[2 * j + 1] = both.second;
   }
 }
 
-// Steps the elements of N lanes, from element i of the run on.
+// Steps a group of elements whose moments are in eight bits. The new moments stay in registers until their largest are
+// known.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void group(const Pointers<P>& p, long long i, const typename Lanes<N>::U* halves, const Constants<T>& k) {
+  using U = typename Lanes<N>::U;
+  using I = typename Lanes<N>::I;
+  using V = typename Lanes<N>::F;
+  using G = typename P::G;
+  constexpr int kVectors = kGroup / N;
+  const float m_scale = codes::scale_from(*p.m_scale);
+  float unit = 0;
+  if constexpr (P::kMayHaveSecond) unit = codes::scale_from(*p.v_scale) / 255.0f;
+  V m[kVectors], v[kVectors];
+  I m_largest{}, v_largest{};
+  for (int j = 0; j < kVectors; ++j) {
+    const Pointers<P> q = p.within(j * N);
+    typename Lanes<N>::C first;
+    __builtin_memcpy(&first, q.m, sizeof(first));
+    m[j] = codes::first_of(V(__builtin_convertvector(first, V)), m_scale);
+    v[j] = V{};
+    if constexpr (P::kMayHaveSecond) {
+      typename Lanes<N>::B second;
+      __builtin_memcpy(&second, q.v, sizeof(second));
+      v[j] = codes::second_of(V(__builtin_convertvector(second, V)), unit);
+    }
+    Late<V> none{};
+    const V next = update<P>(k.rule, k.c, k.x, load_weights<P, N>(q), load<G, N>(q.grad), m[j], v[j], none);
+    U weight_noise{};
+    if constexpr (P::kStochastic) {
+      const auto words = random_words<N>(k.noise, i + j * N, counting<N>(2));
+      weight_noise = choose_lanes(U(-(counting<N>(1) & 1U)), words.c, words.a) & 0xffffU;
+    }
+    store_weights<P, kStreaming, N>(q, next, weight_noise);
+    // The bits of numbers of at least 0 are in the order of the numbers, and those of NaN are above.
+    const I m_bits = bits_of<I>(m[j]) & 0x7fffffff, v_bits = bits_of<I>(v[j]) & 0x7fffffff;
+    m_largest = m_bits > m_largest ? m_bits : m_largest;
+    v_largest = v_bits > v_largest ? v_bits : v_largest;
+  }
+  *p.m_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(m_largest)));
+  const float s = codes::scale_from(*p.m_scale);
+  for (int j = 0; j < kVectors; ++j) store_nearest<N>(p.m + j * N, codes::first_code(m[j], s));
+  if constexpr (P::kMayHaveSecond) {
+    *p.v_scale = codes::scale_of(square_root(codes::same_bits<float>(largest_of<N>(v_largest))));
+    const float factor = codes::second_factor(codes::scale_from(*p.v_scale));
+    for (int j = 0; j < kVectors; ++j) {
+      const V u = __builtin_convertvector(bits_of<I>(halves[j]), V) * 0x1p-16f;
+      const I code = __builtin_convertvector(codes::second_code(v[j], factor, u), I);
+      store_bytes<N>(p.v + j * N, bits_of<U>(code));
+    }
+  }
+}
+
+// Steps 8 N elements in groups.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, const Constants<T>& k) {
+  typename Lanes<N>::U halves[8];
+  if constexpr (P::kMayHaveSecond) noise_of_codes<N>(k.noise, i, halves);
+  for (int g = 0; g < N / 4; ++g)
+    group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, halves + g * (kGroup / N), k);
+}
+
+// The number of elements that a block steps.
+template <class P, int N>
+constexpr int kBlock = P::kCodes   ? 8 * N
+                       : kPairs<P> ? 2 * N
+                                   : N;
+
+// Steps the elements of a block, from element i of the run on.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  if constexpr (kPairs<P>)
+  if constexpr (P::kCodes)
+    block_of_groups<P, kStreaming, N>(p, i, k);
+  else if constexpr (kPairs<P>)
     block_of_pairs<P, kStreaming, N>(p, i, k);
   else
     block_of_lanes<P, kStreaming, N>(p, i, k);
@@ -207,7 +344,7 @@ NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) 
 // Steps as many whole blocks as there are in `count` elements.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
-  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  constexpr int kElements = kBlock<P, N>;
   for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
 }
 
@@ -241,13 +378,17 @@ NPP_INLINE void copy(S* to, const S* from, long long count) {
 // Steps the elements left after the whole blocks, from element i on, as one block filled up with zeros.
 template <class P, int N, class T>
 NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
-  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  constexpr int kElements = kBlock<P, N>;
+  constexpr int kGroups = kElements / kGroup + 1;
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
   W w[kElements] = {};
   G grad[kElements] = {}, late[kElements] = {}, copied[kElements] = {}, ahead[kElements] = {};
   M m[kElements] = {}, v[kElements] = {}, mean[kElements] = {};
+  signed char residual[kElements] = {};
+  unsigned short m_scale[kGroups] = {}, v_scale[kGroups] = {};
+  const long long groups = (count + kGroup - 1) / kGroup;
   copy<W>(w, from.w, count);
   copy<G>(grad, from.grad, count);
   copy<M>(m, from.m, count);
@@ -256,7 +397,12 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
     copy<G>(late, from.late, count);
     copy<M>(mean, from.mean, count);
   }
-  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead}, i, k);
+  if constexpr (P::kSplit) copy<signed char>(residual, from.residual, count);
+  if constexpr (P::kCodes) {
+    copy<unsigned short>(m_scale, from.m_scale, groups);
+    copy<unsigned short>(v_scale, from.v_scale, groups);
+  }
+  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead, residual, m_scale, v_scale}, i, k);
   copy<W>(from.out, w, count);
   copy<M>(from.m, m, count);
   if constexpr (P::kMayHaveSecond) copy<M>(from.v, v, count);
@@ -264,6 +410,11 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
   if constexpr (P::kCorrects) {
     copy<M>(from.mean, mean, count);
     copy<G>(from.ahead, ahead, count);
+  }
+  if constexpr (P::kSplit) copy<signed char>(from.residual, residual, count);
+  if constexpr (P::kCodes) {
+    copy<unsigned short>(from.m_scale, m_scale, groups);
+    copy<unsigned short>(from.v_scale, v_scale, groups);
   }
 }
 
@@ -277,10 +428,19 @@ NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   constexpr int N = kBytes / static_cast<int>(sizeof(T));
   Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise};
   if constexpr (P::kCorrects) k.x = row.correction.as<T>();
-  const Pointers<P> p{static_cast<const W*>(r.weight), static_cast<W*>(r.weight_out), static_cast<const G*>(r.grad),
-                      static_cast<const G*>(r.late),   static_cast<M*>(r.exp_avg),    static_cast<M*>(r.exp_avg_sq),
-                      static_cast<M*>(r.mean),         static_cast<G*>(r.copy),       static_cast<G*>(r.ahead)};
-  const long long whole = r.count - r.count % (kPairs<P> ? 2 * N : N);
+  const Pointers<P> p{static_cast<const W*>(r.weight),
+                      static_cast<W*>(r.weight_out),
+                      static_cast<const G*>(r.grad),
+                      static_cast<const G*>(r.late),
+                      static_cast<M*>(r.exp_avg),
+                      static_cast<M*>(r.exp_avg_sq),
+                      static_cast<M*>(r.mean),
+                      static_cast<G*>(r.copy),
+                      static_cast<G*>(r.ahead),
+                      static_cast<signed char*>(r.residual),
+                      static_cast<unsigned short*>(r.exp_avg_scale),
+                      static_cast<unsigned short*>(r.exp_avg_sq_scale)};
+  const long long whole = r.count - r.count % kBlock<P, N>;
 #if NPP_X86
   const void* next = P::kCopies ? r.copy : r.weight_out;
   if (!P::kCorrects && streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {

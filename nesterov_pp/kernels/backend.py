@@ -142,6 +142,7 @@ _REGISTRY = (
         "cpu",
         lambda: extension.load()[1],
         _compiled("CpuPlan"),
+        takes_small=True,
     ),
     Backend("reference", "plain torch: every device and dtype", None, lambda: None, ReferencePlan, takes_small=True),
 )

@@ -1,15 +1,15 @@
 """Moments in eight bits and weights in twenty-four, in plain torch: what ``csrc/codes.h`` does in registers.
 
-Moments are coded in groups of 32 elements in memory order, each with a float16 scale ``s``; a tensor's last group may
-be shorter. ``s`` is the largest ``|m|`` or ``sqrt(v)`` of the group, rounded up so that no code has to be cut off::
+Moments are coded in groups of 32 elements in memory order, each with a float16 scale ``s``, the largest ``|m|`` or
+``sqrt(v)`` of the group; a tensor's last group may be shorter::
 
     m = s q / (254 - |q|)      q in -127 .. 127:  companding f(x) = 2 x / (1 + |x|) of x = m / s, times 127
     v = (q s / 255)^2          q in 0 .. 255
 
-``m`` is rounded to the nearest code. ``sqrt(v)`` is rounded up or down at random so that it is right on average: a step
-with beta2 = 0.999 changes it by less than half a code, which rounding to nearest would lose every time. A code of 0 means
-that ``v`` is exactly 0. A group with an element that is not finite has a scale of NaN, and all its elements are NaN;
-finite values above 65,504 (``v``: its square) count as that. The format of the two moments is that of FlashOptim
+``m`` is rounded to the nearest code. ``sqrt(v)`` is rounded up or down at random so that it is right on average: a
+step with beta2 = 0.999 changes it by less than half a code, which rounding to nearest would lose every time. A code of
+0 means that ``v`` is exactly 0. A group with an element that is not finite has a scale of NaN, and all its elements are
+NaN; finite values above 65,504 (``v``: its square) count as that. The format of the two moments is that of FlashOptim
 (arXiv 2602.23349), the rounding is not.
 
 A weight in 24 bits is a bfloat16 ``b`` and an ``int8`` residual ``r`` of what rounding lost, in 127ths of half a unit
@@ -27,7 +27,7 @@ GROUP = 32
 """The number of elements that share a scale."""
 
 _LARGEST = 65504.0
-_NEARLY_ONE = 1.0 - 2.0**-20  # a scale that was decoded and is encoded again must not be rounded up once more
+_SMALLEST = 2.0**-24
 
 
 class Coded(NamedTuple):
@@ -65,14 +65,14 @@ def encode_second(values: Tensor, noise: Tensor | None = None) -> Coded:
     ``noise`` has 16 random bits for each element in memory order, as integers; without it, ``v`` is rounded to nearest.
     """
     flat = _grouped(values)
-    s = _scales(flat.amax(1, keepdim=True).sqrt())
+    s = _scales(root(flat.amax(1, keepdim=True)))
     scaled = 255.0 / s.float()
     t = flat * (scaled * scaled)
     t = torch.where(t > 65025.0, 65025.0, t)
     u: Tensor | float = 0.5
     if noise is not None:
         u = _grouped(noise.to(torch.float32)) * 2.0**-16
-    codes = (t.sqrt() + u).floor()
+    codes = (root(t) + u).floor()
     codes = torch.where((codes == 0.0) & (flat > 0.0), 1.0, codes)
     codes = torch.where(t.isnan(), 0.0, codes).to(torch.uint8)
     return Coded(_like(codes, values), s.flatten())
@@ -80,8 +80,8 @@ def encode_second(values: Tensor, noise: Tensor | None = None) -> Coded:
 
 def decode_second(coded: Coded) -> Tensor:
     """Return the float32 values of a second moment, laid out in memory like its codes."""
-    root = _grouped(coded.codes).float() * (coded.scales.float() / 255.0)[:, None]
-    return _like(root * root, coded.codes)
+    roots = _grouped(coded.codes).float() * (coded.scales.float() / 255.0)[:, None]
+    return _like(roots * roots, coded.codes)
 
 
 def split(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +94,13 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
 def joined(rounded: Tensor, residuals: Tensor) -> Tensor:
     """Return the float32 weights that ``split`` took apart."""
     return rounded.float() + residuals.float() * (_half_ulp(rounded) * (1.0 / 127.0))
+
+
+def root(values: Tensor) -> Tensor:
+    """Return the square root, rounded to nearest; torch's own on the CPU may be off by a unit in the last place."""
+    if values.dtype == torch.float32 and values.device.type == "cpu":
+        return values.double().sqrt().float()
+    return values.sqrt()
 
 
 def _half_ulp(rounded: Tensor) -> Tensor:
@@ -114,8 +121,7 @@ def _like(grouped: Tensor, values: Tensor) -> Tensor:
 
 
 def _scales(largest: Tensor) -> Tensor:
-    """Return the smallest float16 numbers that are not below ``largest``, up to 65,504; NaN if it is not finite."""
-    wanted = torch.clamp(largest * _NEARLY_ONE, max=_LARGEST)
-    nearest = wanted.to(torch.float16)
-    up = (nearest.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(largest.isfinite(), torch.where(nearest.float() < wanted, up, nearest), torch.nan)
+    """Return the nearest float16 numbers from 2^-24 to 65,504, 0 for 0, and NaN for what is not finite."""
+    nearest = torch.clamp(largest, max=_LARGEST).to(torch.float16)
+    nearest = torch.where((nearest == 0.0) & (largest > 0.0), _SMALLEST, nearest)
+    return torch.where(largest.isfinite(), nearest, torch.nan)

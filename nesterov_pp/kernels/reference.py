@@ -18,6 +18,7 @@ from nesterov_pp.kernels.codes import (
     encode_second,
     group_count,
     joined,
+    root,
     split,
 )
 from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
@@ -93,7 +94,7 @@ def update(
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
             max_exp_avg_sq.copy_(v)
-        denominator = (v * c.inv_bias2).sqrt() + c.eps
+        denominator = root(v * c.inv_bias2) + c.eps
         direction, momentum = direction / denominator, m / denominator
     elif normaliser == Normaliser.SIGN:
         direction, momentum = c.inv_bias2 * _sign(direction), _sign(m)

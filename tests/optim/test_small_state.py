@@ -10,11 +10,12 @@ from torch import nn
 from torch.func import functional_call
 
 import nesterov_pp as npp
+from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.codes import Coded, decode_first, decode_second, joined
 from nesterov_pp.optim.corrections import DelayCompensation
 from tests.backends import WHY_NOT
 
-BACKENDS = [name for name in ("reference",) if WHY_NOT[name] is None]
+BACKENDS = [name for name in ("cpu", "reference") if WHY_NOT[name] is None]
 RULES = [
     pytest.param(npp.NAdam, {"betas": (0.99, 0.999), "weight_decay": 0.1}, id="nadam"),
     pytest.param(npp.AdamW, {"betas": (0.9, 0.999)}, id="adamw"),
@@ -121,13 +122,19 @@ def test_steps_follow_those_with_wide_moments(rule, options, backend):
 @pytest.mark.parametrize(("rule", "options"), RULES)
 @pytest.mark.parametrize(("dtype", "formats"), FORMATS)
 def test_backends_give_the_same_bits(rule, options, dtype, formats):
-    results = []
-    for backend in BACKENDS:
-        made = parameters(dtype)
-        optimizer = rule(made, seed=5, backend=backend, **formats, **options)
-        run(optimizer, made, 6)
-        results.append([*made, *tensors_of(optimizer).values()])
-    assert_same_bits(*results)
+    module, _ = extension.load()
+    selected, results = module.isa(), []
+    try:
+        for backend, isa in [*(("cpu", isa) for isa in module.isas()), ("reference", selected)]:
+            module.set_isa(isa)
+            made = parameters(dtype)
+            optimizer = rule(made, seed=5, backend=backend, **formats, **options)
+            run(optimizer, made, 6)
+            results.append([*made, *tensors_of(optimizer).values()])
+    finally:
+        module.set_isa(selected)
+    for found in results[:-1]:
+        assert_same_bits(found, results[-1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
