@@ -30,6 +30,15 @@ NPP_HD To same_bits(const From& from) {
   return to;
 }
 
+// Selects `yes` or `no`, lane by lane, like `choose`. GCC selects these lanes one by one if it is left to it.
+template <class Mask, class V>
+NPP_HD V pick(const Mask& mask, const V& yes, const V& no) {
+  if constexpr (kSame<Mask, bool>)
+    return mask ? yes : no;
+  else
+    return same_bits<V>((mask & same_bits<Mask>(yes)) | (~mask & same_bits<Mask>(no)));
+}
+
 // Returns the bits of a scale, the nearest float16 number from 2^-24 to 65,504, or 0 or NaN.
 NPP_HD unsigned short scale_of(float largest) {
   if (!(largest < __builtin_inff())) return 0x7e00;
@@ -57,9 +66,9 @@ NPP_HD V first_of(const V& code, float scale) {
 // Returns a number that is a code once it is rounded to nearest; 0 for NaN.
 template <class V>
 NPP_HD V first_code(const V& m, float scale) {
-  const V cut = choose(m > scale, V{} + scale, choose(m < -scale, V{} - scale, m));
+  const V cut = pick(m > scale, V{} + scale, pick(m < -scale, V{} - scale, m));
   const V y = 254.0f * cut / (scale + absolute(cut));
-  return choose(y == y, y, V{});
+  return pick(y == y, y, V{});
 }
 
 template <class V>
@@ -78,18 +87,19 @@ NPP_HD float second_factor(float scale) {
 template <class V>
 NPP_HD V second_code(const V& v, float factor, const V& u) {
   V t = v * factor;
-  t = choose(t > 65025.0f, V{} + 65025.0f, t);
+  t = pick(t > 65025.0f, V{} + 65025.0f, t);
   V x = square_root(t) + u;
-  x = choose(v > 0.0f, choose(x < 1.0f, V{} + 1.0f, x), x);
-  return choose(x == x, x, V{});
+  const V least = pick(v > 0.0f, V{} + 1.0f, V{});
+  x = pick(x < least, least, x);
+  return pick(x == x, x, V{});
 }
 
 // The exponents of bfloat16 numbers given as floats, within the range for which half a unit is a normal number.
 template <class U, class V>
 NPP_HD U exponent_of(const V& rounded) {
   const U e = (same_bits<U>(rounded) >> 23) & 0xffU;
-  const U least = choose(e < 16U, U{} + 16U, e);
-  return choose(least > 254U, U{} + 254U, least);
+  const U least = pick(e < 16U, U{} + 16U, e);
+  return pick(least > 254U, U{} + 254U, least);
 }
 
 template <class U, class V>
@@ -103,7 +113,8 @@ template <class U, class V>
 NPP_HD V residual_of(const V& weight, const V& rounded) {
   const V per_half_unit = same_bits<V>((262U - exponent_of<U>(rounded)) << 23);
   const V y = (weight - rounded) * (127.0f * per_half_unit);
-  return choose(absolute(y) < __builtin_inff(), y, V{});
+  const V zero = y - y;
+  return pick(zero == zero, y, V{});
 }
 
 }  // namespace codes

@@ -115,27 +115,21 @@ struct Constants {
   Noise noise;
 };
 
-// Returns the words of N counters: `first` plus each of the `offsets`, with the bits `top` in the second word.
+// Returns the words of N counters: the counter of element i of a run plus each of the `offsets` (random.h).
 template <int N>
-NPP_INLINE Words<typename Lanes<N>::U> words_of_counters(const Noise& noise, unsigned long long first, unsigned int top,
-                                                         const typename Lanes<N>::U& offsets) {
+NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
+                                                    const typename Lanes<N>::U& offsets) {
   using U = typename Lanes<N>::U;
   using W = typename Lanes<N>::W;
+  const auto first = static_cast<unsigned long long>(noise.first + i) / 2;
   const U low = offsets + static_cast<unsigned int>(first);
   const U carry = -bits_of<U>(low < static_cast<unsigned int>(first));
-  const W a = bits_of<W>(low), b = bits_of<W>((carry + static_cast<unsigned int>(first >> 32)) | top);
+  const W a = bits_of<W>(low), b = bits_of<W>(carry + static_cast<unsigned int>(first >> 32));
   const W tensor = W{} + noise.tensor, step = W{} + noise.step;
   const RoundKeys keys = RoundKeys::from(noise.seed);
   const Words<W> x = philox<W>({a, b, tensor, step}, keys);
   const Words<W> y = philox<W>({a >> 32, b >> 32, tensor, step}, keys);
   return {joined<N>(x.a, y.a), joined<N>(x.b, y.b), joined<N>(x.c, y.c), joined<N>(x.d, y.d)};
-}
-
-// Returns the words of element i of a run and of those that follow at `offsets` counters (random.h).
-template <int N>
-NPP_INLINE Words<typename Lanes<N>::U> random_words(const Noise& noise, long long i,
-                                                    const typename Lanes<N>::U& offsets) {
-  return words_of_counters<N>(noise, static_cast<unsigned long long>(noise.first + i) / 2, 0, offsets);
 }
 
 template <int N>
@@ -187,11 +181,8 @@ NPP_INLINE V apart(const Pointers<P>& p, const V& w) {
 template <class P, int N>
 NPP_INLINE auto load_weights(const Pointers<P>& p) {
   if constexpr (P::kSplit) {
-    typename Lanes<N>::C residual;
-    __builtin_memcpy(&residual, p.residual, sizeof(residual));
-    using V = typename Lanes<N>::F;
-    const V rounded = load<BFloat16, N>(reinterpret_cast<const BFloat16*>(p.w));
-    return codes::joined<typename Lanes<N>::U>(rounded, __builtin_convertvector(residual, V));
+    const typename Lanes<N>::F rounded = load<BFloat16, N>(reinterpret_cast<const BFloat16*>(p.w));
+    return codes::joined<typename Lanes<N>::U>(rounded, load_signed<N>(p.residual));
   } else {
     return load<typename P::W, N>(p.w);
   }
@@ -202,9 +193,10 @@ NPP_INLINE void store_weights(const Pointers<P>& p, const V& next, const typenam
   using G = typename P::G;
   if constexpr (P::kSplit) {
     using Round = Element<BFloat16, N>;
-    const auto stored = Round::narrow(next);
-    store_nearest<N>(p.residual, codes::residual_of<typename Lanes<N>::U>(next, Round::widen(stored)));
-    store_next<kStreaming>(p.out, stored);
+    using U = typename Lanes<N>::U;
+    const U bits = Round::rounded(next) & 0xffff0000U;
+    store_nearest<N>(p.residual, codes::residual_of<U>(next, bits_of<typename Lanes<N>::F>(bits)));
+    store_next<kStreaming>(p.out, __builtin_convertvector(bits >> 16, typename Lanes<N>::H));
   } else if constexpr (P::kCopies) {
     store<typename P::W, N>(p.out, next);
     if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
@@ -247,26 +239,17 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
   store_weights<P, kStreaming, N>(p, next, weight_noise);
 }
 
-// Returns the random bits that round the codes of 8 N elements, from element i of a run on (random.h).
-template <int N>
-NPP_INLINE void noise_of_codes(const Noise& noise, long long i, typename Lanes<N>::U (&halves)[8]) {
-  using U = typename Lanes<N>::U;
-  const auto first = static_cast<unsigned long long>(noise.first + i) / 8;
-  const auto words = words_of_counters<N>(noise, first, 0x80000000U, counting<N>(1));
-  const Both<U> ac = interleaved<N>(words.a, words.c), bd = interleaved<N>(words.b, words.d);
-  const Both<U> low = interleaved<N>(ac.first, bd.first), high = interleaved<N>(ac.second, bd.second);
-  const U in_order[4] = {low.first, low.second, high.first, high.second};
-  for (int j = 0; j < 4; ++j) {
-    const Both<U> both = interleaved<N>(in_order[j] & 0xffffU, in_order[j] >> 16);
-    halves[2 * j] = both.first;
-    halves[2 * j + 1] = both.second;
-  }
+// Returns the random words of four groups, among them that of element i of a run (random.h).
+NPP_INLINE Words<unsigned int> words_of_groups(const Noise& noise, long long i) {
+  const auto c = static_cast<unsigned long long>(noise.first + i) / (4 * kGroup);
+  const auto low = static_cast<unsigned int>(c), high = static_cast<unsigned int>(c >> 32) | 0x80000000U;
+  return philox<unsigned int>({low, high, noise.tensor, noise.step}, RoundKeys::from(noise.seed));
 }
 
 // Steps a group of elements whose moments are in eight bits. The new moments stay in registers until their largest are
 // known.
 template <class P, bool kStreaming, int N, class T>
-NPP_INLINE void group(const Pointers<P>& p, long long i, const typename Lanes<N>::U* halves, const Constants<T>& k) {
+NPP_INLINE void group(const Pointers<P>& p, long long i, unsigned int word, const Constants<T>& k) {
   using U = typename Lanes<N>::U;
   using I = typename Lanes<N>::I;
   using V = typename Lanes<N>::F;
@@ -279,15 +262,9 @@ NPP_INLINE void group(const Pointers<P>& p, long long i, const typename Lanes<N>
   I m_largest{}, v_largest{};
   for (int j = 0; j < kVectors; ++j) {
     const Pointers<P> q = p.within(j * N);
-    typename Lanes<N>::C first;
-    __builtin_memcpy(&first, q.m, sizeof(first));
-    m[j] = codes::first_of(V(__builtin_convertvector(first, V)), m_scale);
+    m[j] = codes::first_of(load_signed<N>(q.m), m_scale);
     v[j] = V{};
-    if constexpr (P::kMayHaveSecond) {
-      typename Lanes<N>::B second;
-      __builtin_memcpy(&second, q.v, sizeof(second));
-      v[j] = codes::second_of(V(__builtin_convertvector(second, V)), unit);
-    }
+    if constexpr (P::kMayHaveSecond) v[j] = codes::second_of(load_unsigned<N>(q.v), unit);
     Late<V> none{};
     const V next = update<P>(k.rule, k.c, k.x, load_weights<P, N>(q), load<G, N>(q.grad), m[j], v[j], none);
     U weight_noise{};
@@ -308,7 +285,8 @@ NPP_INLINE void group(const Pointers<P>& p, long long i, const typename Lanes<N>
     *p.v_scale = codes::scale_of(square_root(codes::same_bits<float>(largest_of<N>(v_largest))));
     const float factor = codes::second_factor(codes::scale_from(*p.v_scale));
     for (int j = 0; j < kVectors; ++j) {
-      const V u = __builtin_convertvector(bits_of<I>(halves[j]), V) * 0x1p-16f;
+      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
+      const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
       const I code = __builtin_convertvector(codes::second_code(v[j], factor, u), I);
       store_bytes<N>(p.v + j * N, bits_of<U>(code));
     }
@@ -318,10 +296,12 @@ NPP_INLINE void group(const Pointers<P>& p, long long i, const typename Lanes<N>
 // Steps 8 N elements in groups.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  typename Lanes<N>::U halves[8];
-  if constexpr (P::kMayHaveSecond) noise_of_codes<N>(k.noise, i, halves);
+  Words<unsigned int> words{};
+  if constexpr (P::kMayHaveSecond) words = words_of_groups(k.noise, i);
+  const unsigned int of_groups[4] = {words.a, words.b, words.c, words.d};
+  const long long first = (k.noise.first + i) / kGroup;
   for (int g = 0; g < N / 4; ++g)
-    group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, halves + g * (kGroup / N), k);
+    group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, of_groups[(first + g) % 4], k);
 }
 
 // The number of elements that a block steps.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nesterov_pp.kernels.codes import GROUP, group_count
+
 _WORD = 0xFFFFFFFF
 
 
@@ -69,12 +71,16 @@ def _words(count: int, device: torch.device, *, seed: int, tensor: int, step: in
 
 
 def noise_of_codes(count: int, device: torch.device, *, seed: int, tensor: int, step: int) -> Tensor:
-    """Return 16 random bits for the second moment of each element in memory order, as int64: of a counter for eight."""
-    block = torch.arange((count + 7) // 8, device=device)
+    """Return 16 random bits for the second moment of each element in memory order, as int64.
+
+    A group has one random number, and its element ``k`` that number plus ``k`` times the golden ratio, modulo 2^16.
+    """
+    groups = group_count(count)
+    block = torch.arange((groups + 3) // 4, device=device)
     like = torch.zeros_like(block)
     words = philox((block & _WORD, (block >> 32) | 0x80000000, like + tensor, like + step), seed)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, 1).flatten()[:count]
+    start = torch.stack(words, 1).flatten()[:groups, None] >> 16
+    return ((start + 40503 * torch.arange(GROUP, device=device)) & 0xFFFF).flatten()[:count]
 
 
 def _in_memory_order(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import DRIFT
 
 from nesterov_pp.kernels.codes import (
     GROUP,
@@ -17,7 +18,6 @@ from nesterov_pp.kernels.codes import (
     split,
 )
 from nesterov_pp.kernels.rounding import noise_of_codes
-from tests.tolerances import DRIFT
 
 SCALES = [1.0, 0.3, 65504.0, 2.0**-14, 3 * 2.0**-24, 2.0**-24]
 """From float16's largest number to its smallest."""

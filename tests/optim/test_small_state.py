@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from backends import WHY_NOT
 from torch import nn
 from torch.func import functional_call
 
@@ -13,7 +14,6 @@ import nesterov_pp as npp
 from nesterov_pp.kernels import extension
 from nesterov_pp.kernels.codes import Coded, decode_first, decode_second, joined
 from nesterov_pp.optim.corrections import DelayCompensation
-from tests.backends import WHY_NOT
 
 BACKENDS = [name for name in ("cpu", "reference") if WHY_NOT[name] is None]
 RULES = [
