@@ -20,7 +20,7 @@ PRINTED = (1999, 2499, 3999, 5999)
 
 
 def nearest(v: Tensor) -> Tensor:
-    return codes.decode_second(codes.encode_second(v))
+    return codes.decode_second(codes.encode_second(v.sqrt()))
 
 
 def random_value(v: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def random_value(v: Tensor) -> Tensor:
 
 
 def random_root(v: Tensor) -> Tensor:
-    return codes.decode_second(codes.encode_second(v, torch.randint(0, 1 << 16, v.shape)))
+    return codes.decode_second(codes.encode_second(v.sqrt(), torch.randint(0, 1 << 16, v.shape)))
 
 
 def sixteen(v: Tensor) -> Tensor:

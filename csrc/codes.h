@@ -72,24 +72,18 @@ NPP_HD V first_code(const V& m, float scale) {
 }
 
 template <class V>
-NPP_HD V second_of(const V& code, float unit) {
-  const V root = code * unit;
+NPP_HD V second_of(const V& code, float scale) {
+  const V root = code * (scale * static_cast<float>(1.0 / 255.0));
   return root * root;
 }
 
-// The factor of v under the root; `scale` is that of the group.
-NPP_HD float second_factor(float scale) {
-  const float k = 255.0f / scale;
-  return k * k;
-}
-
-// Returns a number that is a code once it is rounded down; 0 for NaN. `u` is from 0 to 1.
+// Returns a number that is a code once it is rounded down; 0 for NaN. `root` is a multiple of that of v, `factor` makes
+// the one that the scale stands for 255, and `u` is from 0 to 1.
 template <class V>
-NPP_HD V second_code(const V& v, float factor, const V& u) {
-  V t = v * factor;
-  t = pick(t > 65025.0f, V{} + 65025.0f, t);
-  V x = square_root(t) + u;
-  const V least = pick(v > 0.0f, V{} + 1.0f, V{});
+NPP_HD V second_code(const V& root, float factor, const V& u) {
+  const V t = root * factor;
+  V x = pick(t > 255.0f, V{} + 255.0f, t) + u;
+  const V least = pick(root > 0.0f, V{} + 1.0f, V{});
   x = pick(x < least, least, x);
   return pick(x == x, x, V{});
 }
@@ -105,7 +99,7 @@ NPP_HD U exponent_of(const V& rounded) {
 template <class U, class V>
 NPP_HD V joined(const V& rounded, const V& residual) {
   const V half_unit = same_bits<V>((exponent_of<U>(rounded) - 8U) << 23);
-  return rounded + residual * (half_unit * (1.0f / 127.0f));
+  return rounded + residual * (half_unit * static_cast<float>(1.0 / 127.0));
 }
 
 // Returns a number that is the residual once it is rounded to nearest; 0 if it is not finite.

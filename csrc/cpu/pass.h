@@ -113,6 +113,7 @@ struct Constants {
   CorrectionScalars<T> x;
   Rule rule;
   Noise noise;
+  float to_root;  // turns sqrt(v inv_bias2) into sqrt(v)
 };
 
 // Returns the words of N counters: the counter of element i of a run plus each of the `offsets` (random.h).
@@ -246,62 +247,82 @@ NPP_INLINE Words<unsigned int> words_of_groups(const Noise& noise, long long i) 
   return philox<unsigned int>({low, high, noise.tensor, noise.step}, RoundKeys::from(noise.seed));
 }
 
-// Steps a group of elements whose moments are in eight bits. The new moments stay in registers until their largest are
-// known.
+// The new moments of a group whose moments are in eight bits, the second as its root, and the bits of their largest.
+// They wait in registers for the group's scales.
+template <int N>
+struct Moments {
+  static constexpr int kVectors = kGroup / N;
+  typename Lanes<N>::F m[kVectors], root[kVectors];
+  typename Lanes<N>::I m_largest, root_largest;
+};
+
+// Steps the weights of a group.
 template <class P, bool kStreaming, int N, class T>
-NPP_INLINE void group(const Pointers<P>& p, long long i, unsigned int word, const Constants<T>& k) {
+NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>& k, Moments<N>& x) {
   using U = typename Lanes<N>::U;
   using I = typename Lanes<N>::I;
   using V = typename Lanes<N>::F;
-  using G = typename P::G;
-  constexpr int kVectors = kGroup / N;
   const float m_scale = codes::scale_from(*p.m_scale);
-  float unit = 0;
-  if constexpr (P::kMayHaveSecond) unit = codes::scale_from(*p.v_scale) / 255.0f;
-  V m[kVectors], v[kVectors];
-  I m_largest{}, v_largest{};
-  for (int j = 0; j < kVectors; ++j) {
+  float v_scale = 0;
+  if constexpr (P::kMayHaveSecond) v_scale = codes::scale_from(*p.v_scale);
+  x.m_largest = x.root_largest = I{};
+  for (int j = 0; j < Moments<N>::kVectors; ++j) {
     const Pointers<P> q = p.within(j * N);
-    m[j] = codes::first_of(load_signed<N>(q.m), m_scale);
-    v[j] = V{};
-    if constexpr (P::kMayHaveSecond) v[j] = codes::second_of(load_unsigned<N>(q.v), unit);
+    V m = codes::first_of(load_signed<N>(q.m), m_scale), v{};
+    if constexpr (P::kMayHaveSecond) v = codes::second_of(load_unsigned<N>(q.v), v_scale);
     Late<V> none{};
-    const V next = update<P>(k.rule, k.c, k.x, load_weights<P, N>(q), load<G, N>(q.grad), m[j], v[j], none);
+    const V next = update<P>(k.rule, k.c, k.x, load_weights<P, N>(q), load<typename P::G, N>(q.grad), m, v, none);
     U weight_noise{};
     if constexpr (P::kStochastic) {
       const auto words = random_words<N>(k.noise, i + j * N, counting<N>(2));
       weight_noise = choose_lanes(U(-(counting<N>(1) & 1U)), words.c, words.a) & 0xffffU;
     }
     store_weights<P, kStreaming, N>(q, next, weight_noise);
+    x.m[j] = m;
+    x.root[j] = v;
     // The bits of numbers of at least 0 are in the order of the numbers, and those of NaN are above.
-    const I m_bits = bits_of<I>(m[j]) & 0x7fffffff, v_bits = bits_of<I>(v[j]) & 0x7fffffff;
-    m_largest = m_bits > m_largest ? m_bits : m_largest;
-    v_largest = v_bits > v_largest ? v_bits : v_largest;
+    const I m_bits = bits_of<I>(m) & 0x7fffffff, root_bits = bits_of<I>(v) & 0x7fffffff;
+    x.m_largest = m_bits > x.m_largest ? m_bits : x.m_largest;
+    x.root_largest = root_bits > x.root_largest ? root_bits : x.root_largest;
   }
-  *p.m_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(m_largest)));
-  const float s = codes::scale_from(*p.m_scale);
-  for (int j = 0; j < kVectors; ++j) store_nearest<N>(p.m + j * N, codes::first_code(m[j], s));
+}
+
+// Stores the moments of a group as codes. `word` is the group's random word, and `to_root` turns the roots into those
+// of the second moment.
+template <class P, int N>
+NPP_INLINE void encode_group(const Pointers<P>& p, const Moments<N>& x, unsigned int word, float to_root) {
+  using U = typename Lanes<N>::U;
+  using I = typename Lanes<N>::I;
+  using V = typename Lanes<N>::F;
+  const unsigned short m_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.m_largest)));
+  *p.m_scale = m_scale;
+  const float s = codes::scale_from(m_scale);
+  for (int j = 0; j < Moments<N>::kVectors; ++j) store_nearest<N>(p.m + j * N, codes::first_code(x.m[j], s));
   if constexpr (P::kMayHaveSecond) {
-    *p.v_scale = codes::scale_of(square_root(codes::same_bits<float>(largest_of<N>(v_largest))));
-    const float factor = codes::second_factor(codes::scale_from(*p.v_scale));
-    for (int j = 0; j < kVectors; ++j) {
+    const unsigned short v_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.root_largest)) * to_root);
+    *p.v_scale = v_scale;
+    const float factor = 255.0f * to_root / codes::scale_from(v_scale);
+    for (int j = 0; j < Moments<N>::kVectors; ++j) {
       const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
       const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
-      const I code = __builtin_convertvector(codes::second_code(v[j], factor, u), I);
+      const I code = __builtin_convertvector(codes::second_code(x.root[j], factor, u), I);
       store_bytes<N>(p.v + j * N, bits_of<U>(code));
     }
   }
 }
 
-// Steps 8 N elements in groups.
+// Steps 8 N elements in groups: first the weights of all groups, then their codes, so that no group waits for another.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, const Constants<T>& k) {
   Words<unsigned int> words{};
   if constexpr (P::kMayHaveSecond) words = words_of_groups(k.noise, i);
   const unsigned int of_groups[4] = {words.a, words.b, words.c, words.d};
   const long long first = (k.noise.first + i) / kGroup;
-  for (int g = 0; g < N / 4; ++g)
-    group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, of_groups[(first + g) % 4], k);
+  constexpr int kGroups = N / 4;
+  Moments<N> moments[kGroups];
+  for (int g = 0; g < kGroups; ++g) step_group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, k, moments[g]);
+  for (int g = 0; g < kGroups; ++g)
+    encode_group<P, N>(p.at(g * kGroup), moments[g], of_groups[(first + g) % 4], k.to_root);
 }
 
 // The number of elements that a block steps.
@@ -406,7 +427,9 @@ NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   using G = typename P::G;
   using M = typename P::M;
   constexpr int N = kBytes / static_cast<int>(sizeof(T));
-  Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise};
+  Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise, 1};
+  if constexpr (P::kCodes && P::kMayHaveSecond)
+    k.to_root = static_cast<float>(1 / square_root(row.coefficients.inv_bias2));
   if constexpr (P::kCorrects) k.x = row.correction.as<T>();
   const Pointers<P> p{static_cast<const W*>(r.weight),
                       static_cast<W*>(r.weight_out),

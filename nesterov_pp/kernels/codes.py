@@ -59,28 +59,28 @@ def decode_first(coded: Coded) -> Tensor:
     return _like(q / (254.0 - q.abs()) * coded.scales.float()[:, None], coded.codes)
 
 
-def encode_second(values: Tensor, noise: Tensor | None = None) -> Coded:
-    """Return the codes of a second moment, a dense float32 tensor of numbers of at least 0, laid out like it.
+def encode_second(roots: Tensor, noise: Tensor | None = None, *, to_root: float = 1.0) -> Coded:
+    """Return the codes of a second moment ``v`` from dense float32 ``roots``, laid out in memory like them.
 
-    ``noise`` has 16 random bits for each element in memory order, as integers; without it, ``v`` is rounded to nearest.
+    ``roots`` times ``to_root`` are ``sqrt(v)``. ``noise`` has 16 random bits for each element in memory order, as
+    integers; without it, ``sqrt(v)`` is rounded to nearest.
     """
-    flat = _grouped(values)
-    s = _scales(root(flat.amax(1, keepdim=True)))
-    scaled = 255.0 / s.float()
-    t = flat * (scaled * scaled)
-    t = torch.where(t > 65025.0, 65025.0, t)
+    flat, factor = _grouped(roots), torch.tensor(to_root, dtype=torch.float32, device=roots.device)
+    s = _scales(flat.amax(1, keepdim=True) * factor)
+    t = flat * (255.0 * factor / s.float())
+    t = torch.where(t > 255.0, 255.0, t)
     u: Tensor | float = 0.5
     if noise is not None:
         u = _grouped(noise.to(torch.float32)) * 2.0**-16
-    codes = (root(t) + u).floor()
+    codes = (t + u).floor()
     codes = torch.where((codes == 0.0) & (flat > 0.0), 1.0, codes)
     codes = torch.where(t.isnan(), 0.0, codes).to(torch.uint8)
-    return Coded(_like(codes, values), s.flatten())
+    return Coded(_like(codes, roots), s.flatten())
 
 
 def decode_second(coded: Coded) -> Tensor:
     """Return the float32 values of a second moment, laid out in memory like its codes."""
-    roots = _grouped(coded.codes).float() * (coded.scales.float() / 255.0)[:, None]
+    roots = _grouped(coded.codes).float() * (coded.scales.float() * (1.0 / 255.0))[:, None]
     return _like(roots * roots, coded.codes)
 
 

@@ -85,16 +85,18 @@ def update(
     if exp_avg_sq is not None:
         v = decode_second(exp_avg_sq) if isinstance(exp_avg_sq, Coded) else exp_avg_sq.to(dtype)
         v = _mean_of_squares(v, g, c.beta2_complement)
-        if isinstance(exp_avg_sq, Coded):
-            _recode(exp_avg_sq, encode_second(_laid_out_as(exp_avg_sq.codes, v), code_noise))
-        else:
+        if not isinstance(exp_avg_sq, Coded):
             _store(exp_avg_sq, v, noise, 2)
             if exp_avg_sq.dtype == torch.float16:  # a value that overflows float16 is infinite in this step too
                 v = torch.where(exp_avg_sq.isinf(), math.inf, v)
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
             max_exp_avg_sq.copy_(v)
-        denominator = root(v * c.inv_bias2) + c.eps
+        roots = root(v * c.inv_bias2)
+        denominator = roots + c.eps
+        if isinstance(exp_avg_sq, Coded):
+            roots, to_root = _laid_out_as(exp_avg_sq.codes, roots), 1.0 / math.sqrt(c.inv_bias2)
+            _recode(exp_avg_sq, encode_second(roots, code_noise, to_root=to_root))
         direction, momentum = direction / denominator, m / denominator
     elif normaliser == Normaliser.SIGN:
         direction, momentum = c.inv_bias2 * _sign(direction), _sign(m)

@@ -20,6 +20,7 @@ from nesterov_pp.kernels.codes import (
     encode_second,
     group_count,
     joined,
+    root,
     split,
 )
 
@@ -62,7 +63,7 @@ def encode_entries(entries: dict[str, Any], p: Tensor) -> None:
             continue
         wide = _widened(entries, name) if value.dtype == CODES[name] else value
         values = torch.empty_like(laid_out, dtype=torch.float32).copy_(wide)
-        codes, entries[scale_name] = encode_first(values) if name == "exp_avg" else encode_second(values)
+        codes, entries[scale_name] = encode_first(values) if name == "exp_avg" else encode_second(root(values))
         entries[name] = laid_out.copy_(codes)
 
 
