@@ -10,9 +10,20 @@ struct Half {
   unsigned short bits;
 };
 
-enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
+// A moment in eight bits, and the bfloat16 part of a weight in 24 (codes.h).
+struct Code {
+  unsigned char bits;
+};
+struct Split {
+  unsigned short bits;
+};
 
-constexpr int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf, kCode, kSplit };
+
+constexpr int size_of(Dtype dtype) {
+  if (dtype == Dtype::kCode) return 1;
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
 
 // The dtypes of the weights that a pass computes with, of the gradients (and of the copies of master weights), and of
 // the moments.
@@ -41,6 +52,10 @@ template <>
 constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
 template <>
 constexpr Dtype kDtype<Half> = Dtype::kHalf;
+template <>
+constexpr Dtype kDtype<Code> = Dtype::kCode;
+template <>
+constexpr Dtype kDtype<Split> = Dtype::kSplit;
 
 template <class A, class B>
 constexpr bool kSame = false;

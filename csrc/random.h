@@ -8,6 +8,11 @@
 // number of the element:
 //   first word:   lower half the weight, upper half the first moment
 //   second word:  lower half the second moment, upper half the running mean of a correction
+// The codes of second moments in eight bits (codes.h) take other counters. Groups 4c to 4c + 3 of 32 elements share the
+// counter (c, c >> 32 | 2^31, tensor, step) and take one word each. The upper half of the word is the number of the
+// group's first element; element k has that number plus k times 40503, the golden ratio, modulo 2^16. So every element
+// is rounded with equal probabilities for all numbers, and in each step anew; that the elements of one step are not
+// independent of each other does not matter, and costs a 32nd of the Philox.
 #pragma once
 
 #include "update.h"

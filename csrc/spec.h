@@ -36,7 +36,9 @@ struct Pass {
   static constexpr bool kMayHaveSecond = form == Form::kRms || kCorrects;
   static constexpr bool kMayBeSign = form == Form::kSign || kCorrects;
   static constexpr bool kStochastic = stochastic;
-  static constexpr bool kCopies = !kSame<W, G>;  // master weights, which are copied to the parameters
+  static constexpr bool kSplit = kSame<W, Split>;           // weights in 24 bits
+  static constexpr bool kCodes = kSame<M, Code>;            // moments in eight bits
+  static constexpr bool kCopies = !kSame<W, G> && !kSplit;  // master weights, which are copied to the parameters
   static constexpr bool kHalfMoments = kSame<M, Half>;
 
   static NPP_HD constexpr Normaliser normaliser(const Rule& rule) {
@@ -64,6 +66,12 @@ using All = Combinations<Combination<double, double, double>, Combination<float,
                          Combination<BFloat16, BFloat16, BFloat16>, Combination<Half, Half, float>,
                          Combination<Half, Half, BFloat16>, Combination<Half, Half, Half>>;
 
+// Passes of small formats: no correction, and moments in eight bits or weights in 24.
+using Small = Combinations<Combination<float, float, Code>, Combination<float, BFloat16, Code>,
+                           Combination<float, Half, Code>, Combination<BFloat16, BFloat16, Code>,
+                           Combination<Half, Half, Code>, Combination<Split, BFloat16, float>,
+                           Combination<Split, BFloat16, BFloat16>, Combination<Split, BFloat16, Code>>;
+
 template <class W, class G, class M, Form form, class F>
 bool by_rounding(const Spec& spec, F& f) {
   constexpr bool kRounds = kSame<W, BFloat16> || kSame<M, BFloat16>, kHalf = kSame<W, Half> || kSame<M, Half>;
@@ -82,7 +90,8 @@ bool visit(Combination<W, G, M>, const Spec& spec, F& f) {
     case Form::kSign:
       return by_rounding<W, G, M, Form::kSign>(spec, f);
     case Form::kCorrected:
-      return by_rounding<W, G, M, Form::kCorrected>(spec, f);
+      if constexpr (!kSame<W, Split> && !kSame<M, Code>) return by_rounding<W, G, M, Form::kCorrected>(spec, f);
+      return false;
     default:
       return by_rounding<W, G, M, Form::kNone>(spec, f);
   }
@@ -101,8 +110,15 @@ bool visit(const Spec& spec, F f) {
   return spec::visit(spec::All{}, spec, f);
 }
 
+// Like `visit`, for the passes of small formats, which not every backend has.
+template <class F>
+bool visit_small(const Spec& spec, F f) {
+  return spec::visit(spec::Small{}, spec, f);
+}
+
 inline bool supported(const Spec& spec) {
-  return visit(spec, [](auto) {});
+  const auto nothing = [](auto) {};
+  return visit(spec, nothing) || visit_small(spec, nothing);
 }
 
 }  // namespace nesterov_pp

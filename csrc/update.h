@@ -317,7 +317,9 @@ NPP_HD V update(const Rule& rule, const Scalars<T>& c, const CorrectionScalars<T
   if (normaliser == Normaliser::kRms) {
     v = c.second.of(v, g);
     if constexpr (P::kHalfMoments) v = overflowed(v);
-    const V denominator = square_root(v * c.inv_bias2) + c.eps;
+    const V root = square_root(v * c.inv_bias2);
+    const V denominator = root + c.eps;
+    if constexpr (P::kCodes) v = root;  // codes are of the root (codes.h)
     direction = quotient(direction, denominator);
     if (P::kCorrects && rule.predicts) momentum = quotient(momentum, denominator);
   }

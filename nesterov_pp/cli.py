@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"),
             type=_typed(setting.metadata["parse"]),
             help=setting.metadata["help"] + default,
-            metavar="yes|no" if switch else "X",
+            metavar=("yes|no|24bit" if name == "master_weights" else "yes|no") if switch else "X",
             **more,
         )
 
@@ -412,8 +412,8 @@ def _methods(storage: dict[str, Any]) -> None:
             f"{recipe.summary}; {recipe.reference}",
             str(recipe.microbatches_per_update or "P"),
             extra_versions(recipe),
-            str(cost.state) if cost else without,
-            str(cost.traffic) if cost and cost.traffic else without,
+            f"{cost.state:g}" if cost else without,
+            f"{cost.traffic:g}" if cost and cost.traffic else without,
             delays_taken(recipe),
             "both" if recipe.distributed else "virtual",
         )

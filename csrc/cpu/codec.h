@@ -21,6 +21,10 @@ struct Lanes {
   typedef double D __attribute__((vector_size(8 * N)));
   typedef unsigned int U __attribute__((vector_size(4 * N)));
   typedef unsigned short H __attribute__((vector_size(2 * N)));
+  typedef int I __attribute__((vector_size(4 * N)));
+  typedef short S __attribute__((vector_size(2 * N)));
+  typedef signed char C __attribute__((vector_size(N)));
+  typedef unsigned char B __attribute__((vector_size(N)));
   typedef unsigned long long W __attribute__((vector_size(4 * N)));  // N / 2 lanes
 };
 
@@ -42,6 +46,77 @@ NPP_INLINE U choose_lanes(const U& mask, const U& yes, const U& no) {
 template <int N>
 NPP_INLINE typename Lanes<N>::U joined(const typename Lanes<N>::W& low, const typename Lanes<N>::W& high) {
   return bits_of<typename Lanes<N>::U>((low & 0xffffffffULL) | (high << 32));
+}
+
+// Numbers known when the masks of shuffles are compiled; GCC moves the lanes one by one if a loop fills a mask.
+template <int... k>
+struct Numbers {};
+template <int N, int... k>
+struct UpTo : UpTo<N - 1, N - 1, k...> {};
+template <int... k>
+struct UpTo<0, k...> {
+  using All = Numbers<k...>;
+};
+
+// Lane k of the result is lane of[k] of a, or lane of[k] - N of b.
+template <int N, int... of>
+NPP_INLINE typename Lanes<N>::U shuffled(const typename Lanes<N>::U& a, const typename Lanes<N>::U& b, Numbers<of...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, of...);
+#else
+  return __builtin_shuffle(a, b, typename Lanes<N>::U{of...});
+#endif
+}
+
+// Returns the largest lane.
+template <int N, int apart, int... k>
+NPP_INLINE int largest_of(const typename Lanes<N>::I& x, Numbers<k...> all) {
+  using U = typename Lanes<N>::U;
+  if constexpr (apart == 0) {
+    return x[0];
+  } else {
+    const U same = bits_of<U>(x);
+    const auto other = bits_of<typename Lanes<N>::I>(shuffled<N>(same, same, Numbers<(k + apart) % N...>{}));
+    const typename Lanes<N>::I larger = x > other ? x : other;
+    return largest_of<N, apart / 2>(larger, all);
+  }
+}
+template <int N>
+NPP_INLINE int largest_of(const typename Lanes<N>::I& x) {
+  return largest_of<N, N / 2>(x, typename UpTo<N>::All{});
+}
+
+// Bytes become numbers, and words bytes, in two steps: GCC converts to twice or half the width with one instruction,
+// and to other widths lane by lane.
+template <int N>
+NPP_INLINE typename Lanes<N>::F load_signed(const void* from) {
+  typename Lanes<N>::C bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  const auto words =
+      __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::S), typename Lanes<N>::I);
+  return __builtin_convertvector(words, typename Lanes<N>::F);
+}
+
+template <int N>
+NPP_INLINE typename Lanes<N>::F load_unsigned(const void* from) {
+  typename Lanes<N>::B bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  const auto words =
+      __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::H), typename Lanes<N>::U);
+  return __builtin_convertvector(bits_of<typename Lanes<N>::I>(words), typename Lanes<N>::F);
+}
+
+// Stores the low bytes of the lanes.
+template <int N>
+NPP_INLINE void store_bytes(void* to, const typename Lanes<N>::U& x) {
+  const auto bytes = __builtin_convertvector(__builtin_convertvector(x, typename Lanes<N>::H), typename Lanes<N>::B);
+  __builtin_memcpy(to, &bytes, sizeof(bytes));
+}
+
+// Stores whole numbers from -128 to 127 nearest to x, ties to even: adding this constant leaves them in the low byte.
+template <int N>
+NPP_INLINE void store_nearest(void* to, const typename Lanes<N>::F& x) {
+  store_bytes<N>(to, bits_of<typename Lanes<N>::U>(x + 12582912.0f));
 }
 
 template <class S, int N>

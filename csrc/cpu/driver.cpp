@@ -8,12 +8,15 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "../codes.h"
+
 namespace nesterov_pp::cpu {
 namespace {
 
 // A tensor is split between threads only at multiples of this many elements, which fill whole cache lines (128 to 512
-// bytes) in every dtype.
+// bytes) in every dtype, and whole groups of moments in eight bits.
 constexpr int64_t kUnit = 64;
+static_assert(kUnit % kGroup == 0, "a group belongs to one thread");
 // The cost of finding a tensor's elements in memory, as a number of elements to pass over.
 constexpr int64_t kTaskElements = 512;
 // With fewer elements than this, waking the other threads costs more than it saves.
@@ -54,7 +57,10 @@ void run_part(const Task& task, const std::vector<StepRow>& rows, int64_t begin,
            advance(task.run.ahead, grads),
            end - begin,
            task.run.rule,
-           task.run.noise};
+           task.run.noise,
+           advance(task.run.exp_avg_scale, begin / kGroup * size_of(Dtype::kHalf)),
+           advance(task.run.exp_avg_sq_scale, begin / kGroup * size_of(Dtype::kHalf)),
+           advance(task.run.residual, begin)};
   part.noise.first += begin;
   if (task.row == kCarried)
     carry(part.weight, part.weight_out, part.count * size_of(dtypes.weight));

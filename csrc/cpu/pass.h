@@ -3,6 +3,7 @@
 // processors.
 #pragma once
 
+#include "../codes.h"
 #include "codec.h"
 #include "kernels.h"
 
@@ -77,10 +78,31 @@ struct Pointers {
   typename P::M* mean;
   typename P::G* copy;
   typename P::G* ahead;
+  signed char* residual;
+  unsigned short* m_scale;  // of the moments' groups
+  unsigned short* v_scale;
 
+  // Advances all but the scales, within a group.
+  NPP_INLINE_METHOD Pointers within(long long i) const {
+    Pointers moved = at(i);
+    moved.m_scale = m_scale;
+    moved.v_scale = v_scale;
+    return moved;
+  }
+  // `i` is a multiple of the size of a group where moments have groups.
   NPP_INLINE_METHOD Pointers at(long long i) const {
-    return {w + i,       out + i,        grad + i,       after(late, i), m + i,
-            after(v, i), after(mean, i), after(copy, i), after(ahead, i)};
+    return {w + i,
+            out + i,
+            grad + i,
+            after(late, i),
+            m + i,
+            after(v, i),
+            after(mean, i),
+            after(copy, i),
+            after(ahead, i),
+            after(residual, i),
+            after(m_scale, i / kGroup),
+            after(v_scale, i / kGroup)};
   }
 };
 
@@ -91,6 +113,7 @@ struct Constants {
   CorrectionScalars<T> x;
   Rule rule;
   Noise noise;
+  float to_root;  // turns sqrt(v inv_bias2) into sqrt(v)
 };
 
 // Returns the words of N counters: the counter of element i of a run plus each of the `offsets` (random.h).
@@ -155,14 +178,41 @@ NPP_INLINE V apart(const Pointers<P>& p, const V& w) {
   return difference(seen, load<G, N>(p.late));
 }
 
+// Returns the weights that the pass computes with.
+template <class P, int N>
+NPP_INLINE auto load_weights(const Pointers<P>& p) {
+  if constexpr (P::kSplit) {
+    const typename Lanes<N>::F rounded = load<BFloat16, N>(reinterpret_cast<const BFloat16*>(p.w));
+    return codes::joined<typename Lanes<N>::U>(rounded, load_signed<N>(p.residual));
+  } else {
+    return load<typename P::W, N>(p.w);
+  }
+}
+
+template <class P, bool kStreaming, int N, class V>
+NPP_INLINE void store_weights(const Pointers<P>& p, const V& next, const typename Lanes<N>::U& noise) {
+  using G = typename P::G;
+  if constexpr (P::kSplit) {
+    using Round = Element<BFloat16, N>;
+    using U = typename Lanes<N>::U;
+    const U bits = Round::rounded(next) & 0xffff0000U;
+    store_nearest<N>(p.residual, codes::residual_of<U>(next, bits_of<typename Lanes<N>::F>(bits)));
+    store_next<kStreaming>(p.out, __builtin_convertvector(bits >> 16, typename Lanes<N>::H));
+  } else if constexpr (P::kCopies) {
+    store<typename P::W, N>(p.out, next);
+    if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
+  } else {
+    store_next<kStreaming>(p.out, narrowed<typename P::W, N, P::kStochastic>(next, noise));
+  }
+}
+
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
   using U = typename Lanes<N>::U;
-  using V = typename Element<W, N>::Value;
-  const V w = load<W, N>(p.w);
+  using V = decltype(load_weights<P, N>(p));
+  const V w = load_weights<P, N>(p);
   V m = load<M, N>(p.m), v{};
   if (P::has_second(k.rule)) v = load<M, N>(p.v);
   Late<V> late{};
@@ -187,18 +237,106 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
     if (p.mean != nullptr) store<M, N, P::kStochastic>(p.mean, late.mean, mean_noise);
     if (p.ahead != nullptr) store<G, N>(p.ahead, late.ahead);
   }
-  if constexpr (P::kCopies) {
-    store<W, N>(p.out, next);
-    if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
-  } else {
-    store_next<kStreaming>(p.out, narrowed<W, N, P::kStochastic>(next, weight_noise));
+  store_weights<P, kStreaming, N>(p, next, weight_noise);
+}
+
+// Returns the random words of four groups, among them that of element i of a run (random.h).
+NPP_INLINE Words<unsigned int> words_of_groups(const Noise& noise, long long i) {
+  const auto c = static_cast<unsigned long long>(noise.first + i) / (4 * kGroup);
+  const auto low = static_cast<unsigned int>(c), high = static_cast<unsigned int>(c >> 32) | 0x80000000U;
+  return philox<unsigned int>({low, high, noise.tensor, noise.step}, RoundKeys::from(noise.seed));
+}
+
+// The new moments of a group whose moments are in eight bits, the second as its root, and the bits of their largest.
+// They wait in registers for the group's scales.
+template <int N>
+struct Moments {
+  static constexpr int kVectors = kGroup / N;
+  typename Lanes<N>::F m[kVectors], root[kVectors];
+  typename Lanes<N>::I m_largest, root_largest;
+};
+
+// Steps the weights of a group.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>& k, Moments<N>& x) {
+  using U = typename Lanes<N>::U;
+  using I = typename Lanes<N>::I;
+  using V = typename Lanes<N>::F;
+  const float m_scale = codes::scale_from(*p.m_scale);
+  float v_scale = 0;
+  if constexpr (P::kMayHaveSecond) v_scale = codes::scale_from(*p.v_scale);
+  x.m_largest = x.root_largest = I{};
+  for (int j = 0; j < Moments<N>::kVectors; ++j) {
+    const Pointers<P> q = p.within(j * N);
+    V m = codes::first_of(load_signed<N>(q.m), m_scale), v{};
+    if constexpr (P::kMayHaveSecond) v = codes::second_of(load_unsigned<N>(q.v), v_scale);
+    Late<V> none{};
+    const V next = update<P>(k.rule, k.c, k.x, load_weights<P, N>(q), load<typename P::G, N>(q.grad), m, v, none);
+    U weight_noise{};
+    if constexpr (P::kStochastic) {
+      const auto words = random_words<N>(k.noise, i + j * N, counting<N>(2));
+      weight_noise = choose_lanes(U(-(counting<N>(1) & 1U)), words.c, words.a) & 0xffffU;
+    }
+    store_weights<P, kStreaming, N>(q, next, weight_noise);
+    x.m[j] = m;
+    x.root[j] = v;
+    // The bits of numbers of at least 0 are in the order of the numbers, and those of NaN are above.
+    const I m_bits = bits_of<I>(m) & 0x7fffffff, root_bits = bits_of<I>(v) & 0x7fffffff;
+    x.m_largest = m_bits > x.m_largest ? m_bits : x.m_largest;
+    x.root_largest = root_bits > x.root_largest ? root_bits : x.root_largest;
   }
 }
 
-// Steps the elements of N lanes, from element i of the run on.
+// Stores the moments of a group as codes. `word` is the group's random word, and `to_root` turns the roots into those
+// of the second moment.
+template <class P, int N>
+NPP_INLINE void encode_group(const Pointers<P>& p, const Moments<N>& x, unsigned int word, float to_root) {
+  using U = typename Lanes<N>::U;
+  using I = typename Lanes<N>::I;
+  using V = typename Lanes<N>::F;
+  const unsigned short m_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.m_largest)));
+  *p.m_scale = m_scale;
+  const float s = codes::scale_from(m_scale);
+  for (int j = 0; j < Moments<N>::kVectors; ++j) store_nearest<N>(p.m + j * N, codes::first_code(x.m[j], s));
+  if constexpr (P::kMayHaveSecond) {
+    const unsigned short v_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.root_largest)) * to_root);
+    *p.v_scale = v_scale;
+    const float factor = 255.0f * to_root / codes::scale_from(v_scale);
+    for (int j = 0; j < Moments<N>::kVectors; ++j) {
+      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
+      const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
+      const I code = __builtin_convertvector(codes::second_code(x.root[j], factor, u), I);
+      store_bytes<N>(p.v + j * N, bits_of<U>(code));
+    }
+  }
+}
+
+// Steps 8 N elements in groups: first the weights of all groups, then their codes, so that no group waits for another.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, const Constants<T>& k) {
+  Words<unsigned int> words{};
+  if constexpr (P::kMayHaveSecond) words = words_of_groups(k.noise, i);
+  const unsigned int of_groups[4] = {words.a, words.b, words.c, words.d};
+  const long long first = (k.noise.first + i) / kGroup;
+  constexpr int kGroups = N / 4;
+  Moments<N> moments[kGroups];
+  for (int g = 0; g < kGroups; ++g) step_group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, k, moments[g]);
+  for (int g = 0; g < kGroups; ++g)
+    encode_group<P, N>(p.at(g * kGroup), moments[g], of_groups[(first + g) % 4], k.to_root);
+}
+
+// The number of elements that a block steps.
+template <class P, int N>
+constexpr int kBlock = P::kCodes   ? 8 * N
+                       : kPairs<P> ? 2 * N
+                                   : N;
+
+// Steps the elements of a block, from element i of the run on.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  if constexpr (kPairs<P>)
+  if constexpr (P::kCodes)
+    block_of_groups<P, kStreaming, N>(p, i, k);
+  else if constexpr (kPairs<P>)
     block_of_pairs<P, kStreaming, N>(p, i, k);
   else
     block_of_lanes<P, kStreaming, N>(p, i, k);
@@ -207,7 +345,7 @@ NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) 
 // Steps as many whole blocks as there are in `count` elements.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
-  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  constexpr int kElements = kBlock<P, N>;
   for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
 }
 
@@ -241,13 +379,17 @@ NPP_INLINE void copy(S* to, const S* from, long long count) {
 // Steps the elements left after the whole blocks, from element i on, as one block filled up with zeros.
 template <class P, int N, class T>
 NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
-  constexpr int kElements = kPairs<P> ? 2 * N : N;
+  constexpr int kElements = kBlock<P, N>;
+  constexpr int kGroups = kElements / kGroup + 1;
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
   W w[kElements] = {};
   G grad[kElements] = {}, late[kElements] = {}, copied[kElements] = {}, ahead[kElements] = {};
   M m[kElements] = {}, v[kElements] = {}, mean[kElements] = {};
+  signed char residual[kElements] = {};
+  unsigned short m_scale[kGroups] = {}, v_scale[kGroups] = {};
+  const long long groups = (count + kGroup - 1) / kGroup;
   copy<W>(w, from.w, count);
   copy<G>(grad, from.grad, count);
   copy<M>(m, from.m, count);
@@ -256,7 +398,12 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
     copy<G>(late, from.late, count);
     copy<M>(mean, from.mean, count);
   }
-  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead}, i, k);
+  if constexpr (P::kSplit) copy<signed char>(residual, from.residual, count);
+  if constexpr (P::kCodes) {
+    copy<unsigned short>(m_scale, from.m_scale, groups);
+    copy<unsigned short>(v_scale, from.v_scale, groups);
+  }
+  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead, residual, m_scale, v_scale}, i, k);
   copy<W>(from.out, w, count);
   copy<M>(from.m, m, count);
   if constexpr (P::kMayHaveSecond) copy<M>(from.v, v, count);
@@ -264,6 +411,11 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
   if constexpr (P::kCorrects) {
     copy<M>(from.mean, mean, count);
     copy<G>(from.ahead, ahead, count);
+  }
+  if constexpr (P::kSplit) copy<signed char>(from.residual, residual, count);
+  if constexpr (P::kCodes) {
+    copy<unsigned short>(from.m_scale, m_scale, groups);
+    copy<unsigned short>(from.v_scale, v_scale, groups);
   }
 }
 
@@ -275,12 +427,23 @@ NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   using G = typename P::G;
   using M = typename P::M;
   constexpr int N = kBytes / static_cast<int>(sizeof(T));
-  Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise};
+  Constants<T> k{row.coefficients.as<T>(), {}, r.rule, r.noise, 1};
+  if constexpr (P::kCodes && P::kMayHaveSecond)
+    k.to_root = static_cast<float>(1 / square_root(row.coefficients.inv_bias2));
   if constexpr (P::kCorrects) k.x = row.correction.as<T>();
-  const Pointers<P> p{static_cast<const W*>(r.weight), static_cast<W*>(r.weight_out), static_cast<const G*>(r.grad),
-                      static_cast<const G*>(r.late),   static_cast<M*>(r.exp_avg),    static_cast<M*>(r.exp_avg_sq),
-                      static_cast<M*>(r.mean),         static_cast<G*>(r.copy),       static_cast<G*>(r.ahead)};
-  const long long whole = r.count - r.count % (kPairs<P> ? 2 * N : N);
+  const Pointers<P> p{static_cast<const W*>(r.weight),
+                      static_cast<W*>(r.weight_out),
+                      static_cast<const G*>(r.grad),
+                      static_cast<const G*>(r.late),
+                      static_cast<M*>(r.exp_avg),
+                      static_cast<M*>(r.exp_avg_sq),
+                      static_cast<M*>(r.mean),
+                      static_cast<G*>(r.copy),
+                      static_cast<G*>(r.ahead),
+                      static_cast<signed char*>(r.residual),
+                      static_cast<unsigned short*>(r.exp_avg_scale),
+                      static_cast<unsigned short*>(r.exp_avg_sq_scale)};
+  const long long whole = r.count - r.count % kBlock<P, N>;
 #if NPP_X86
   const void* next = P::kCopies ? r.copy : r.weight_out;
   if (!P::kCorrects && streaming && reinterpret_cast<unsigned long>(next) % 16 == 0) {

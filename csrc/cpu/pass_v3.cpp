@@ -21,7 +21,8 @@ NPP_TARGET_V3 double sum_of_squares_v3(const void* values, long long count) {
 
 Kernel kernel_v3(const Spec& spec) {
   Kernel found = nullptr;
-  visit(spec, [&](auto p) { found = pass_v3<decltype(p)>; });
+  const auto find = [&](auto p) { found = pass_v3<decltype(p)>; };
+  if (!visit(spec, find)) visit_small(spec, find);
   return found;
 }
 

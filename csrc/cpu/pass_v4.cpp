@@ -21,7 +21,8 @@ NPP_TARGET_V4 double sum_of_squares_v4(const void* values, long long count) {
 
 Kernel kernel_v4(const Spec& spec) {
   Kernel found = nullptr;
-  visit(spec, [&](auto p) { found = pass_v4<decltype(p)>; });
+  const auto find = [&](auto p) { found = pass_v4<decltype(p)>; };
+  if (!visit(spec, find)) visit_small(spec, find);
   return found;
 }
 

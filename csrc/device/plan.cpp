@@ -24,6 +24,8 @@ DevicePlan::DevicePlan(Tensors tensors, std::optional<uint64_t> seed) : Plan(std
     const at::Tensor none;
     const Item item = this->item(i, none);
     check(item, seed_.has_value(), device_);
+    if (item.exp_avg_scale != nullptr || item.residual != nullptr)
+      fail("moments in eight bits and weights in 24 bits are not for this backend; use cpu or reference");
     const Dtypes dtypes = spec_of(item, t_.rule, false).dtypes;
     auto group = std::find_if(found.begin(), found.end(), [&](const auto& g) { return same(g.first, dtypes); });
     if (group == found.end()) group = found.insert(found.end(), {dtypes, {}});

@@ -2,6 +2,7 @@
 
 #include <c10/core/InferenceMode.h>
 
+#include "../codes.h"
 #include "fail.h"
 #include "raw.h"
 
@@ -63,10 +64,16 @@ void check_dtype(const std::string& name, const char* what, const at::Tensor& we
 // Returns the weights that a step computes with.
 const at::Tensor& computed(const Item& item) { return item.master != nullptr ? *item.master : *item.weight; }
 
+std::optional<Dtype> moment_dtype(const Item& item) {
+  if (item.exp_avg_scale != nullptr && item.exp_avg->scalar_type() == at::kChar) return Dtype::kCode;
+  return known_dtype(*item.exp_avg);
+}
+
 // Returns nullopt if no pass takes one of the dtypes.
 std::optional<Spec> known_spec(const Item& item, Normaliser normaliser, bool stochastic) {
-  const auto weight = known_dtype(computed(item)), grad = known_dtype(*item.weight),
-             moment = known_dtype(*item.exp_avg);
+  const auto grad = known_dtype(*item.weight), moment = moment_dtype(item);
+  auto weight = known_dtype(computed(item));
+  if (item.residual != nullptr) weight = Dtype::kSplit;
   if (!weight || !grad || !moment) return std::nullopt;
   return Spec{{*weight, *grad, *moment}, normaliser, item.late != nullptr, stochastic};
 }
@@ -93,6 +100,25 @@ void check_dtypes(const Item& item, bool stochastic) {
          " parameter; use the parameter's dtype, Float or BFloat16 (for Double, only Double)");
   if (stochastic && !supported(*known_spec(item, Normaliser::kNone, true)))
     fail(*item.name, " or its moments are Half, which is not rounded stochastically; use BFloat16, or master weights");
+}
+
+void check_scale(const Item& item, const char* what, const at::Tensor& scale) {
+  const int64_t groups = (item.weight->numel() + kGroup - 1) / kGroup;
+  if (!answers(scale)) check_raw(what, *item.name, scale);
+  if (scale.scalar_type() != at::kHalf || scale.dim() != 1 || scale.numel() != groups || !scale.is_contiguous() ||
+      scale.device() != item.weight->device())
+    fail("the ", what, " of ", *item.name, " must be ", groups, " contiguous Half numbers on ", item.weight->device());
+  check_memory(*item.name, what, scale, /*written=*/true);
+}
+
+void check_small(const Item& item) {
+  const std::string& name = *item.name;
+  if (item.exp_avg_scale != nullptr) check_scale(item, "scale of the first moment", *item.exp_avg_scale);
+  if (item.exp_avg_sq_scale != nullptr) check_scale(item, "scale of the second moment", *item.exp_avg_sq_scale);
+  if (item.residual == nullptr) return;
+  check_matches(name, "residual", *item.weight, *item.residual);
+  if (item.residual->scalar_type() != at::kChar || item.weight->scalar_type() != at::kBFloat16)
+    fail("the residual of ", name, " is ", item.residual->scalar_type(), ", but it must be Char, of BFloat16 weights");
 }
 
 }  // namespace
@@ -135,6 +161,7 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
   }
   check_matches(name, "first moment", weight, *item.exp_avg);
   check_dtypes(item, stochastic);
+  check_small(item);
   if (item.mean != nullptr) {
     check_matches(name, "running mean", weight, *item.mean);
     if (item.mean->dtype() != item.exp_avg->dtype())
@@ -151,7 +178,9 @@ void check(const Item& item, bool stochastic, const at::Device& device) {
   }
   if (item.exp_avg_sq == nullptr) return;
   check_matches(name, "second moment", weight, *item.exp_avg_sq);
-  if (item.exp_avg_sq->dtype() != item.exp_avg->dtype())
+  if (item.exp_avg_scale != nullptr && item.exp_avg_sq->scalar_type() == at::kByte && item.exp_avg_sq_scale != nullptr)
+    return;
+  if (item.exp_avg_sq->dtype() != item.exp_avg->dtype() || item.exp_avg_scale != nullptr)
     fail("the second moment of ", name, " is ", item.exp_avg_sq->scalar_type(), ", but the first is ",
          item.exp_avg->scalar_type());
 }
@@ -176,6 +205,9 @@ Task task_of(const Item& item, const Rule& rule, bool stochastic) {
   run.exp_avg = writable(*item.exp_avg);
   if (item.exp_avg_sq != nullptr) run.exp_avg_sq = writable(*item.exp_avg_sq);
   if (item.late != nullptr) run.late = elements(*item.late);
+  if (item.exp_avg_scale != nullptr) run.exp_avg_scale = writable(*item.exp_avg_scale);
+  if (item.exp_avg_sq_scale != nullptr) run.exp_avg_sq_scale = writable(*item.exp_avg_sq_scale);
+  if (item.residual != nullptr) run.residual = writable(*item.residual);
   if (item.mean != nullptr) run.mean = writable(*item.mean);
   // Either the ring holds the stepped weights and the shadow the predicted ones, or the other way round.
   const bool swapped = item.ring_predicts;
@@ -201,7 +233,8 @@ void note_writes(const Item& item) {
   if (steps || moves(item)) note(*item.next);
   if (!steps) return;
   note(*item.exp_avg);
-  for (const at::Tensor* written : {item.exp_avg_sq, item.master, item.mean, item.shadow})
+  for (const at::Tensor* written :
+       {item.exp_avg_sq, item.master, item.mean, item.shadow, item.exp_avg_scale, item.exp_avg_sq_scale, item.residual})
     if (written != nullptr) note(*written);
 }
 

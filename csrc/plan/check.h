@@ -23,6 +23,9 @@ struct Item {
   const at::Tensor* mean = nullptr;    // running mean of the correction; null if it has none
   const at::Tensor* shadow = nullptr;  // null if nothing is predicted
   bool ring_predicts = false;          // `next` receives the prediction, and the shadow is stepped
+  const at::Tensor* exp_avg_scale = nullptr;     // null if the moments are not in eight bits
+  const at::Tensor* exp_avg_sq_scale = nullptr;  // null if they are not, or if the rule has no second moment
+  const at::Tensor* residual = nullptr;          // null if the weights are not in 24 bits
 };
 
 // Throws std::invalid_argument, naming the parameter, unless a pass can go over its tensors as one flat run. They have

@@ -71,13 +71,18 @@ Plan::Plan(Tensors tensors, std::optional<uint64_t> seed)
               fits_if(!t_.steps.empty(), t_.steps) && fits_if(!t_.mu_products.empty(), t_.mu_products) &&
               fits_if(rule.normaliser == Normaliser::kRms, t_.exp_avg_sqs) &&
               fits_if(t_.corrects && has_mean(rule.kind), t_.means) &&
-              fits_if(t_.ring_predicts || !t_.shadows.empty(), t_.shadows);
+              fits_if(t_.ring_predicts || !t_.shadows.empty(), t_.shadows) &&
+              fits_if(!t_.exp_avg_scales.empty(), t_.exp_avg_scales) &&
+              fits_if(!t_.exp_avg_sq_scales.empty(), t_.exp_avg_sq_scales) &&
+              fits_if(!t_.residuals.empty(), t_.residuals);
   for (const auto& slot : t_.slots) same = same && fits(slot);
   if (!same) fail("a plan of ", n, " parameters takes lists of ", n, " tensors");
 }
 
 Item Plan::item(size_t i, const at::Tensor& grad) const {
-  const auto of = [i](const std::vector<at::Tensor>& list) { return list.empty() ? nullptr : &list[i]; };
+  const auto of = [i](const std::vector<at::Tensor>& list) {
+    return list.empty() || !list[i].defined() ? nullptr : &list[i];
+  };
   return {&t_.names[i],
           t_.slots[slots_.source][i],
           t_.slots[slots_.target][i],
@@ -88,7 +93,10 @@ Item Plan::item(size_t i, const at::Tensor& grad) const {
           t_.corrects ? t_.slots[slots_.grads][i] : nullptr,
           of(t_.means),
           of(t_.shadows),
-          t_.ring_predicts};
+          t_.ring_predicts,
+          of(t_.exp_avg_scales),
+          of(t_.exp_avg_sq_scales),
+          of(t_.residuals)};
 }
 
 // [note: prefetching]
@@ -152,7 +160,8 @@ std::vector<StepClass> Plan::collect(const StepSlots& slots) {
     }
     const size_t k = class_of(counts_[i]);
     tasks_[i].row = static_cast<int64_t>(k);
-    if (seed_) tasks_[i].run.noise = {*seed_, static_cast<uint32_t>(t_.numbers[i]), number_of_step(classes_[k]), 0};
+    tasks_[i].run.noise = {seed_.value_or(t_.code_seed), static_cast<uint32_t>(t_.numbers[i]),
+                           number_of_step(classes_[k]), 0};
   }
   collected_ = true;
   return classes_;

@@ -22,6 +22,9 @@ struct Run {
   long long count;
   Rule rule;
   Noise noise;
+  void* exp_avg_scale = nullptr;     // of moments in eight bits: one float16 number for 32 elements
+  void* exp_avg_sq_scale = nullptr;  // likewise
+  void* residual = nullptr;          // of weights in 24 bits
 };
 
 // The row of a weight that is carried to the next slot unchanged.

@@ -30,6 +30,11 @@ struct Tensors {
   std::vector<std::vector<const at::Tensor*>> slots;
   std::shared_ptr<const void> owners;
   std::vector<at::Tensor> exp_avgs, exp_avg_sqs, masters, steps, mu_products, means, shadows;
+  // exp_avg_scales[i] and exp_avg_sq_scales[i] are undefined if the moments of parameter i are not in eight bits, and
+  // residuals[i] if its weights are not in 24; each list is empty if all its entries would be. `code_seed` is the seed
+  // of the noise that rounds codes.
+  std::vector<at::Tensor> exp_avg_scales, exp_avg_sq_scales, residuals;
+  uint64_t code_seed = 0;
   Rule rule;
   bool corrects = false;       // whether a step takes a correction or writes predicted weights
   bool ring_predicts = false;  // whether the slots receive predicted weights, and the shadows are stepped

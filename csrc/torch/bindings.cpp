@@ -80,6 +80,13 @@ void hold(Tensors& tensors, const std::vector<std::vector<py::object>>& slots) {
   tensors.owners = std::move(owners);
 }
 
+// Returns undefined tensors in place of None.
+std::vector<at::Tensor> present(const std::vector<std::optional<at::Tensor>>& tensors) {
+  std::vector<at::Tensor> found;
+  for (const auto& t : tensors) found.push_back(t.value_or(at::Tensor()));
+  return found;
+}
+
 struct Launch {
   at::Tensor table, chunks;
   int64_t tensors;
@@ -125,36 +132,44 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("holds", &holds, py::arg("groups"), py::arg("state"), py::arg("known"));
 
   py::class_<Tensors>(m, "Tensors")
-      .def(
-          py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
-                      const std::vector<std::vector<py::object>>& slots, std::vector<at::Tensor> exp_avgs,
-                      std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
-                      std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products, std::vector<at::Tensor> means,
-                      std::vector<at::Tensor> shadows, int normaliser, bool corrects, int kind, bool ring_predicts) {
-            const bool predicts = !shadows.empty();
-            Tensors tensors{std::move(names),
-                            std::move(numbers),
-                            std::move(groups),
-                            {},
-                            {},
-                            std::move(exp_avgs),
-                            std::move(exp_avg_sqs),
-                            {},
-                            std::move(steps),
-                            std::move(mu_products),
-                            std::move(means),
-                            std::move(shadows),
-                            {static_cast<nesterov_pp::Normaliser>(normaliser),
-                             static_cast<nesterov_pp::CorrectionKind>(kind), predicts},
-                            corrects,
-                            ring_predicts};
-            hold(tensors, slots);
-            for (const auto& master : masters) tensors.masters.push_back(master.value_or(at::Tensor()));
-            return tensors;
-          }),
-          py::kw_only(), py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"), py::arg("exp_avgs"),
-          py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"), py::arg("means"),
-          py::arg("shadows"), py::arg("normaliser"), py::arg("corrects"), py::arg("kind"), py::arg("ring_predicts"));
+      .def(py::init([](std::vector<std::string> names, std::vector<int64_t> numbers, std::vector<int64_t> groups,
+                       const std::vector<std::vector<py::object>>& slots, std::vector<at::Tensor> exp_avgs,
+                       std::vector<at::Tensor> exp_avg_sqs, const std::vector<std::optional<at::Tensor>>& masters,
+                       std::vector<at::Tensor> steps, std::vector<at::Tensor> mu_products,
+                       std::vector<at::Tensor> means, std::vector<at::Tensor> shadows, int normaliser, bool corrects,
+                       int kind, bool ring_predicts, const std::vector<std::optional<at::Tensor>>& exp_avg_scales,
+                       const std::vector<std::optional<at::Tensor>>& exp_avg_sq_scales,
+                       const std::vector<std::optional<at::Tensor>>& residuals, uint64_t code_seed) {
+             const bool predicts = !shadows.empty();
+             Tensors tensors{std::move(names),
+                             std::move(numbers),
+                             std::move(groups),
+                             {},
+                             {},
+                             std::move(exp_avgs),
+                             std::move(exp_avg_sqs),
+                             {},
+                             std::move(steps),
+                             std::move(mu_products),
+                             std::move(means),
+                             std::move(shadows),
+                             present(exp_avg_scales),
+                             present(exp_avg_sq_scales),
+                             present(residuals),
+                             code_seed,
+                             {static_cast<nesterov_pp::Normaliser>(normaliser),
+                              static_cast<nesterov_pp::CorrectionKind>(kind), predicts},
+                             corrects,
+                             ring_predicts};
+             hold(tensors, slots);
+             tensors.masters = present(masters);
+             return tensors;
+           }),
+           py::kw_only(), py::arg("names"), py::arg("numbers"), py::arg("groups"), py::arg("slots"),
+           py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("masters"), py::arg("steps"), py::arg("mu_products"),
+           py::arg("means"), py::arg("shadows"), py::arg("normaliser"), py::arg("corrects"), py::arg("kind"),
+           py::arg("ring_predicts"), py::arg("exp_avg_scales"), py::arg("exp_avg_sq_scales"), py::arg("residuals"),
+           py::arg("code_seed"));
 
   py::class_<Plan>(m, "Plan")
       .def_property_readonly("on_device", [](const Plan&) { return false; })

@@ -72,6 +72,10 @@ def tensors_of(module: ModuleType, tensors: Tensors) -> object:
         corrects=tensors.corrects,
         kind=int(tensors.kind),
         ring_predicts=tensors.ring_predicts,
+        exp_avg_scales=tensors.exp_avg_scales,
+        exp_avg_sq_scales=tensors.exp_avg_sq_scales,
+        residuals=tensors.residuals,
+        code_seed=tensors.code_seed,
     )
 
 

@@ -35,6 +35,11 @@ class Tensors:
     ``means`` are the running means of a correction of this ``kind``, if it has one. If a step predicts weights,
     ``shadows`` are copies of the weights outside the ring: with ``ring_predicts``, the shadows are stepped and the ring
     slots receive the predicted weights; otherwise the shadows receive the predicted weights.
+
+    ``exp_avg_scales[i]`` and ``exp_avg_sq_scales[i]`` are the scales of moments in eight bits (``kernels/codes.py``),
+    whose codes are ``exp_avgs[i]`` and ``exp_avg_sqs[i]``; None for other moments. ``residuals[i]`` is None, or the
+    int8 residual of the newest weights, which are then stepped in 24 bits. Each of the three lists may be empty if all
+    its entries are None. ``code_seed`` is the seed of the noise that rounds codes.
     """
 
     names: list[str]
@@ -52,6 +57,10 @@ class Tensors:
     means: list[Tensor] = field(default_factory=list)
     shadows: list[Tensor] = field(default_factory=list)
     ring_predicts: bool = False
+    exp_avg_scales: list[Tensor | None] = field(default_factory=list)
+    exp_avg_sq_scales: list[Tensor | None] = field(default_factory=list)
+    residuals: list[Tensor | None] = field(default_factory=list)
+    code_seed: int = 0
 
     @property
     def corrects(self) -> bool:

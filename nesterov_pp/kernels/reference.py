@@ -10,9 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nesterov_pp.kernels.codes import (
+    Coded,
+    decode_first,
+    decode_second,
+    encode_first,
+    encode_second,
+    group_count,
+    joined,
+    root,
+    split,
+)
 from nesterov_pp.kernels.plan import StepClass, StepSlots, Tensors
 from nesterov_pp.kernels.raw import has_memory, in_transform, is_subclass, is_writable, why_not_raw
-from nesterov_pp.kernels.rounding import Noise
+from nesterov_pp.kernels.rounding import Noise, noise_of_codes
 from nesterov_pp.kernels.scalars import Coefficients, Correction, CorrectionKind, Normaliser
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -37,27 +48,32 @@ def update(
     weight: Tensor,
     weight_out: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor | None,
+    exp_avg: Tensor | Coded,
+    exp_avg_sq: Tensor | Coded | None,
     c: Coefficients,
     *,
     normaliser: Normaliser | None = None,
     master: Tensor | None = None,
+    residual: Tensor | None = None,
     max_exp_avg_sq: Tensor | None = None,
     noise: Noise | None = None,
+    code_noise: Tensor | None = None,
     late: Late | None = None,
 ) -> None:
     """Update one parameter (see ``Coefficients``), in float32 for lower precisions; ``weight_out`` may be ``weight``.
 
     ``normaliser`` defaults to ``RMS`` with an ``exp_avg_sq`` and to ``NONE`` without. With a ``master``, the master is
-    stepped and ``weight_out`` receives a copy. ``max_exp_avg_sq`` is AMSGrad's largest second moment, which replaces
-    the second moment in the denominator. ``noise`` rounds bfloat16 stochastically, except copies and predictions.
+    stepped and ``weight_out`` receives a copy; with a ``residual``, the weight of 24 bits that it completes is stepped.
+    ``max_exp_avg_sq`` is AMSGrad's largest second moment, which replaces the second moment in the denominator.
+    ``noise`` rounds bfloat16 stochastically, except copies and predictions; ``code_noise`` rounds the codes of a second
+    moment (see ``encode_second``).
     """
     if normaliser is None:
         normaliser = Normaliser.NONE if exp_avg_sq is None else Normaliser.RMS
     source = weight if master is None else master
     dtype = torch.float32 if source.dtype in _LOW else source.dtype
-    w, before = source.to(dtype), exp_avg.to(dtype)
+    w = source.to(dtype) if residual is None else joined(source, residual)
+    before = decode_first(exp_avg) if isinstance(exp_avg, Coded) else exp_avg.to(dtype)
     g, decay = _gradient(grad, w, c), _decay(w, c)
     mean = None
     if late is not None:
@@ -67,14 +83,20 @@ def update(
     m = _mean(before, g, c.beta1_complement)
     direction, momentum = c.c_grad * g + c.c_momentum * (before if normaliser == Normaliser.SIGN else m), m
     if exp_avg_sq is not None:
-        v = _mean_of_squares(exp_avg_sq.to(dtype), g, c.beta2_complement)
-        _store(exp_avg_sq, v, noise, 2)
-        if exp_avg_sq.dtype == torch.float16:  # a value that overflows float16 is infinite in this step too
-            v = torch.where(exp_avg_sq.isinf(), math.inf, v)
+        v = decode_second(exp_avg_sq) if isinstance(exp_avg_sq, Coded) else exp_avg_sq.to(dtype)
+        v = _mean_of_squares(v, g, c.beta2_complement)
+        if not isinstance(exp_avg_sq, Coded):
+            _store(exp_avg_sq, v, noise, 2)
+            if exp_avg_sq.dtype == torch.float16:  # a value that overflows float16 is infinite in this step too
+                v = torch.where(exp_avg_sq.isinf(), math.inf, v)
         if max_exp_avg_sq is not None:
             v = torch.maximum(v, max_exp_avg_sq.to(dtype))
             max_exp_avg_sq.copy_(v)
-        denominator = (v * c.inv_bias2).sqrt() + c.eps
+        roots = root(v * c.inv_bias2)
+        denominator = roots + c.eps
+        if isinstance(exp_avg_sq, Coded):
+            roots, to_root = _laid_out_as(exp_avg_sq.codes, roots), 1.0 / math.sqrt(c.inv_bias2)
+            _recode(exp_avg_sq, encode_second(roots, code_noise, to_root=to_root))
         direction, momentum = direction / denominator, m / denominator
     elif normaliser == Normaliser.SIGN:
         direction, momentum = c.inv_bias2 * _sign(direction), _sign(m)
@@ -85,8 +107,15 @@ def update(
             _store(late.mean, mean, noise, 3)
         if late.ahead is not None:
             late.ahead.copy_(ahead)
-    _store(exp_avg, m, noise, 1)
-    if master is None:
+    if isinstance(exp_avg, Coded):
+        _recode(exp_avg, encode_first(_laid_out_as(exp_avg.codes, m)))
+    else:
+        _store(exp_avg, m, noise, 1)
+    if residual is not None:
+        rounded, rest = split(after)
+        weight_out.copy_(rounded)
+        residual.copy_(rest)
+    elif master is None:
         _store(weight_out, after, noise, 0)
     else:
         master.copy_(after)
@@ -173,6 +202,16 @@ def _store(to: Tensor, value: Tensor, noise: Noise | None, which: int) -> None:
     to.copy_(value if noise is None or to.dtype != torch.bfloat16 else noise.round(value, which))
 
 
+def _recode(to: Coded, coded: Coded) -> None:
+    to.codes.copy_(coded.codes)
+    to.scales.copy_(coded.scales)
+
+
+def _laid_out_as(codes: Tensor, values: Tensor) -> Tensor:
+    """Return values in memory like codes, whose groups are counted in memory order."""
+    return torch.empty_strided(codes.shape, codes.stride(), dtype=values.dtype, device=codes.device).copy_(values)
+
+
 class ReferencePlan:
     """The plan of the reference backend: a loop over parameters."""
 
@@ -207,6 +246,8 @@ class ReferencePlan:
             }
             if t.exp_avg_sqs:
                 tensors["second moment"] = t.exp_avg_sqs[i]
+            if t.residuals:
+                tensors["residual"] = t.residuals[i]
             if t.means:
                 tensors["running mean"] = t.means[i]
             if t.shadows:
@@ -220,8 +261,15 @@ class ReferencePlan:
                     _check_memory(whose, other, written=what != "gradient")
             if grad is not None and why_not_raw(weight) is None:
                 _check_plain(f"the gradient of {t.names[i]}", grad)
-            if t.exp_avg_sqs:
+            coded = self._coded(i)
+            if isinstance(coded[0], Coded):
+                _check_coded(t.names[i], "first moment", weight, coded[0], torch.int8)
+            if isinstance(coded[1], Coded):
+                _check_coded(t.names[i], "second moment", weight, coded[1], torch.uint8)
+            elif t.exp_avg_sqs:
                 _check_alike(t.names[i], t.exp_avgs[i], t.exp_avg_sqs[i])
+            if t.residuals and t.residuals[i] is not None and weight.dtype != torch.bfloat16:
+                raise ValueError(f"{t.names[i]} is {weight.dtype}; residuals go with bfloat16 parameters")
             if grad is None:
                 class_of.append(0)
                 continue
@@ -233,6 +281,18 @@ class ReferencePlan:
         self._rehearse()
         return list(classes)
 
+    def _coded(self, i: int) -> tuple[Tensor | Coded, Tensor | Coded | None]:
+        """Return the moments of parameter ``i``, with their scales if they are in eight bits."""
+        t = self._tensors
+
+        def moment(values: list[Tensor], scales: list[Tensor | None]) -> Tensor | Coded | None:
+            of = scales[i] if scales else None
+            return (values[i] if of is None else Coded(values[i], of)) if values else None
+
+        first = moment(t.exp_avgs, t.exp_avg_scales)
+        assert first is not None
+        return first, moment(t.exp_avg_sqs, t.exp_avg_sq_scales)
+
     def _rehearse(self) -> None:
         """Step zero elements of tensors whose operators may refuse the step, so that they do so before any write."""
         t, (_, source, target) = self._tensors, self._slots
@@ -242,6 +302,8 @@ class ReferencePlan:
             tensors = [t.slots[source][i], t.slots[target][i], grad, t.exp_avgs[i], *t.exp_avg_sqs[i : i + 1]]
             if not in_transform() and all(why_not_raw(x) is None for x in tensors):
                 continue
+            if isinstance(self._coded(i)[0], Coded):
+                raise ValueError(f"{t.names[i]} or its gradient is not a plain tensor; moments in eight bits need that")
             weight, weight_out, none, exp_avg, *exp_avg_sq = [x.detach().reshape(-1)[:0] for x in tensors]
             row = Coefficients(1.0, 0.0, 0.1, 0.1, 0.0, 0.1, 0.1, 1.0, 1.0)
             try:
@@ -287,17 +349,24 @@ class ReferencePlan:
             noise = None
             if self._seed is not None:
                 noise = Noise(seed=self._seed, tensor=t.numbers[i], step=int(t.steps[i]) + 1)
+            exp_avg, exp_avg_sq = self._coded(i)
+            code_noise = None
+            if isinstance(exp_avg_sq, Coded):
+                step, number = int(t.steps[i]) + 1, t.numbers[i]
+                code_noise = noise_of_codes(grad.numel(), grad.device, seed=t.code_seed, tensor=number, step=step)
             update(
                 weight,
                 weight_out,
                 grad,
-                t.exp_avgs[i],
-                t.exp_avg_sqs[i] if t.exp_avg_sqs else None,
+                exp_avg,
+                exp_avg_sq,
                 rows[k],
                 normaliser=t.normaliser,
                 master=t.masters[i],
+                residual=t.residuals[i] if t.residuals else None,
                 max_exp_avg_sq=t.max_exp_avg_sqs[i] if t.max_exp_avg_sqs else None,
                 noise=noise,
+                code_noise=code_noise,
                 late=late,
             )
             t.steps[i].add_(1)
@@ -323,6 +392,15 @@ def _check_alike(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         raise ValueError(f"the second moment of {name} is {exp_avg_sq.dtype}, but the first is {exp_avg.dtype}")
 
 
+def _check_coded(name: str, what: str, weight: Tensor, coded: Coded, dtype: torch.dtype) -> None:
+    codes, scales = coded
+    if weight.is_complex() or weight.dtype == torch.float64 or codes.dtype != dtype:
+        raise ValueError(f"the {what} of {name} is {codes.dtype}, which does not go with a {weight.dtype} parameter")
+    count = group_count(codes.numel())
+    if scales.dtype != torch.float16 or scales.shape != (count,) or not scales.is_contiguous():
+        raise ValueError(f"the {what} of {name} needs {count} contiguous float16 scales, one for 32 elements")
+
+
 def _check_plain(what: str, t: Tensor) -> None:
     if is_subclass(t):
         raise ValueError(f"{what} {why_not_raw(t)}")
@@ -341,7 +419,7 @@ def _check_memory(what: str, t: Tensor, *, written: bool) -> None:
         )
     if t._is_zerotensor():
         raise ValueError(f"{what} {why_not_raw(t)}")
-    if not t.is_floating_point():
+    if not t.is_floating_point() and t.dtype not in (torch.int8, torch.uint8):
         raise ValueError(f"{what} is {t.dtype}; it must be a floating-point dtype")
     extent = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):

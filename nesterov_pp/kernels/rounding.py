@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 in plain torch, with the random bits of ``csrc/random.h``."""
+"""Random bits in plain torch, those of ``csrc/random.h``: for rounding to bfloat16, and to codes of eight bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nesterov_pp.kernels.codes import GROUP, group_count
 
 _WORD = 0xFFFFFFFF
 
@@ -66,6 +68,19 @@ def _words(count: int, device: torch.device, *, seed: int, tensor: int, step: in
     like = torch.zeros_like(block)
     a, b, c, d = philox((block & _WORD, block >> 32, like + tensor, like + step), seed)
     return _Words(torch.stack([a, c], 1).flatten()[:count], torch.stack([b, d], 1).flatten()[:count])
+
+
+def noise_of_codes(count: int, device: torch.device, *, seed: int, tensor: int, step: int) -> Tensor:
+    """Return 16 random bits for the second moment of each element in memory order, as int64.
+
+    A group has one random number, and its element ``k`` that number plus ``k`` times the golden ratio, modulo 2^16.
+    """
+    groups = group_count(count)
+    block = torch.arange((groups + 3) // 4, device=device)
+    like = torch.zeros_like(block)
+    words = philox((block & _WORD, (block >> 32) | 0x80000000, like + tensor, like + step), seed)
+    start = torch.stack(words, 1).flatten()[:groups, None] >> 16
+    return ((start + 40503 * torch.arange(GROUP, device=device)) & 0xFFFF).flatten()[:count]
 
 
 def _in_memory_order(value: Tensor) -> Tensor:

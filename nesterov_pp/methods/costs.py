@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 
 from nesterov_pp.kernels import Normaliser
+from nesterov_pp.kernels.codes import GROUP
 from nesterov_pp.optim import DelayCompensation, Discrepancy, FusedOptimizer, GapAware, Prediction
-from nesterov_pp.optim.options import LOW_PRECISION
+from nesterov_pp.optim.options import LOW_PRECISION, SPLIT
 from nesterov_pp.optim.rotated import RotatedOptimizer
 from nesterov_pp.pipeline.recipe import Recipe
+
+_EIGHT_BIT_MOMENT = 1 + torch.float16.itemsize / GROUP
 
 
 class Cost(NamedTuple):
@@ -19,8 +22,8 @@ class Cost(NamedTuple):
     The traffic of a step with matrix products, which is no single pass, is None.
     """
 
-    state: int
-    traffic: int | None
+    state: float
+    traffic: float | None
 
 
 def one_pass(
@@ -29,14 +32,15 @@ def one_pass(
     correction: DelayCompensation | GapAware | None = None,
     prediction: Prediction | Discrepancy | None = None,
     weights: torch.dtype = torch.float32,
-    state_dtype: torch.dtype | None = None,
-    master_weights: bool = False,
+    state_dtype: torch.dtype | str | None = None,
+    master_weights: bool | str = False,
 ) -> Cost:
     """Return the cost of the one-pass step, counting once every tensor that the step reads or writes.
 
     A plain step reads weights, gradient and moments and writes weights and moments: in float32, 28 bytes with two
     moments, 20 with one. A correction reads the weights of the gradient; a running mean is read and written; a
-    prediction is written. With masters, these are read instead of the weights, and both are written.
+    prediction is written. With masters, these are read instead of the weights, and both are written; with weights in 24
+    bits, weights and residuals are both read and written. A moment in eight bits is a byte and a 32nd of a scale.
 
     Args:
         adaptive: whether the rule has a second moment.
@@ -44,12 +48,17 @@ def one_pass(
         weights: dtype of the weights in the ring, and of the gradients.
     """
     size = weights.itemsize
-    master = torch.float32.itemsize if master_weights and weights in LOW_PRECISION else 0
-    moment = state_dtype.itemsize if state_dtype else master or size
+    low = weights in LOW_PRECISION
+    master = torch.float32.itemsize if master_weights is True and low else 0
+    residual = 1 if master_weights == SPLIT and low else 0
+    wide = torch.float32.itemsize if master or residual else size
+    moment: float = wide if state_dtype is None else _EIGHT_BIT_MOMENT
+    if isinstance(state_dtype, torch.dtype):
+        moment = state_dtype.itemsize
     moments = 2 if adaptive else 1
     has_mean = (correction is not None and correction.mean_name is not None) or isinstance(prediction, Discrepancy)
-    state = (moments + has_mean) * moment + (prediction is not None) * size + master
-    passed = (master or size) + 2 * size + master  # weights, gradient, next weights and their masters
+    state = (moments + has_mean) * moment + (prediction is not None) * size + master + residual
+    passed = (master or size) + 2 * size + master + 2 * residual  # weights, gradient, next weights, both weights' rest
     late = (correction is not None) + (prediction is not None)
     return Cost(state, passed + 2 * (moments + has_mean) * moment + late * size)
 

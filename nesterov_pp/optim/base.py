@@ -52,7 +52,7 @@ class FusedOptimizer(StatefulOptimizer):
         if options.stash is not None:
             options.stash.leaves(self._parameters())
         plain = [local(p) for p in unique(self._parameters()) if p.requires_grad and not is_lazy(p)]
-        self.backend = choose_backend(options.backend, plain, self._only_reference())
+        self.backend = choose_backend(options.backend, plain, self._only_reference(), self._small())
         if options.stash is not None:
             options.stash.attach(self)
         self._ready = True
@@ -219,8 +219,8 @@ class FusedOptimizer(StatefulOptimizer):
                 check_fused(with_gradient)
             self._follow_parameters()
             new = [p for p in with_gradient if not self.state.get(p)]
-            for p in new:
-                self.options.check_parameter(p)
+            for p, options in zip(new, self._options_of(new), strict=True):
+                options.check_parameter(p)
             self._init_state(new)
             (counts.to_devices if on_device else counts.to_host)(self._states())
             self._prepared = self._plan_of(self.param_groups)
@@ -231,7 +231,7 @@ class FusedOptimizer(StatefulOptimizer):
     def _plan_of(self, groups: list[dict[str, Any]]) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         names = self._state_names()
-        return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device)
+        return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device, self._small())
 
     def _check_sparse(self, slot: int = 0) -> None:
         """Refuse sparse gradients in torch's words, not with a message about their layout."""

@@ -12,14 +12,36 @@ from torch.nn.parameter import is_lazy
 from nesterov_pp.kernels import zeros_like
 from nesterov_pp.kernels.raw import has_memory, is_subclass
 from nesterov_pp.optim import counts
+from nesterov_pp.optim.coded import CODES, RESIDUAL, SCALE_OF, encode_entries, fresh_scales, is_coded
 from nesterov_pp.optim.options import Options
 
 
 @torch.inference_mode(False)  # otherwise only inference mode could write the state
 def fresh_state(
-    parameters: Sequence[Tensor], names: Sequence[str], options: Options, *, on_device: bool
+    parameters: Sequence[Tensor], names: Sequence[str], options: Sequence[Options], *, on_device: bool
+) -> list[dict[str, Tensor]]:
+    """Return the entries ``names`` of every parameter's state before the first step, with counts on device or host.
+
+    Parameters whose ``options`` ask for it have codes, their scales, and residuals.
+    """
+    entries = _fresh_entries(parameters, names, options, on_device=on_device)
+    states = [{name: values[i] for name, values in entries.items()} for i in range(len(parameters))]
+    for p, state, of in zip(parameters, states, options, strict=True):
+        if is_coded(state):
+            state.update({scale: fresh_scales(p) for name, scale in SCALE_OF.items() if name in state})
+        if of.has_residual(p):
+            state[RESIDUAL] = fresh_residual(p)
+    return states
+
+
+def fresh_residual(p: Tensor) -> Tensor:
+    """Return the residual of a parameter whose value is exact."""
+    return torch.zeros_like(p, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _fresh_entries(
+    parameters: Sequence[Tensor], names: Sequence[str], options: Sequence[Options], *, on_device: bool
 ) -> dict[str, list[Tensor]]:
-    """Return the entries ``names`` of all parameters' state before the first step, with counts on device or host."""
     scalar = counts.default_dtype()
     devices = [p.device if on_device else torch.device("cpu") for p in parameters]
     entries: dict[str, list[Tensor]] = {}
@@ -32,7 +54,9 @@ def fresh_state(
             ones = [torch.tensor(1.0, dtype=t, device=d) for t, d in zip(dtypes, devices, strict=True)]
             entries[name] = counts.side_by_side(ones)
         else:
-            entries[name] = zeros_like(parameters, [options.moment_dtype(p) for p in parameters])
+            dtypes = [of.moment_dtype(p) for p, of in zip(parameters, options, strict=True)]
+            codes = CODES.get(name, torch.int8)
+            entries[name] = zeros_like(parameters, [codes if dtype == torch.int8 else dtype for dtype in dtypes])
     return entries
 
 
@@ -69,7 +93,7 @@ def follow_parameters(
     parameters: Sequence[Tensor],
     state: Mapping[Any, dict[str, Any]],
     names: Sequence[str],
-    options: Options,
+    options: Sequence[Options],
     *,
     on_device: bool,
 ) -> bool:
@@ -77,12 +101,16 @@ def follow_parameters(
 
     This happens under ``model.double()`` or ``to_empty()``. Returns whether there was any such state.
     """
-    outgrown = [p for p in parameters if state.get(p) and not is_lazy(p) and _has_outgrown(p, state[p], options)]
-    entries = fresh_state(outgrown, names, options, on_device=on_device)
-    for i, p in enumerate(outgrown):
-        state[p].pop("master_weight", None)
-        state[p].pop("max_exp_avg_sq", None)
-        state[p].update({name: values[i] for name, values in entries.items()})
+    outgrown = [
+        (p, of)
+        for p, of in zip(parameters, options, strict=True)
+        if state.get(p) and not is_lazy(p) and _has_outgrown(p, state[p], of)
+    ]
+    chosen, their = [p for p, _ in outgrown], [of for _, of in outgrown]
+    for p, entries in zip(chosen, fresh_state(chosen, names, their, on_device=on_device), strict=True):
+        for name in ("master_weight", "max_exp_avg_sq", RESIDUAL, *SCALE_OF.values()):
+            state[p].pop(name, None)
+        state[p].update(entries)
     return bool(outgrown)
 
 
@@ -116,10 +144,16 @@ def follow_layouts(parameters: Sequence[Tensor], state: Mapping[Any, dict[str, A
         for name, value in state.get(p, {}).items():
             plain = isinstance(value, Tensor) and has_memory(value) and (not is_subclass(value) or is_subclass(p))
             strided = plain and value.layout == p.layout == torch.strided
+            if name in SCALE_OF and is_coded(state[p]):
+                continue  # codes are in groups along the memory; `encode_entries` makes new ones
             if strided and value.shape == p.shape and value.stride() != p.stride():
                 moved = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
                 changed |= moved.stride() != value.stride()
                 state[p][name] = moved
+        if is_coded(state.get(p, {})):
+            before = state[p]["exp_avg"]
+            encode_entries(state[p], p)
+            changed |= state[p]["exp_avg"] is not before
     return changed
 
 

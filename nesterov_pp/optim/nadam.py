@@ -72,10 +72,12 @@ class NAdam(FusedOptimizer):
             clipping). ``last_grad_norm`` holds the last norm, a float64 0-d tensor.
         on_nonfinite: what to do with gradients that are not finite. "ignore" continues as torch does; "raise" raises an
             error that names the parameter, before anything is written (default: "ignore").
-        state_dtype: dtype of the moments, float32 or bfloat16 (default: None, the dtype of the parameter, or float32
-            with ``master_weights``).
+        state_dtype: dtype of the moments, float32 or bfloat16, or "8bit" for codes of eight bits, one float16 scale for
+            32 of them (default: None, the dtype of the parameter, or float32 with ``master_weights``). A parameter
+            group may have its own. "8bit" needs the cpu or reference backend, and no correction or prediction.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, step the copy, and write
-            the parameter from it in the same pass (default: False).
+            the parameter from it in the same pass (default: False). "24bit" keeps an int8 residual of bfloat16
+            parameters instead and steps the two together; it needs the cpu or reference backend.
         stochastic_rounding: round bfloat16 parameters and moments up or down at random, with probabilities that make
             the result right on average, instead of to nearest (default: False). A parameter written from its master is
             rounded to nearest.
@@ -117,8 +119,8 @@ class NAdam(FusedOptimizer):
         stash: WeightStash | None = None,
         max_grad_norm: float | None = None,
         on_nonfinite: str = "ignore",
-        state_dtype: torch.dtype | None = None,
-        master_weights: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: bool | str = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
         backend: str = "auto",

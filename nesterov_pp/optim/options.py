@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nesterov_pp.kernels.raw import is_subclass
 from nesterov_pp.kernels.scalars import CorrectionKind
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
 from nesterov_pp.stash import WeightStash
 
 ON_NONFINITE = ("ignore", "raise")
-STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+EIGHT_BIT = "8bit"
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, EIGHT_BIT)
+SPLIT = "24bit"
+MASTER_WEIGHTS = (False, True, SPLIT)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -31,8 +35,8 @@ class Options:
     stash: WeightStash | None = None
     max_grad_norm: float | None = None
     on_nonfinite: str = "ignore"
-    state_dtype: torch.dtype | None = None
-    master_weights: bool = False
+    state_dtype: torch.dtype | str | None = None
+    master_weights: bool | str = False
     stochastic_rounding: bool = False
     seed: int = 0
     backend: str = "auto"
@@ -47,11 +51,14 @@ class Options:
             raise ValueError(f"Invalid max_grad_norm: {norm}; it must be above 0, or None for no clipping")
         if self.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"Invalid on_nonfinite: {self.on_nonfinite!r}; choose one of {', '.join(ON_NONFINITE)}")
-        if self.state_dtype not in STATE_DTYPES:
-            choices = ", ".join(map(str, STATE_DTYPES))
-            raise ValueError(f"Invalid state_dtype: {self.state_dtype}; choose one of {choices}")
+        check_state_dtype(self.state_dtype)
+        if self.master_weights not in MASTER_WEIGHTS:
+            choices = ", ".join(map(repr, MASTER_WEIGHTS))
+            raise ValueError(f"Invalid master_weights: {self.master_weights!r}; choose one of {choices}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Invalid seed: {self.seed}; it must be a whole number from 0 to 2^64 - 1")
+        if self.corrects and self.master_weights == SPLIT:
+            raise ValueError(f"master_weights={SPLIT!r} cannot be combined with a correction or a prediction; use True")
         self._check_corrections()
 
     def _check_corrections(self) -> None:
@@ -91,10 +98,37 @@ class Options:
         return self.prediction.mean_name if isinstance(self.prediction, Discrepancy) else None
 
     def has_master(self, p: Tensor) -> bool:
-        return self.master_weights and p.dtype in LOW_PRECISION
+        """Return whether a parameter has float32 master weights."""
+        return self.master_weights is True and p.dtype in LOW_PRECISION
+
+    def has_residual(self, p: Tensor) -> bool:
+        """Return whether a parameter has a residual, with which it is stepped in 24 bits."""
+        return self.master_weights == SPLIT and p.dtype == torch.bfloat16
 
     def moment_dtype(self, p: Tensor) -> torch.dtype:
-        return self.state_dtype or (torch.float32 if self.has_master(p) else p.dtype)
+        """Return the dtype of a parameter's first moment, int8 for moments in eight bits."""
+        if isinstance(self.state_dtype, str):
+            return torch.int8
+        wide = self.has_master(p) or self.has_residual(p)
+        return self.state_dtype or (torch.float32 if wide else p.dtype)
+
+    def of_group(self, group: Mapping[str, Any]) -> Options:
+        """Return the options of a parameter group, which may have a ``state_dtype`` of its own.
+
+        Raises:
+            ValueError: the group's ``state_dtype`` is invalid, or does not go with another option.
+        """
+        own = group.get("state_dtype", self.state_dtype)
+        options = self if own == self.state_dtype else replace(self, state_dtype=own)
+        if own == EIGHT_BIT:
+            if options.corrects:
+                raise ValueError(f"state_dtype={own!r} cannot be combined with a correction or a prediction")
+            unsupported = [name for name in ("amsgrad", "differentiable") if group.get(name)]
+            if unsupported:
+                raise ValueError(f"state_dtype={own!r} cannot be combined with {unsupported[0]}=True")
+        if self.master_weights == SPLIT and group.get("differentiable"):
+            raise ValueError(f"master_weights={SPLIT!r} cannot be combined with differentiable=True")
+        return options
 
     def check_parameter(self, p: Tensor) -> None:
         """Refuse a parameter that these options do not support.
@@ -111,11 +145,28 @@ class Options:
         wide = p.dtype in (torch.float64, torch.complex128)
         if self.state_dtype is not None and (wide or p.is_complex()):
             raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of {_name(p.dtype)} parameters")
+        if self.state_dtype == EIGHT_BIT and is_subclass(p):
+            raise ValueError(f"state_dtype={EIGHT_BIT!r} is for plain tensors; a parameter is a {type(p).__name__}")
+        if self.master_weights == SPLIT and p.dtype == torch.float16:
+            raise ValueError(
+                f"master_weights={SPLIT!r} is for bfloat16, but a parameter is float16; use master_weights=True"
+            )
         half = p.dtype == torch.float16 and not self.master_weights
         if self.stochastic_rounding and half:
             raise ValueError(
                 "stochastic_rounding is for bfloat16, but a parameter is float16; use master_weights=True for float16"
             )
+
+
+def check_state_dtype(state_dtype: object) -> None:
+    """Refuse a ``state_dtype`` that no optimizer has.
+
+    Raises:
+        ValueError: it is not one of ``STATE_DTYPES``.
+    """
+    if state_dtype not in STATE_DTYPES:
+        choices = ", ".join(map(str, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype: {state_dtype}; choose one of {choices}")
 
 
 def check_hyperparameters(

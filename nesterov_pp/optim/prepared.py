@@ -15,8 +15,9 @@ from torch import Tensor
 from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choose_backend, extension, make_plan
 from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
 from nesterov_pp.optim import counts, saved_state
+from nesterov_pp.optim.coded import RESIDUAL, SCALE_OF, is_coded
 from nesterov_pp.optim.device_counts import DeviceCounts
-from nesterov_pp.optim.fresh import MasterWeights, masters_of
+from nesterov_pp.optim.fresh import MasterWeights, fresh_residual, masters_of
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
 from nesterov_pp.optim.options import Options
 
@@ -25,9 +26,9 @@ class Prepared:
     """The parameters that have state, prepared for the pass; valid until one of them or of their state is replaced.
 
     ``entries`` are the names of the entries in every parameter's state, ``only_reference`` is an option that only the
-    reference backend supports. Masters and AMSGrad's state are added where they are missing. ``leaves[s]`` are the
-    parameters in ring slot ``s`` (one slot if there is no ring). With ``count_on_device``, ``device_counts`` holds the
-    counts.
+    reference backend supports, and ``small`` one that only backends with small formats do. Masters, residuals and
+    AMSGrad's state are added where they are missing. ``leaves[s]`` are the parameters in ring slot ``s`` (one slot if
+    there is no ring). With ``count_on_device``, ``device_counts`` holds the counts.
 
     Raises:
         ValueError: state is missing, or the requested backend cannot step these parameters.
@@ -43,6 +44,7 @@ class Prepared:
         normaliser: Normaliser,
         only_reference: str | None,
         count_on_device: bool = False,
+        small: str | None = None,
     ) -> None:
         names, numbers, group_of, parameters = [], [], [], []
         number, seen = 0, set()
@@ -61,6 +63,8 @@ class Prepared:
         states = [state[p] for p in parameters]
         _resolve(states)
         saved_state.check_entries(names, states, entries)
+        for group in groups:
+            options.of_group(group)  # a loaded group may have brought an option that does not go with its format
         stash = options.stash
         self.leaves = stash.leaves(parameters) if stash is not None else [parameters]
         self._plain = [[local(p) for p in slot] for slot in self.leaves]
@@ -72,13 +76,17 @@ class Prepared:
         memory = self._plain if stash is None else [list(map(local, part)) for part in stash.memory(parameters)]
         tensors_to_step = list(chain.from_iterable(memory))
         odd = only_reference or _odd_state(names, states)
-        self.backend = choose_backend(options.backend, tensors_to_step, odd)
+        self.backend = choose_backend(options.backend, tensors_to_step, odd, small)
         swapped = stash is not None and stash.shadow == "stepped"
         shadows = stash.shadows_of(parameters) if stash is not None and stash.shadow else []
         newest = self.leaves[stash.slot_of(stash.newest)] if stash is not None else parameters
         stepped = shadows if swapped else newest
         masters = masters_of(states, stepped, options)
         self.masters = MasterWeights([shadows] * len(self.leaves) if swapped else self.leaves, masters)
+        residuals = [
+            s.get(RESIDUAL, fresh_residual(p)) if options.has_residual(p) else None
+            for s, p in zip(states, parameters, strict=True)
+        ]
         largest = [_largest(s) if groups[k].get("amsgrad") else None for s, k in zip(states, group_of, strict=True)]
         self.device_counts = _counts_on_device(group_of, states, entries) if count_on_device and states else None
         on_host = self.device_counts is None
@@ -98,11 +106,18 @@ class Prepared:
             means=[] if options.mean_name is None else [local(s[options.mean_name]) for s in states],
             shadows=[local(p) for p in shadows],
             ring_predicts=swapped,
+            exp_avg_scales=_scales(states, "exp_avg"),
+            exp_avg_sq_scales=_scales(states, "exp_avg_sq"),
+            residuals=[None if r is None else local(r) for r in residuals]
+            if any(map(options.has_residual, parameters))
+            else [],
+            code_seed=options.seed,
         )
         self.plan = make_plan(self.backend, tensors, options.seed if options.stochastic_rounding else None)
         # Only now that all memory has been allocated, which may fail.
-        for s, master, most in zip(states, masters, largest, strict=True):
-            s.update({k: v for k, v in (("master_weight", master), ("max_exp_avg_sq", most)) if v is not None})
+        for s, master, residual, most in zip(states, masters, residuals, largest, strict=True):
+            added = {"master_weight": master, RESIDUAL: residual, "max_exp_avg_sq": most}
+            s.update({name: value for name, value in added.items() if value is not None})
         self.repeats = _repeats(groups)
         self._stateless = [p for group in groups for p in group["params"] if not state.get(p)]
         self._snapshot = Snapshot(groups, state, list(chain.from_iterable(self.leaves)))
@@ -226,6 +241,12 @@ def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: 
             raise ValueError(f"with capturable=True, every {name!r} must be one number of the same dtype and device")
         found[name] = as_one
     return DeviceCounts(groups, found["step"], found.get("mu_product"))
+
+
+def _scales(states: list[dict[str, Any]], name: str) -> list[Tensor | None]:
+    """Return the scales of a moment of every parameter, None for a moment that has none; empty if none has any."""
+    found = [s.get(SCALE_OF[name]) if is_coded(s) and name in s else None for s in states]
+    return found if any(scales is not None for scales in found) else []
 
 
 def _largest(state: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from nesterov_pp.optim import bases, counts
 from nesterov_pp.optim.adamw import adamw_coefficients
 from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.optim.nadam import nadam_coefficients
-from nesterov_pp.optim.options import LOW_PRECISION, Options, check_hyperparameters, learning_rate, two_betas
+from nesterov_pp.optim.options import LOW_PRECISION, SPLIT, Options, check_hyperparameters, learning_rate, two_betas
 from nesterov_pp.optim.stacks import RotatedTensors, Stack, refresh
 from nesterov_pp.optim.state import StatefulOptimizer, unique
 from nesterov_pp.optim.uninterrupted import uninterrupted
@@ -27,6 +27,8 @@ class _Float32State(Options):
 
     def check_parameter(self, p: Tensor) -> None:
         super().check_parameter(p)
+        if self.state_dtype is not None or self.master_weights == SPLIT:
+            raise ValueError("rotated optimizers have float32 moments, and float32 master weights or none")
         if is_dtensor(p) or p.is_complex():
             kind = "a DTensor" if is_dtensor(p) else "complex"
             raise ValueError(f"a parameter is {kind}; rotated optimizers only step real, unsharded parameters")

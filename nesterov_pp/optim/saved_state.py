@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nesterov_pp.optim.coded import CODES, RESIDUAL, SCALE_OF, check_saved, encode_entries, is_coded, residual_of
 from nesterov_pp.optim.counts import COUNTS
+from nesterov_pp.optim.options import Options
 
 KEPT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,12 +37,16 @@ def _check_parts(saved: Mapping[str, Any]) -> None:
 
 
 def check_fits(
-    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], hyperparameters: list[str], names: list[str]
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    hyperparameters: list[str],
+    names: list[str],
+    options: Options,
 ) -> None:
-    """Refuse the state of another optimizer, or of parameters of other shapes.
+    """Refuse the state of another optimizer, of parameters of other shapes, or in formats that ``options`` do not take.
 
     Raises:
-        ValueError: a hyper-parameter or an entry is missing, or an entry is malformed or of another shape.
+        ValueError: a hyper-parameter or an entry is missing, or an entry is malformed or of another shape or format.
     """
     _check_parts(saved)
     saved_groups = saved["param_groups"]
@@ -60,7 +66,22 @@ def check_fits(
                         f"the saved state of parameter {i} of group {k} has no {name!r}; it was saved by another "
                         "optimizer"
                     )
-                _check_value(f"the saved {name!r} of parameter {i} of group {k}", name, state[name], p)
+                what = f"the saved {name!r} of parameter {i} of group {k}"
+                if name in CODES and isinstance(state[name], Tensor) and state[name].dtype == CODES[name]:
+                    if options.of_group(group).moment_dtype(p) != torch.int8:
+                        raise ValueError(
+                            f"{what} is in eight bits, but this optimizer has wider moments; "
+                            "load what widened_state_dict() returned"
+                        )
+                    check_saved(what, name, state, p)
+                    _check_shape(what, state[name], p)
+                else:
+                    _check_value(what, name, state[name], p)
+            if RESIDUAL in state and options.has_master(p):
+                raise ValueError(
+                    f"the weights of parameter {i} of group {k} were saved with master_weights='24bit', but this "
+                    "optimizer has float32 masters; load what widened_state_dict() returned"
+                )
 
 
 def _check_value(what: str, name: str, value: object, p: Tensor) -> None:
@@ -73,6 +94,10 @@ def _check_value(what: str, name: str, value: object, p: Tensor) -> None:
         raise ValueError(f"{what} must be a dense {kind} tensor")
     if not (value.is_floating_point() or value.is_complex()):
         raise ValueError(f"{what} must be floating-point, not {value.dtype}")
+    _check_shape(what, value, p)
+
+
+def _check_shape(what: str, value: Tensor, p: Tensor) -> None:
     if value.shape != p.shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, but the parameter has {tuple(p.shape)}")
 
@@ -85,7 +110,8 @@ def check_entries(labels: list[str], states: list[dict[str, Any]], names: list[s
     """
     for label, state in zip(labels, states, strict=True):
         for name in names:
-            if not isinstance(state.get(name), Tensor):
+            scales = SCALE_OF.get(name) if is_coded(state) else None
+            if not isinstance(state.get(name), Tensor) or (scales and not isinstance(state.get(scales), Tensor)):
                 raise ValueError(
                     f"the state of {label} has no tensor {name!r}; remove the whole state with "
                     "optimizer.state.pop(parameter) to start afresh"
@@ -99,5 +125,19 @@ def keep_dtypes(saved: Mapping[str, Any], parameters: Sequence[Tensor], state: M
         for name, value in saved["state"].get(key, {}).items():
             now = state[p][name]
             keeps = isinstance(value, Tensor) and value.dtype in KEPT_DTYPES and p.dtype != torch.float64
+            keeps |= isinstance(value, Tensor) and (name in SCALE_OF.values() or value.dtype in CODES.values())
             if keeps and now.dtype != value.dtype:
                 state[p][name] = value.to(device=now.device, copy=True)
+
+
+def keep_formats(entries: dict[str, Any], p: Tensor, options: Options) -> None:
+    """Put a parameter's loaded state in the formats of the optimizer, and drop what it does not keep."""
+    if options.moment_dtype(p) == torch.int8:
+        encode_entries(entries, p)
+    master = entries.get("master_weight")
+    if options.has_residual(p) and RESIDUAL not in entries and isinstance(master, Tensor):
+        entries[RESIDUAL] = residual_of(master)
+    if not options.has_master(p):
+        entries.pop("master_weight", None)
+    if not options.has_residual(p):
+        entries.pop(RESIDUAL, None)

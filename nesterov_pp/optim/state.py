@@ -15,9 +15,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from nesterov_pp.kernels import DEVICE_BACKENDS, Normaliser
 from nesterov_pp.optim import counts, saved_state
+from nesterov_pp.optim.coded import widened_entries
 from nesterov_pp.optim.device_counts import needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_masters, fresh_state
-from nesterov_pp.optim.options import Options
+from nesterov_pp.optim.options import EIGHT_BIT, SPLIT, Options
+
+_UNSET = object()
 
 
 class States(defaultdict[Any, Any]):
@@ -93,17 +96,18 @@ class StatefulOptimizer(Optimizer):
             super().add_param_group(param_group)
             parameters = self.param_groups[-1]["params"]
             try:
-                self._check_group(parameters)
+                self._check_group(self.param_groups[-1])
                 self._init_state(unique(p for p in parameters if p.requires_grad and not is_lazy(p)))
             except BaseException:  # including out of memory
                 del self.param_groups[-1]
                 raise
             self._prepared = None
 
-    def _check_group(self, parameters: list[Tensor]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        parameters, options = group["params"], self.options.of_group(group)
         for p in parameters:
             if p.requires_grad and not is_lazy(p):
-                self.options.check_parameter(p)
+                options.check_parameter(p)
         stash = self.options.stash
         if stash is not None:
             if len(unique(parameters)) < len(parameters):
@@ -112,6 +116,18 @@ class StatefulOptimizer(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _options_of(self, parameters: Iterable[Tensor]) -> list[Options]:
+        """Return the options of each parameter, which are those of its group."""
+        of = {id(p): o for g in self.param_groups for o in (self.options.of_group(g),) for p in g["params"]}
+        return [of[id(p)] for p in parameters]
+
+    def _small(self) -> str | None:
+        """Return an option in use that only backends with small formats support, or None."""
+        if self.options.master_weights == SPLIT:
+            return f"master_weights={SPLIT!r}"
+        eight = any(group.get("state_dtype", self.options.state_dtype) == EIGHT_BIT for group in self.param_groups)
+        return f"state_dtype={EIGHT_BIT!r}" if eight else None
 
     def _capturable(self) -> bool:
         return any(group.get("capturable") for group in self.param_groups)
@@ -137,10 +153,11 @@ class StatefulOptimizer(Optimizer):
         return names if self.options.mean_name is None else [*names, self.options.mean_name]
 
     def _init_state(self, parameters: list[Tensor]) -> None:
-        entries = fresh_state(parameters, self._state_names(), self.options, on_device=self._capturable())
+        options = self._options_of(parameters)
+        entries = fresh_state(parameters, self._state_names(), options, on_device=self._capturable())
         masters = fresh_masters(parameters, self.options)
         for i, p in enumerate(parameters):
-            self.state[p].update({name: values[i] for name, values in entries.items()})
+            self.state[p].update(entries[i])
             if masters[i] is not None:
                 self.state[p]["master_weight"] = masters[i]
 
@@ -158,7 +175,8 @@ class StatefulOptimizer(Optimizer):
         strangers = [key for key in self.state if isinstance(key, Tensor) and id(key) not in known]
         for key in strangers:
             del self.state[key]
-        follow_parameters(parameters, self.state, self._state_names(), self.options, on_device=self._capturable())
+        options = self._options_of(parameters)
+        follow_parameters(parameters, self.state, self._state_names(), options, on_device=self._capturable())
         return bool(strangers)
 
     # ------------------------------------------------------------------ checkpoints
@@ -175,11 +193,27 @@ class StatefulOptimizer(Optimizer):
                 self._init_state(unique(fresh))
         return super().state_dict()
 
+    def widened_state_dict(self) -> dict[str, Any]:
+        """Return the state with float32 moments and master weights, also where this optimizer keeps codes.
+
+        ``torch.optim`` and optimizers with other formats load it.
+        """
+        saved = self.state_dict()
+        stash = self.options.stash
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        parameters = self._parameters()
+        newest = parameters if stash is None else stash.leaves(parameters)[stash.newest % stash.versions]
+        of = dict(zip(keys, newest, strict=True))
+        states = {key: widened_entries(entries, of[key]) for key, entries in saved["state"].items() if key in of}
+        groups = [{k: v for k, v in group.items() if k != "state_dtype"} for group in saved["param_groups"]]
+        return {**saved, "state": {**saved["state"], **states}, "param_groups": groups}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's or torch's ``state_dict``, keeping the dtype of state saved in float32 or bfloat16.
 
         ``torch.optim.Optimizer`` casts all state but ``step`` to the parameter's dtype, which would round the scalars
         and moments of low-precision parameters and make a resumed run differ. State of float64 parameters is cast.
+        Moments are put in eight bits if this optimizer keeps them so; a group keeps its own ``state_dtype``.
 
         Raises:
             ValueError: the state is of other parameters or of another optimizer; nothing has been changed.
@@ -189,22 +223,26 @@ class StatefulOptimizer(Optimizer):
 
         def note(_: Optimizer, state: dict[str, Any]) -> None:  # runs after all hooks that may change the state
             needed = [key for key in self.defaults if key not in self._legacy]
-            saved_state.check_fits(state, self.param_groups, needed, self._state_names())
+            saved_state.check_fits(state, self.param_groups, needed, self._state_names(), self.options)
             loaded.update(state)
 
+        formats = [group.get("state_dtype", _UNSET) for group in self.param_groups]
         with self._lock, torch.inference_mode(False):
             handle = self.register_load_state_dict_pre_hook(note)
             try:
                 super().load_state_dict(state_dict)
             finally:
                 handle.remove()
+            for group, own in zip(self.param_groups, formats, strict=True):
+                group.pop("state_dtype", None)
+                if own is not _UNSET:
+                    group["state_dtype"] = own
             saved_state.keep_dtypes(loaded, self._parameters(), self.state)
             states = self._states()
+            for (p, entries), options in zip(states.items(), self._options_of(states), strict=True):
+                saved_state.keep_formats(entries, p, options)
             (counts.to_devices if self._capturable() else counts.to_host)(states)
             counts.lay_side_by_side(states)
-            for p, entries in states.items():
-                if not self.options.has_master(p):
-                    entries.pop("master_weight", None)
             self._prepared = None
 
     # ------------------------------------------------------------------ copies

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nesterov_pp.optim.options import EIGHT_BIT
 from nesterov_pp.pipeline.recipe import Placement, Recipe, StageOptimizer
 from nesterov_pp.pipeline.recompute import Recomputed
 from nesterov_pp.pipeline.tensors import device_of
@@ -65,7 +66,7 @@ def build_optimizer(
     if not trainable:
         return None
     options = {**recipe.options, **recipe.stage_options(placement)}
-    if options.get("stochastic_rounding"):
+    if options.get("stochastic_rounding") or options.get("state_dtype") == EIGHT_BIT:
         options = {"seed": ((seed or 0) * 1_000_003 + placement.stage) & 0xFFFF_FFFF_FFFF_FFFF, **options}
     parameters: Sequence[Any] = trainable if param_groups is None else _groups(module, param_groups, lr)
     optimizer = recipe.rule(parameters, lr=lr, stash=stash, max_grad_norm=max_grad_norm, backend=backend, **options)
@@ -77,6 +78,8 @@ def build_optimizer(
 def _check_options(recipe: Recipe, optimizer: StageOptimizer) -> None:
     """Refuse options of groups that the rule would not look at."""
     known = set(getattr(optimizer, "defaults", {}))
+    if known and "state_dtype" in recipe.rule_options:
+        known.add("state_dtype")
     found = {name for group in optimizer.param_groups for name in group} - {"params", "param_names", "lr_scale"}
     unknown = sorted(found - known) if known else []
     if not unknown:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nesterov_pp.optim.coded import RESIDUAL
 from nesterov_pp.pipeline.clipping import Norms
 from nesterov_pp.pipeline.recipe import Forecast, StageOptimizer
 from nesterov_pp.stash import WeightStash
@@ -57,14 +58,14 @@ class StageState:
         """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``, ``masters``.
 
         ``stash`` includes the shadow and, if older versions are kept in another form, the memory that a step writes
-        next. ``moments`` are all tensors of the optimizer's state but the master weights.
+        next. ``moments`` are all tensors of the optimizer's state but the masters.
         """
         ring = set(self.stash.names)
         one = sum(map(_bytes, self.stash.parameters(self.stash.newest).values()))
         outside = sum(_bytes(p) for name, p in self.module.named_parameters() if name not in ring)
         states = () if self.optimizer is None else self.optimizer.state.values()
         tensors = [(n, t) for state in states for n, t in state.items() if isinstance(t, Tensor) and t.dim() > 0]
-        masters = sum(_bytes(t) for name, t in tensors if name == "master_weight")
+        masters = sum(_bytes(t) for name, t in tensors if name in ("master_weight", RESIDUAL))
         return {
             "weights": one + outside,
             "stash": self.stash.nbytes,

@@ -14,6 +14,7 @@ from torch import nn
 
 import nesterov_pp
 from nesterov_pp.kernels import BACKENDS
+from nesterov_pp.optim.options import EIGHT_BIT, SPLIT
 from nesterov_pp.pipeline import Placement, Recipe, find_recipe
 from nesterov_pp.pipeline.stage import build_optimizer, build_stash
 from nesterov_pp.stash import FORMS, OldVersions
@@ -144,6 +145,12 @@ def _yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
+def _masters(text: str) -> bool | str:
+    if text not in ("yes", "no", SPLIT):
+        raise ValueError(f"needs yes, no or {SPLIT}, not {text!r}")
+    return text if text == SPLIT else text == "yes"
+
+
 def _option(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help_text})
 
@@ -183,13 +190,17 @@ class Config:
         _choice("float32", "bfloat16"),
         "dtype of the weights in all their versions, of their gradients and of the activations: float32 or bfloat16",
     )
-    master_weights: bool = _option(
-        False, _yes_or_no, "step a float32 copy of bfloat16 weights, which keeps small updates (default: no)"
+    master_weights: bool | str = _option(
+        False,
+        _masters,
+        "step a float32 copy of bfloat16 weights, which keeps small updates; 24bit: keep only the 8 bits that rounding "
+        "loses (default: no)",
     )
     state_dtype: str | None = _option(
         None,
-        _choice("float32", "bfloat16"),
-        "dtype of the moments: float32 or bfloat16 (default: that of the weights; float32 with --master-weights)",
+        _choice("float32", "bfloat16", EIGHT_BIT),
+        "dtype of the moments: float32, bfloat16, or 8bit for codes of eight bits (default: that of the weights; "
+        "float32 with --master-weights)",
     )
     stochastic_rounding: bool = _option(
         False, _yes_or_no, "round bfloat16 weights without masters, and bfloat16 moments, at random (default: no)"
@@ -316,7 +327,7 @@ class Config:
         if self.autocast is not None and low:
             raise UserError("--autocast is for float32 weights; omit it, or omit --weights-dtype")
         moments = self.state_dtype or ("bfloat16" if low and not self.master_weights else "float32")
-        if self.stochastic_rounding and moments == "float32" and (self.master_weights or not low):
+        if self.stochastic_rounding and moments != "bfloat16" and (self.master_weights or not low):
             raise UserError(
                 "--stochastic-rounding has nothing to round: it is for --weights-dtype bfloat16 without "
                 "--master-weights, and for --state-dtype bfloat16"
@@ -362,7 +373,7 @@ class Config:
         return {
             "weight_decay": self.weight_decay,
             "betas": None if self.betas is None else tuple(map(float, self.betas.split(","))),
-            "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
+            "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype, self.state_dtype),
             "master_weights": self.master_weights or None,
             "stochastic_rounding": self.stochastic_rounding or None,
         }

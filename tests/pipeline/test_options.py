@@ -171,11 +171,15 @@ def bytes_held(tensors: list[torch.Tensor]) -> int:
         (BF16, {}),
         (BF16, {"master_weights": True}),
         (BF16, {"master_weights": True, "state_dtype": BF16}),
+        (torch.float32, {"state_dtype": "8bit"}),
+        (BF16, {"master_weights": "24bit", "state_dtype": "8bit"}),
     ],
 )
 def test_memory_and_the_planned_memory_are_the_bytes_held(
     method: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
+    if "8bit" in options.values() and method in ("xpipe", "gap-aware"):
+        pytest.skip("a correction or a prediction keeps wider state")
     pipe = pipeline(method, model(3, dtype=dtype), **options)
     before = pipe.memory()
     for m in range(4):
@@ -187,8 +191,8 @@ def test_memory_and_the_planned_memory_are_the_bytes_held(
             [p for version in [*state["weights"], state.get("shadow", {})] for p in version.values()]
         )
         tensors = [(n, t) for s in optimizer.state.values() for n, t in s.items() if t.dim() > 0]
-        parts["moments"] += bytes_held([t for n, t in tensors if n != "master_weight"])
-        parts["masters"] += bytes_held([t for n, t in tensors if n == "master_weight"])
+        parts["moments"] += bytes_held([t for n, t in tensors if not n.startswith("master_")])
+        parts["masters"] += bytes_held([t for n, t in tensors if n.startswith("master_")])
     assert before == memory
     # Moments lie side by side, at the beginnings of cache lines.
     assert memory["weights"] + memory["stash"] == pytest.approx(parts["ring"], rel=0.1)

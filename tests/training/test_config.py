@@ -67,6 +67,19 @@ def test_given_settings_of_the_optimizer_reach_the_recipe() -> None:
     }
 
 
+def test_small_formats_reach_the_recipe() -> None:
+    settings = {"weights_dtype": "bfloat16", "master_weights": "24bit", "state_dtype": "8bit"}
+    config = Config(method="nesterov", **settings)
+    config.check_optimizer()
+    assert config.own_recipe.options["state_dtype"] == "8bit"
+    assert config.own_recipe.options["master_weights"] == "24bit"
+    assert config.flags().count("24bit") == 1
+    assert parse("master_weights", "24bit") == "24bit"
+    assert parse("master_weights", "yes") is True
+    with pytest.raises(ValueError, match="needs yes, no or 24bit, not '16bit'"):
+        parse("master_weights", "16bit")
+
+
 def parse(name: str, text: str) -> object:
     (setting,) = (f for f in fields(Config) if f.name == name)
     return setting.metadata["parse"](text)
