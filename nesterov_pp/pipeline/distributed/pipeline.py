@@ -80,7 +80,7 @@ class AsyncPipeline(Checkpoints, Exports):
             replicas needs a method without a stash, and all replicas must call ``evaluate`` and ``predict``.
         bucket_bytes: bytes of gradients that are sent together between replicas.
         receive_ahead: number of messages to receive in each direction before they are needed (default: 1, and with a
-            slack as many more as it lets be on their way on a link).
+            slack twice as many as may be on their way on a link).
         recompute: keep no activations except the stage's input, and run its forward again before its backward.
         autocast: a dtype, such as ``torch.bfloat16``, in which ``torch.autocast`` computes the forwards and the loss.
         wire: "bfloat16" or "int8": what stages send each other in training in fewer bits (default: as it is).
@@ -172,7 +172,8 @@ class AsyncPipeline(Checkpoints, Exports):
         self.timeline = Timeline(self.stage, timeline)
         self._autocast, self._check_finite = autocast, check_finite
         if receive_ahead is None:
-            receive_ahead = max((a - b for a, b in pairwise(aheads)), default=1)
+            # The word that a receive is posted travels as well, and may queue behind messages the other way.
+            receive_ahead = 2 * max(a - b for a, b in pairwise(aheads)) if recipe.slack and self.stages > 1 else 1
         self._receive_ahead = receive_ahead
         self._eager = recipe.slack > 0 and recipe.linearise_at == "version"
         self._losses: dict[int, Loss] = {}
