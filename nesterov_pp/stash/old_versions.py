@@ -17,7 +17,7 @@ Let d be a difference of two successive versions and d' what is kept of it. Vers
 minus all d' since, so its error is the sum of ``d - d'`` since k. Adding to every d the error r of the one before it
 would make that ``r_now - r_k``, which does not grow, but r would have to be kept as well: a byte a parameter if rounded
 to 8 bits. Errors of rounding are independent, so over seven differences their sum is sqrt(7 / 2) = 1.9 times as large
-as that; and the distance over seven updates, of which the error is a share, grows at least as fast.
+as that (measured: twice), and the distance over seven updates, of which the error is a share, grows at least as fast.
 """
 
 from __future__ import annotations

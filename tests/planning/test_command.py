@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from nesterov_pp.cli import main
-from nesterov_pp.planning import measure_layers
+from nesterov_pp.planning import StageCost, measure_layers, memory_per_stage
+from nesterov_pp.stash import FORMS, WeightStash
 
 SMALL = ["--layers", "4", "--width", "32", "--heads", "2", "--context", "16", "--batch", "2"]
 
@@ -31,6 +32,29 @@ def test_the_state_of_the_methods_rule_is_counted(capsys):
         return float(row.split("│")[-3].split()[0])
 
     assert largest("nesterov-sgd") < largest("nesterov") < largest("nesterov-rotated")
+
+
+def test_the_form_of_older_versions_is_counted(capsys):
+    def largest(form: str) -> float:
+        flags = ["--devices", "4", "--stash", form, "--batch", "1"]
+        assert main(["plan", "--layers", "4", "--width", "128", "--heads", "2", "--context", "4", *flags]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if " async " in line)
+        return float(row.split("│")[-3].split()[0])
+
+    assert largest("8bit-differences") < largest("bfloat16") < largest("full")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("versions", [1, 2, 3, 8])
+def test_the_ring_is_counted_as_it_is(form, dtype, versions):
+    module = nn.Linear(64, 64, dtype=dtype, bias=False)
+    stash = WeightStash(module, versions, old_versions=form)
+    cost = StageCost(0.0, 0.0, weight_bytes=module.weight.nbytes)
+    found = memory_per_stage(
+        "async", [cost], old_versions=form, itemsize=dtype.itemsize, state=0.0, delays=[versions - 1]
+    )
+    assert found == [stash.nbytes + 2 * module.weight.nbytes]  # with the newest version and the gradient
 
 
 def test_the_methods_own_microbatches_per_update(capsys):

@@ -48,6 +48,10 @@ def test_the_defaults_are_usable_with_every_method() -> None:
         ({"method": "gpipe", "slack": 2}, "method 'gpipe' waits for its gradients, so it has no slack; omit it"),
         ({"method": "pipedream-2bw", "slack": 2}, "has delays of its own, to which slack cannot add; omit it"),
         ({"method": "nesterov:slack=1", "slack": 2}, "--slack is given twice: it is also in --method nesterov:slack=1"),
+        (
+            {"method": "nesterov-no-stash", "stash": "bfloat16"},
+            "keeps no older versions of the weights, so none can be",
+        ),
         ({"method": "adam"}, "unknown method 'adam'; choose one of nesterov, "),
     ],
 )
@@ -96,6 +100,7 @@ def test_texts_of_settings() -> None:
         ("betas", "0.9", "needs two numbers separated by a comma, such as 0.9,0.999, not '0.9'"),
         ("betas", "1,0.9", "needs a number from 0 to below 1, not '1'"),
         ("weight_decay", "-1", "needs a number of at least 0, not '-1'"),
+        ("stash", "8bit", "needs one of full, bfloat16, 8bit-differences, not '8bit'"),
         ("weights_dtype", "float16", "needs one of float32, bfloat16, not 'float16'"),
     ],
 )

@@ -115,18 +115,19 @@ def undisturbed(run: list[str], folder: Path, *more: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "kills"),
+    ("method", "stash", "kills"),
     [
-        ("nesterov", [60]),
-        *(pytest.param(m, [30, 100], marks=pytest.mark.slow) for m in ("nesterov", "nesterov-no-stash")),
+        ("nesterov", "full", [60]),
+        ("nesterov", "8bit-differences", [60]),
+        *(pytest.param(m, "full", [30, 100], marks=pytest.mark.slow) for m in ("nesterov", "nesterov-no-stash")),
     ],
 )
 def test_killed_processes_come_back_and_nothing_changes(
-    run: list[str], tmp_path: Path, launch: Launch, method: str, kills: list[int]
+    run: list[str], tmp_path: Path, launch: Launch, method: str, stash: str, kills: list[int]
 ) -> None:
     """Write a checkpoint after every update, so that most kills arrive while one is being written."""
     draw = random.Random(3)
-    more = ["--microbatches", "180", "--method", method]
+    more = ["--microbatches", "180", "--method", method, "--stash", stash]
     out = tmp_path / "run"
     process = launch(*run, *more, "--checkpoint-every", "1", "--out", str(out), restarts=2)
     for microbatch in kills:

@@ -62,6 +62,7 @@ def test_without_delay_the_losses_do_not_change(
         ("nesterov", {}),
         ("nesterov", {"slack": 3}),
         ("xpipe", LOW),
+        ("nesterov", {"stash": "8bit-differences"}),
         *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare")),
         *(pytest.param(m, LOW, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "nesterov-rotated")),
     ],
