@@ -204,7 +204,9 @@ def test_memory_and_the_planned_memory_are_the_bytes_held(
     planned = memory_per_stage(
         "async", [StageCost(0, 0, weight_bytes=b) for b in one], state=cost.state / dtype.itemsize
     )
-    assert sum(planned) == sum(memory.values()) + sum(one)  # the gradients
+    tensors = sum(len(stash.names) for stash in pipe.stashes) if options.get("state_dtype") == "8bit" else 0
+    beyond = sum(memory.values()) + sum(one) - sum(planned)  # with the gradients
+    assert 0 <= beyond <= 4 * tensors  # two scales of float16 for a last group that is not full
 
 
 # ---------------------------------------------------------------------- groups
