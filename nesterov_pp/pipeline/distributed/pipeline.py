@@ -506,7 +506,7 @@ class AsyncPipeline(Checkpoints, Exports):
         completes = (m + 1) % self.microbatches_per_update == 0
         with self.timeline.span("backward", m), self._told("backward", m):
             if self._average is not None and completes:
-                self._average.expect(self.stash.slot_of(self._version(m)))
+                self._average.expect(self.stash.slot_of(max(self._version(m), self.stash.oldest)))
             objective = None if loss is None else (loss.tensor if self._weighs else loss.mean)
             with self._versions.during_backward(self._version(m), self.recipe.linearise_at):
                 back = self._engine.backward(m, objective, gradients)
