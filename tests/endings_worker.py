@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 
 from launch import environment, free_port
 
@@ -18,9 +19,10 @@ from nesterov_pp.pipeline import connect
 def yield_to_the_first_thread() -> None:
     core = {min(os.sched_getaffinity(0))}
     for thread in map(int, os.listdir("/proc/self/task")):
-        os.sched_setaffinity(thread, core)
-        if thread != threading.get_native_id():
-            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(ProcessLookupError):  # it has ended by now
+            os.sched_setaffinity(thread, core)
+            if thread != threading.get_native_id():
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def stop(rank: int, port: int) -> None:
