@@ -35,7 +35,7 @@ template <class P, int kind, bool predicts>
 __global__ void __launch_bounds__(256, 2) step_kernel(const __grid_constant__ device::Launch launch) {
   device::Launch l = launch;
   l.rule = {Normaliser::kRms, static_cast<CorrectionKind>(kind), predicts};
-  device::step<P>(l, blockIdx.x, gridDim.x, threadIdx.x, 256);
+  device::step<P>(l, blockIdx.x, threadIdx.x, 256);
 }
 
 INSTANCES

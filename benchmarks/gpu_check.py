@@ -154,7 +154,7 @@ def parts(out: Path) -> list[Part]:
         tests("device-tests", DEVICE_TESTS, 150),
         tests("numerical-tests", [*NUMERICAL_TESTS, *left_out], 130, "-k", "cuda or triton"),
         roofline("roofline", 120, "--no-compile", *fused, "--workload", *large, *picture),
-        roofline("microbenchmarks", 60, "--no-compile", *fused, "--workload", *small),
+        roofline("microbenchmarks", 100, "--no-compile", *fused, "--workload", *small),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         sanitizer("initcheck"),

@@ -33,7 +33,7 @@ OPERATIONS = 20  # in csrc/update.h, per parameter
 COPY = "copy"
 UNMEASURED = 3
 COPIED_AT_ONCE = 4 * 2**30  # bytes
-COMPILED_AT_MOST = 300  # tensors: compiling for more takes minutes
+COMPILED_AT_MOST = 300  # tensors: compiling for more takes minutes, and so does profiling thousands of launches
 CYCLES = 2e9  # clock cycles of a GPU per second, at most
 LONGEST_WAIT = 0.25  # seconds that the device is kept busy, at most
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperative", "cuLaunchKernel", "cuLaunchCooperative", "cudaGraphLaunch")
@@ -221,7 +221,9 @@ def run(
         for row in group:
             if row.name in samples:
                 entry = measured(row, elements, samples, anchor.name, copied)
-                found["rows"].append({**entry, "launches": clock.launches(steps[row.name])})
+                counted = row.ours or len(shapes) <= COMPILED_AT_MOST
+                launches = clock.launches(steps[row.name]) if counted else None
+                found["rows"].append({**entry, "launches": launches})
         save(found)
         del step, steps
         torch.compiler.reset()  # compiled steps keep their tensors alive

@@ -11,9 +11,14 @@ namespace nesterov_pp::cuda {
 // An H200 moves about 4.3 TB/s with a latency of some 0.7 us, so about 3 MB have to be in flight: 23 KB on each of 132
 // multiprocessors. A thread of the float32 step has four vectors of 16 bytes in flight; four blocks of 256 threads make
 // 64 KB. That many blocks fit if a thread uses at most 64 registers. Passes that need more registers run two blocks,
-// with 32 to 64 KB in flight. The grid has as many blocks as fit on the device at once. With n blocks, each takes every
-// n-th chunk, so that there is no last wave that is nearly empty.
+// with 32 to 64 KB in flight.
+//
+// A step has a block for every part of a chunk, four vectors for each thread of the float32 step, and the device hands
+// a new block to a multiprocessor whenever one ends. Blocks that are under way at the same time then work on
+// neighbouring memory. An H100 so moves 97 % of what its copy does; with a whole chunk for each block 94 %, and 93 %
+// with no more blocks than it holds at once, each of which takes every n-th chunk.
 constexpr int kThreads = 256;
+constexpr int kParts = 4;
 
 // Sets `blocks` to `wanted`, or to the number of blocks that the current device holds at once if that is smaller.
 inline cudaError_t resident_blocks(int per_multiprocessor, int64_t wanted, unsigned int* blocks) {

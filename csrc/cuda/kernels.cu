@@ -18,7 +18,8 @@ constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // per multiprocessor
 
 template <class P>
 __global__ void __launch_bounds__(kThreads, kBlocks<P>) step_kernel(const __grid_constant__ Launch launch) {
-  device::step<P>(launch, blockIdx.x, gridDim.x, threadIdx.x, kThreads);
+  const auto part = static_cast<int>(blockIdx.x % kParts);
+  device::step<P>(launch, blockIdx.x / kParts, part * kThreads + static_cast<int>(threadIdx.x), kParts * kThreads);
 }
 
 // Returns the sum over a block in thread 0, always added in the same order.
@@ -62,10 +63,7 @@ cudaError_t step(const Launch& launch, const Spec& spec, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidDeviceFunction;
   visit(spec, [&](auto pass) {
     using P = decltype(pass);
-    unsigned int blocks = 0;
-    error = resident_blocks(kBlocks<P>, launch.chunk_count, &blocks);
-    if (error != cudaSuccess) return;
-    step_kernel<P><<<blocks, kThreads, 0, stream>>>(launch);
+    step_kernel<P><<<static_cast<unsigned int>(kParts * launch.chunk_count), kThreads, 0, stream>>>(launch);
     error = cudaGetLastError();
   });
   return error;

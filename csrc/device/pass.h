@@ -30,11 +30,12 @@ struct Launch {
   RoundKeys keys;      // for stochastic rounding
 };
 
-// The number of elements that a thread takes at once: one vector of the smallest of the pass's dtypes.
+// The number of elements that a thread takes at once: one vector of the largest of the pass's dtypes. Of a smaller
+// dtype it takes less, so that neighbouring threads read and write neighbouring memory in every stream.
 template <class P>
-constexpr int kSmallest = sizeof(typename P::G) < sizeof(typename P::M) ? sizeof(typename P::G) : sizeof(typename P::M);
+constexpr int kLargest = sizeof(typename P::W) > sizeof(typename P::M) ? sizeof(typename P::W) : sizeof(typename P::M);
 template <class P>
-constexpr int kVector = kVectorBytes / kSmallest<P>;
+constexpr int kVector = kVectorBytes / kLargest<P>;
 // The number of elements that a thread computes with at once: fewer if they would not fit into its registers.
 template <class P>
 constexpr int kLanes = kSame<typename P::T, double>     ? 1
@@ -76,22 +77,16 @@ struct Word<16> {
   using type = uint4;
 };
 template <class S>
-using WordOf = typename Word<sizeof(S) < kVectorBytes ? sizeof(S) : kVectorBytes>::type;
+using WordOf = typename Word<sizeof(S)>::type;
 #endif
 
-// Loads and stores of N elements in global memory, 16 bytes at a time if there are so many. The intrinsics tell a
-// device's compiler that an address from the table is one of global memory, which it cannot know otherwise, and that
-// the data is used only once.
+// Loads and stores of N elements in global memory, 16 bytes at most. The intrinsics tell a device's compiler that an
+// address from the table is one of global memory, which it cannot know otherwise, and that the data is used only once.
 template <int N, class S>
 NPP_HD Pack<S, N> load(const S* base, int i) {
   const S* from = element(base, i);
 #if defined(__CUDA_ARCH__)
-  using Part = WordOf<Pack<S, N>>;
-  Part parts[sizeof(Pack<S, N>) / sizeof(Part)];
-#pragma unroll
-  for (unsigned k = 0; k < sizeof(Pack<S, N>) / sizeof(Part); ++k)
-    parts[k] = __ldcs(reinterpret_cast<const Part*>(from) + k);
-  return bits_of<Pack<S, N>>(parts);
+  return bits_of<Pack<S, N>>(__ldcs(reinterpret_cast<const WordOf<Pack<S, N>>*>(from)));
 #else
   return *reinterpret_cast<const Pack<S, N>*>(from);
 #endif
@@ -101,11 +96,8 @@ template <int N, class S>
 NPP_HD void store(S* base, int i, const Pack<S, N>& pack) {
   S* to = element(base, i);
 #if defined(__CUDA_ARCH__)
-  using Part = WordOf<Pack<S, N>>;
-  Part parts[sizeof(pack) / sizeof(Part)];
-  __builtin_memcpy(parts, &pack, sizeof(pack));
-#pragma unroll
-  for (unsigned k = 0; k < sizeof(pack) / sizeof(Part); ++k) __stcs(reinterpret_cast<Part*>(to) + k, parts[k]);
+  using Bits = WordOf<Pack<S, N>>;
+  __stcs(reinterpret_cast<Bits*>(to), bits_of<Bits>(pack));
 #else
   *reinterpret_cast<Pack<S, N>*>(to) = pack;
 #endif
@@ -402,30 +394,28 @@ NPP_HD void carry(const Launch& l, const Span& span, int thread, int threads) {
   for (int i = whole + thread; i < span.count; i += threads) store(to, i, load<1>(from, i));
 }
 
-// Runs one thread's part of a step, in a grid of `blocks` blocks of `threads` threads.
+// Steps one thread's part of a chunk, which is divided among `threads` threads.
 template <class P>
-NPP_HD void step(const Launch& l, int64_t block, int64_t blocks, int thread, int threads) {
+NPP_HD void step(const Launch& l, int64_t chunk, int thread, int threads) {
   constexpr int N = kVector<P>;
-  for (int64_t chunk = block; chunk < l.chunk_count; chunk += blocks) {
-    const Span span = span_of(l.table, l.chunks[chunk]);
-    const int64_t number = l.table.at(kRow, span.tensor);
-    if (number < 0) {
-      carry<typename P::G>(l, span, thread, threads);
-      continue;
-    }
-    const double* row = l.rows + number * row_words(P::kCorrects);
-    if (is_skipped(row)) continue;
-    const auto k = constants_of<P>(l, row, span);
-    const auto p = pointers_of<P>(l, span);
-    const int whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
-    if (!P::kCorrects && is_usual(k.c)) {
-      const Constants<P> known = usual(k);
-      for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, known);
-    } else {
-      for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, k);
-    }
-    for (int i = whole + thread; i < span.count; i += threads) step_one(p, i, k);
+  const Span span = span_of(l.table, l.chunks[chunk]);
+  const int64_t number = l.table.at(kRow, span.tensor);
+  if (number < 0) {
+    carry<typename P::G>(l, span, thread, threads);
+    return;
   }
+  const double* row = l.rows + number * row_words(P::kCorrects);
+  if (is_skipped(row)) return;
+  const auto k = constants_of<P>(l, row, span);
+  const auto p = pointers_of<P>(l, span);
+  const int whole = l.table.at(kAligned, span.tensor) != 0 ? span.count / N * N : 0;
+  if (!P::kCorrects && is_usual(k.c)) {
+    const Constants<P> known = usual(k);
+    for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, known);
+  } else {
+    for (int i = thread * N; i < whole; i += threads * N) step_vector<P, N>(p, i, k);
+  }
+  for (int i = whole + thread; i < span.count; i += threads) step_one(p, i, k);
 }
 
 // Returns one thread's part of the sum of squares of one chunk's gradients, 0 for a tensor without a gradient.

@@ -1,4 +1,4 @@
-// Runs the pass of csrc/device on the host: every thread of every block in turn.
+// Runs the pass of csrc/device on the host: every thread of every chunk in turn.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,9 +15,9 @@ using namespace nesterov_pp;
 using namespace nesterov_pp::device;
 
 template <class P>
-void run_pass(const Launch& l, int64_t blocks, int64_t threads) {
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t thread = 0; thread < threads; ++thread) step<P>(l, block, blocks, thread, threads);
+void run_pass(const Launch& l, int threads) {
+  for (int64_t chunk = 0; chunk < l.chunk_count; ++chunk)
+    for (int thread = 0; thread < threads; ++thread) step<P>(l, chunk, thread, threads);
 }
 
 bool has_shadow(const Table& table) {
@@ -69,8 +69,7 @@ int is_supported(int weight, int grad, int moment, int normaliser, int corrects,
 // Runs the pass of these options, and returns whether there is one.
 int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, int64_t chunk_count, const double* rows,
                  const double* factor, int grads, int source, int target, int kind, int ring_predicts, uint64_t seed,
-                 int weight, int grad, int moment, int normaliser, int corrects, int stochastic, int64_t blocks,
-                 int64_t threads) {
+                 int weight, int grad, int moment, int normaliser, int corrects, int stochastic, int threads) {
   const Launch l{{words, tensors},
                  chunk,
                  chunk_count,
@@ -83,7 +82,7 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
                  ring_predicts != 0,
                  RoundKeys::from(seed)};
   const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
-  return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, blocks, threads); });
+  return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, threads); });
 }
 
 double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int grad, int64_t threads) {

@@ -109,7 +109,6 @@ class Table:
         ring_predicts: bool = False,
         seed: int | None = None,
         factor: float | None = None,
-        blocks: int = 3,
         threads: int = 5,
     ) -> None:
         """Run one pass.
@@ -137,7 +136,6 @@ class Table:
             normaliser,
             int(kind is not None),
             int(seed is not None),
-            I64(blocks),
-            I64(threads),
+            threads,
         )
         assert there_is_one
