@@ -39,6 +39,30 @@ NPP_HD V pick(const Mask& mask, const V& yes, const V& no) {
     return same_bits<V>((mask & same_bits<Mask>(yes)) | (~mask & same_bits<Mask>(no)));
 }
 
+// Return a where it is the smaller or the larger one, else b; GCC would compare and select.
+template <class V>
+NPP_HD V smaller(const V& a, const V& b) {
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  if constexpr (sizeof(V) > 16) {
+    V least;
+    asm("vminps %2, %1, %0" : "=v"(least) : "v"(a), "v"(b));
+    return least;
+  }
+#endif
+  return pick(a < b, a, b);
+}
+template <class V>
+NPP_HD V larger(const V& a, const V& b) {
+#if defined(__x86_64__) && !defined(__CUDACC__)
+  if constexpr (sizeof(V) > 16) {
+    V most;
+    asm("vmaxps %2, %1, %0" : "=v"(most) : "v"(a), "v"(b));
+    return most;
+  }
+#endif
+  return pick(a > b, a, b);
+}
+
 // Returns the bits of a scale, the nearest float16 number from 2^-24 to 65,504, or 0 or NaN.
 NPP_HD unsigned short scale_of(float largest) {
   if (!(largest < __builtin_inff())) return 0x7e00;
@@ -63,7 +87,13 @@ NPP_HD V first_of(const V& code, float scale) {
   return code / (254.0f - absolute(code)) * scale;
 }
 
-// Returns a number that is a code once it is rounded to nearest; 0 for NaN.
+// Returns a number that is a code once it is rounded to nearest; NaN if `scale` is.
+template <class V>
+NPP_HD V first_code_of_finite(const V& m, float scale) {
+  const V y = 254.0f * m / (scale + absolute(m));
+  return larger(smaller(y, V{} + 127.0f), V{} - 127.0f);
+}
+// Likewise, with 0 for NaN.
 template <class V>
 NPP_HD V first_code(const V& m, float scale) {
   const V cut = pick(m > scale, V{} + scale, pick(m < -scale, V{} - scale, m));
@@ -77,23 +107,26 @@ NPP_HD V second_of(const V& code, float scale) {
   return root * root;
 }
 
-// Returns a number that is a code once it is rounded down; 0 for NaN. `root` is a multiple of that of v, `factor` makes
-// the one that the scale stands for 255, and `u` is from 0 to 1.
+// Returns a number that is a code once it is rounded down; anything for NaN. `root` is a multiple of that of v,
+// `factor` makes the one that the scale stands for 255, and `u` is from 0 to 1.
+template <class V>
+NPP_HD V second_code_of_finite(const V& root, float factor, const V& u) {
+  const V x = smaller(root * factor, V{} + 255.0f) + u;
+  return larger(x, pick(root > 0.0f, V{} + 1.0f, V{}));
+}
+// Likewise, with 0 for NaN.
 template <class V>
 NPP_HD V second_code(const V& root, float factor, const V& u) {
-  const V t = root * factor;
-  V x = pick(t > 255.0f, V{} + 255.0f, t) + u;
-  const V least = pick(root > 0.0f, V{} + 1.0f, V{});
-  x = pick(x < least, least, x);
-  return pick(x == x, x, V{});
+  const V x = second_code_of_finite(root, factor, u), t = root * factor;
+  return pick(t == t, x, V{});
 }
 
 // The exponents of bfloat16 numbers given as floats, within the range for which half a unit is a normal number.
 template <class U, class V>
 NPP_HD U exponent_of(const V& rounded) {
   const U e = (same_bits<U>(rounded) >> 23) & 0xffU;
-  const U least = pick(e < 16U, U{} + 16U, e);
-  return pick(least > 254U, U{} + 254U, least);
+  const U least = e > 16U ? e : U{} + 16U;
+  return least < 254U ? least : U{} + 254U;
 }
 
 template <class U, class V>

@@ -68,47 +68,81 @@ NPP_INLINE typename Lanes<N>::U shuffled(const typename Lanes<N>::U& a, const ty
 #endif
 }
 
-// Returns the largest lane.
-template <int N, int apart, int... k>
-NPP_INLINE int largest_of(const typename Lanes<N>::I& x, Numbers<k...> all) {
+// Lanes in segments of `width`, of which two neighbours become one of half the width, a's before b's: the larger of
+// the first and the second half, lane by lane.
+template <int N, int width, int... k>
+NPP_INLINE typename Lanes<N>::I halved(const typename Lanes<N>::I& a, const typename Lanes<N>::I& b, Numbers<k...>) {
   using U = typename Lanes<N>::U;
-  if constexpr (apart == 0) {
-    return x[0];
-  } else {
-    const U same = bits_of<U>(x);
-    const auto other = bits_of<typename Lanes<N>::I>(shuffled<N>(same, same, Numbers<(k + apart) % N...>{}));
-    const typename Lanes<N>::I larger = x > other ? x : other;
-    return largest_of<N, apart / 2>(larger, all);
-  }
-}
-template <int N>
-NPP_INLINE int largest_of(const typename Lanes<N>::I& x) {
-  return largest_of<N, N / 2>(x, typename UpTo<N>::All{});
+  using I = typename Lanes<N>::I;
+  constexpr int kHalf = width / 2;
+  const U x = bits_of<U>(a), y = bits_of<U>(b);
+  const I low = bits_of<I>(shuffled<N>(x, y, Numbers<k / kHalf * width + k % kHalf...>{}));
+  const I high = bits_of<I>(shuffled<N>(x, y, Numbers<k / kHalf * width + k % kHalf + kHalf...>{}));
+  return low > high ? low : high;
 }
 
-// Bytes become numbers, and words bytes, in two steps: GCC converts to twice or half the width with one instruction,
-// and to other widths lane by lane.
+// Writes the largest lane of each vector. `to` has room for N numbers, and for as many as there are vectors.
+template <int N, int count, int width = N>
+NPP_INLINE void largest_lanes(const typename Lanes<N>::I (&x)[count], int* to) {
+  if constexpr (width == 1) {
+    __builtin_memcpy(to, x, sizeof(x));
+  } else {
+    constexpr int kLeft = count > 1 ? count / 2 : 1;
+    typename Lanes<N>::I larger[kLeft];
+    for (int k = 0; k < kLeft; ++k)
+      larger[k] = halved<N, width>(x[2 * k % count], x[(2 * k + 1) % count], typename UpTo<N>::All{});
+    largest_lanes<N, kLeft, width / 2>(larger, to);
+  }
+}
+
+// N bytes in memory, wherever they lie.
+template <int N>
+struct Bytes {
+  unsigned char values[N];
+};
+
+// Bytes become numbers, and words bytes. GCC does not use the instructions for it: it converts to twice or half the
+// width at a time.
 template <int N>
 NPP_INLINE typename Lanes<N>::F load_signed(const void* from) {
+  typename Lanes<N>::I words;
+#if NPP_X86
+  if constexpr (N >= 8) {
+    asm("vpmovsxbd %1, %0" : "=v"(words) : "m"(*static_cast<const Bytes<N>*>(from)));
+    return __builtin_convertvector(words, typename Lanes<N>::F);
+  }
+#endif
   typename Lanes<N>::C bytes;
   __builtin_memcpy(&bytes, from, sizeof(bytes));
-  const auto words =
-      __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::S), typename Lanes<N>::I);
+  words = __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::S), typename Lanes<N>::I);
   return __builtin_convertvector(words, typename Lanes<N>::F);
 }
 
 template <int N>
 NPP_INLINE typename Lanes<N>::F load_unsigned(const void* from) {
+  typename Lanes<N>::I words;
+#if NPP_X86
+  if constexpr (N >= 8) {
+    asm("vpmovzxbd %1, %0" : "=v"(words) : "m"(*static_cast<const Bytes<N>*>(from)));
+    return __builtin_convertvector(words, typename Lanes<N>::F);
+  }
+#endif
   typename Lanes<N>::B bytes;
   __builtin_memcpy(&bytes, from, sizeof(bytes));
-  const auto words =
-      __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::H), typename Lanes<N>::U);
-  return __builtin_convertvector(bits_of<typename Lanes<N>::I>(words), typename Lanes<N>::F);
+  words = bits_of<typename Lanes<N>::I>(
+      __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::H), typename Lanes<N>::U));
+  return __builtin_convertvector(words, typename Lanes<N>::F);
 }
 
 // Stores the low bytes of the lanes.
 template <int N>
 NPP_INLINE void store_bytes(void* to, const typename Lanes<N>::U& x) {
+#if NPP_X86
+  if constexpr (N == 16) {
+    asm("vpmovdb %1, %0" : "=m"(*static_cast<Bytes<N>*>(to)) : "v"(x));
+    return;
+  }
+#endif
   const auto bytes = __builtin_convertvector(__builtin_convertvector(x, typename Lanes<N>::H), typename Lanes<N>::B);
   __builtin_memcpy(to, &bytes, sizeof(bytes));
 }

@@ -61,9 +61,11 @@ template <class P>
 constexpr bool kPairs =
     kSame<typename P::W, BFloat16> && kSame<typename P::G, BFloat16> && kSame<typename P::M, BFloat16> && !P::kCorrects;
 
-template <class S>
+// Advances a pointer that is null if the pass does not have it, which it knows beforehand unless it corrects.
+template <class P, bool has, class S>
 NPP_INLINE S* after(S* base, long long i) {
-  return base == nullptr ? base : base + i;
+  if constexpr (P::kCorrects) return base == nullptr ? base : base + i;
+  return has ? base + i : base;
 }
 
 // The pointers of a Run, with their types.
@@ -94,15 +96,16 @@ struct Pointers {
     return {w + i,
             out + i,
             grad + i,
-            after(late, i),
+            after<P, false>(late, i),
             m + i,
-            after(v, i),
-            after(mean, i),
-            after(copy, i),
-            after(ahead, i),
-            after(residual, i),
-            after(m_scale, i / kGroup),
-            after(v_scale, i / kGroup)};
+            after<P, P::kMayHaveSecond>(v, i),
+            after<P, false>(mean, i),
+            after<P, P::kCopies>(copy, i),
+            after<P, false>(ahead, i),
+            after<P, P::kSplit>(residual, i),
+            after<P, P::kCodes>(m_scale, i / kGroup),
+            after < P,
+            P::kCodes && P::kMayHaveSecond > (v_scale, i / kGroup)};
   }
 };
 
@@ -240,9 +243,28 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
   store_weights<P, kStreaming, N>(p, next, weight_noise);
 }
 
-// Returns the random words of four groups, among them that of element i of a run (random.h).
+// Stores N scales (codes.h), and returns them as numbers.
+template <int N>
+NPP_INLINE typename Lanes<N>::F store_scales(unsigned short* to, const typename Lanes<N>::F& largest) {
+  using F = typename Lanes<N>::F;
+  using U = typename Lanes<N>::U;
+  using Round = Element<Half, N>;
+  const F cut = largest < 65504.0f ? largest : F{} + 65504.0f;
+  const U nearest = __builtin_convertvector(Round::narrow(cut), U);
+  const U least = bits_of<U>(largest > 0.0f) & 1U;
+  U bits = nearest < least ? least : nearest;
+  bits = choose_lanes(bits_of<U>(largest < __builtin_inff()), bits, U{} + 0x7e00U);
+  const auto scales = __builtin_convertvector(bits, typename Lanes<N>::H);
+  __builtin_memcpy(to, &scales, sizeof(scales));
+  return Round::widen(scales);
+}
+
+// The groups that are stepped together, and share a counter.
+constexpr int kGroups = 4;
+
+// Returns the random words of the groups that begin at element i of a run (random.h).
 NPP_INLINE Words<unsigned int> words_of_groups(const Noise& noise, long long i) {
-  const auto c = static_cast<unsigned long long>(noise.first + i) / (4 * kGroup);
+  const auto c = static_cast<unsigned long long>(noise.first + i) / (kGroups * kGroup);
   const auto low = static_cast<unsigned int>(c), high = static_cast<unsigned int>(c >> 32) | 0x80000000U;
   return philox<unsigned int>({low, high, noise.tensor, noise.step}, RoundKeys::from(noise.seed));
 }
@@ -256,16 +278,15 @@ struct Moments {
   typename Lanes<N>::I m_largest, root_largest;
 };
 
-// Steps the weights of a group.
+// Steps the weights of a group with the scales of its moments.
 template <class P, bool kStreaming, int N, class T>
-NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>& k, Moments<N>& x) {
+NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>& k, float m_scale, float v_scale,
+                           Moments<N>& x) {
   using U = typename Lanes<N>::U;
   using I = typename Lanes<N>::I;
   using V = typename Lanes<N>::F;
-  const float m_scale = codes::scale_from(*p.m_scale);
-  float v_scale = 0;
-  if constexpr (P::kMayHaveSecond) v_scale = codes::scale_from(*p.v_scale);
   x.m_largest = x.root_largest = I{};
+#pragma GCC unroll 8
   for (int j = 0; j < Moments<N>::kVectors; ++j) {
     const Pointers<P> q = p.within(j * N);
     V m = codes::first_of(load_signed<N>(q.m), m_scale), v{};
@@ -287,56 +308,100 @@ NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>
   }
 }
 
-// Stores the moments of a group as codes. `word` is the group's random word, and `to_root` turns the roots into those
-// of the second moment.
-template <class P, int N>
-NPP_INLINE void encode_group(const Pointers<P>& p, const Moments<N>& x, unsigned int word, float to_root) {
-  using U = typename Lanes<N>::U;
-  using I = typename Lanes<N>::I;
-  using V = typename Lanes<N>::F;
-  const unsigned short m_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.m_largest)));
-  *p.m_scale = m_scale;
-  const float s = codes::scale_from(m_scale);
-  for (int j = 0; j < Moments<N>::kVectors; ++j) store_nearest<N>(p.m + j * N, codes::first_code(x.m[j], s));
-  if constexpr (P::kMayHaveSecond) {
-    const unsigned short v_scale = codes::scale_of(codes::same_bits<float>(largest_of<N>(x.root_largest)) * to_root);
-    *p.v_scale = v_scale;
-    const float factor = 255.0f * to_root / codes::scale_from(v_scale);
-    for (int j = 0; j < Moments<N>::kVectors; ++j) {
-      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
-      const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
-      const I code = __builtin_convertvector(codes::second_code(x.root[j], factor, u), I);
-      store_bytes<N>(p.v + j * N, bits_of<U>(code));
-    }
+// Stores a group's first moments as codes. In a group whose scale is 0 or NaN they are 0.
+template <int N>
+NPP_INLINE void encode_first(Code* to, const Moments<N>& x, float scale) {
+  if (scale > 0) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Moments<N>::kVectors; ++j)
+      store_nearest<N>(to + j * N, codes::first_code_of_finite(x.m[j], scale));
+  } else {
+    __builtin_memset(to, 0, kGroup);
   }
 }
 
-// Steps 8 N elements in groups: first the weights of all groups, then their codes, so that no group waits for another.
-template <class P, bool kStreaming, int N, class T>
-NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  Words<unsigned int> words{};
-  if constexpr (P::kMayHaveSecond) words = words_of_groups(k.noise, i);
-  const unsigned int of_groups[4] = {words.a, words.b, words.c, words.d};
-  const long long first = (k.noise.first + i) / kGroup;
-  constexpr int kGroups = N / 4;
+// Likewise the second moments. `word` is the group's random word, and `factor` makes the root that the scale stands for
+// 255.
+template <int N>
+NPP_INLINE void encode_second(Code* to, const Moments<N>& x, unsigned int word, float scale, float factor) {
+  using U = typename Lanes<N>::U;
+  using I = typename Lanes<N>::I;
+  using V = typename Lanes<N>::F;
+  if (scale > 0) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Moments<N>::kVectors; ++j) {
+      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
+      const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
+      const I code = __builtin_convertvector(codes::second_code_of_finite(x.root[j], factor, u), I);
+      store_bytes<N>(to + j * N, bits_of<U>(code));
+    }
+  } else {
+    __builtin_memset(to, 0, kGroup);
+  }
+}
+
+// The groups of a block that have been stepped, and whose moments are still to be stored.
+template <int N>
+struct Stepped {
+  using V = typename Lanes<kGroups>::F;
   Moments<N> moments[kGroups];
-  for (int g = 0; g < kGroups; ++g) step_group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, k, moments[g]);
-  for (int g = 0; g < kGroups; ++g)
-    encode_group<P, N>(p.at(g * kGroup), moments[g], of_groups[(first + g) % 4], k.to_root);
+  unsigned int words[kGroups];
+  V m_scales, v_scales, factors;
+};
+
+// Steps the weights of a block of groups, and stores the scales of their moments, which are computed at once.
+template <class P, bool kStreaming, int N, class T>
+NPP_INLINE void step_groups(const Pointers<P>& p, long long i, const Constants<T>& k, Stepped<N>& x) {
+  using V = typename Lanes<kGroups>::F;
+  const V m_scales = load<Half, kGroups>(reinterpret_cast<const Half*>(p.m_scale));
+  V v_scales{};
+  if constexpr (P::kMayHaveSecond) v_scales = load<Half, kGroups>(reinterpret_cast<const Half*>(p.v_scale));
+  typename Lanes<N>::I lanes[2 * kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    step_group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, k, m_scales[g], v_scales[g], x.moments[g]);
+    lanes[g] = x.moments[g].m_largest;
+    lanes[kGroups + g] = x.moments[g].root_largest;
+  }
+  alignas(64) int largest[N > 2 * kGroups ? N : 2 * kGroups];
+  largest_lanes<N>(lanes, largest);
+  V m_largest, root_largest;
+  __builtin_memcpy(&m_largest, largest, sizeof(V));
+  __builtin_memcpy(&root_largest, largest + kGroups, sizeof(V));
+  x.m_scales = store_scales<kGroups>(p.m_scale, m_largest);
+  if constexpr (P::kMayHaveSecond) {
+    const auto words = words_of_groups(k.noise, i);
+    x.words[0] = words.a, x.words[1] = words.b, x.words[2] = words.c, x.words[3] = words.d;
+    x.v_scales = store_scales<kGroups>(p.v_scale, root_largest * k.to_root);
+    x.factors = 255.0f * k.to_root / x.v_scales;
+  }
+}
+
+// Stores the moments of a block of groups as codes.
+template <class P, int N>
+NPP_INLINE void encode_groups(const Pointers<P>& p, const Stepped<N>& x) {
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    encode_first<N>(p.m + g * kGroup, x.moments[g], x.m_scales[g]);
+    if constexpr (P::kMayHaveSecond)
+      encode_second<N>(p.v + g * kGroup, x.moments[g], x.words[g], x.v_scales[g], x.factors[g]);
+  }
 }
 
 // The number of elements that a block steps.
 template <class P, int N>
-constexpr int kBlock = P::kCodes   ? 8 * N
+constexpr int kBlock = P::kCodes   ? kGroups * kGroup
                        : kPairs<P> ? 2 * N
                                    : N;
 
 // Steps the elements of a block, from element i of the run on.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  if constexpr (P::kCodes)
-    block_of_groups<P, kStreaming, N>(p, i, k);
-  else if constexpr (kPairs<P>)
+  if constexpr (P::kCodes) {
+    Stepped<N> x;
+    step_groups<P, kStreaming, N>(p, i, k, x);
+    encode_groups<P, N>(p, x);
+  } else if constexpr (kPairs<P>)
     block_of_pairs<P, kStreaming, N>(p, i, k);
   else
     block_of_lanes<P, kStreaming, N>(p, i, k);
@@ -346,7 +411,18 @@ NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) 
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
   constexpr int kElements = kBlock<P, N>;
-  for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
+  if constexpr (P::kCodes) {
+    // The codes of a block wait for its scales, so the next block is stepped in the meantime.
+    Stepped<N> x[2];
+    long long i = 0;
+    for (; i + kElements <= count; i += kElements) {
+      step_groups<P, kStreaming, N>(p.at(i), i, k, x[i / kElements % 2]);
+      if (i > 0) encode_groups<P, N>(p.at(i - kElements), x[(i / kElements + 1) % 2]);
+    }
+    if (i > 0) encode_groups<P, N>(p.at(i - kElements), x[(i / kElements + 1) % 2]);
+  } else {
+    for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
+  }
 }
 
 // Like `blocks`, with a separate loop for each of the usual cases, so that there are no branches on scalars between
@@ -380,7 +456,7 @@ NPP_INLINE void copy(S* to, const S* from, long long count) {
 template <class P, int N, class T>
 NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
   constexpr int kElements = kBlock<P, N>;
-  constexpr int kGroups = kElements / kGroup + 1;
+  constexpr int kScales = kElements / kGroup + 1;
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
@@ -388,7 +464,7 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
   G grad[kElements] = {}, late[kElements] = {}, copied[kElements] = {}, ahead[kElements] = {};
   M m[kElements] = {}, v[kElements] = {}, mean[kElements] = {};
   signed char residual[kElements] = {};
-  unsigned short m_scale[kGroups] = {}, v_scale[kGroups] = {};
+  unsigned short m_scale[kScales] = {}, v_scale[kScales] = {};
   const long long groups = (count + kGroup - 1) / kGroup;
   copy<W>(w, from.w, count);
   copy<G>(grad, from.grad, count);
