@@ -2,8 +2,8 @@
 
 ``images``: a small residual network on pictures. ``continuation``: an encoder-decoder that continues a text.
 ``language``: the decoder-only model of ``train``. Each model is cut into eight stages and, with ``--precision
-float32,bfloat16``, also trained in bfloat16 autocast. Every method has the same three learning rates for its kind of
-rule: the first seed tries all of them, the other seeds run the best. Prints a table.
+float32,bfloat16``, also trained in bfloat16 autocast. Every method has the same learning rates, those of its kind of
+rule or of ``--rates``: the first seed tries all of them, the other seeds run the best. Prints a table.
 """
 
 from __future__ import annotations
@@ -69,16 +69,17 @@ def train(task: Task, method: str, lr: float, seed: int, microbatches: int, prec
     return pipe
 
 
-def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int) -> Row:
+def compare(task: Task, method: str, precision: str, seeds: int, microbatches: int, rates: Sequence[float] = ()) -> Row:
     """Run one method: every rate with the first seed, the best rate with the others."""
     begin = time.perf_counter()
     adaptive = getattr(find_recipe(method).rule, "_normaliser", Normaliser.RMS) == Normaliser.RMS
+    rates = rates or RATES[adaptive]
 
     def run(lr: float, seed: int) -> dict[str, float]:
         return task.judge(train(task, method, lr, seed, microbatches, precision))
 
-    tried = {lr: run(lr, 0) for lr in RATES[adaptive]}
-    loss = next(iter(tried[RATES[adaptive][0]]))
+    tried = {lr: run(lr, 0) for lr in rates}
+    loss = next(iter(tried[rates[0]]))
     best = min(tried, key=lambda lr: tried[lr][loss] if math.isfinite(tried[lr][loss]) else math.inf)
     found = [tried[best], *(run(best, seed) for seed in range(1, seeds))]
     return Row(
@@ -119,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", default="float32", help="float32, bfloat16, or both separated by a comma (default: %(default)s)"
     )
+    parser.add_argument(
+        "--rates", help="learning rates to try, separated by commas (default: three for each kind of rule)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     parser.add_argument("--microbatches", type=int, default=2000, help="microbatches per run (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="examples in a microbatch (default: 32 pictures, 8 texts)")
@@ -135,6 +139,17 @@ def _task(given: argparse.Namespace) -> Task:
     return build(None if given.data is None else str(given.data), given.batch or 8)
 
 
+def _rates(given: str | None) -> list[float]:
+    """Return the learning rates of a list like "1e-3,3e-3"; raise ValueError if it is not one of positive numbers."""
+    try:
+        rates = [float(rate) for rate in given.split(",")] if given else []
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"--rates takes learning rates above 0, like 1e-3,3e-3, not {given}")
+    return rates
+
+
 def main(argv: list[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     torch.set_num_threads(given.threads)
@@ -142,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not set(precisions) <= set(PRECISIONS):
             raise ValueError(f"--precision takes {' and '.join(PRECISIONS)}, not {given.precision}")
+        rates = _rates(given.rates)
         task = _task(given)
         methods = given.methods.split(",") if given.methods else task.methods
         for method in methods:
@@ -156,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for method in methods:
         for precision in precisions:
-            rows.append(compare(task, method, precision, given.seeds, given.microbatches))
+            rows.append(compare(task, method, precision, given.seeds, given.microbatches, rates))
             if len(rows) == 1:
                 print(heading(list(rows[0].found)))
             print(line(rows[-1]), flush=True)

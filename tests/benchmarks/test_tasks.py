@@ -57,7 +57,10 @@ def test_text_through_an_encoder_decoder_and_in_two_precisions(
         assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 2
 
 
-def test_the_first_seed_tries_every_rate_and_the_others_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rates", [(), (1e-4, 2e-4, 4e-4)])
+def test_the_first_seed_tries_every_rate_and_the_others_the_best(
+    rates: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[tuple[float, int]] = []
 
     def trained(task: tasks.Task, method: str, lr: float, seed: int, *_: object) -> int:
@@ -67,12 +70,12 @@ def test_the_first_seed_tries_every_rate_and_the_others_the_best(monkeypatch: py
     losses = {1: 2.0, 2: math.nan, 3: 1.0, 4: 4.0, 5: 7.0}
     judged = SimpleNamespace(judge=lambda run: {"loss": losses[run], "accuracy": losses[run] / 10})
     monkeypatch.setattr(tasks, "train", trained)
-    row = tasks.compare(judged, "nesterov", "float32", 3, 10)
-    low, middle, high = tasks.RATES[True]
+    row = tasks.compare(judged, "nesterov", "float32", 3, 10, rates)
+    low, middle, high = rates or tasks.RATES[True]
     assert runs == [(low, 0), (middle, 0), (high, 0), (high, 1), (high, 2)]
     assert (row.lr, row.each) == (high, [1.0, 4.0, 7.0])
     assert row.found == pytest.approx({"loss": 4.0, "accuracy": 0.4})
-    assert list(row.by_lr) == [f"{lr:g}" for lr in tasks.RATES[True]]
+    assert list(row.by_lr) == [f"{lr:g}" for lr in (low, middle, high)]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,7 @@ def test_the_first_seed_tries_every_rate_and_the_others_the_best(monkeypatch: py
         ("images --data nowhere", "nowhere must contain train.zip and test.zip"),
         ("language --data nowhere.txt", "nowhere.txt does not exist"),
         ("language --precision float64", "--precision takes float32 and bfloat16, not float64"),
+        ("language --rates 1e-3,fast", "--rates takes learning rates above 0, like 1e-3,3e-3, not 1e-3,fast"),
         (
             "language --methods nesterov-no-stash --precision bfloat16",
             "or turn autocast off",
