@@ -19,7 +19,15 @@ from nesterov_pp.kernels.scalars import Coefficients, Correction
 
 from . import kernels
 
-_DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
+_SPLIT = "split"  # weights in 24 bits
+_DTYPES = {
+    "float": tl.float32,
+    "double": tl.float64,
+    "bfloat16": tl.bfloat16,
+    "half": tl.float16,
+    "code": tl.int8,
+    _SPLIT: tl.bfloat16,
+}
 _SUMS = 1024  # elements that the last reduction adds at a time
 _WORD = 0xFFFFFFFF
 
@@ -55,6 +63,7 @@ class Launches:
 
     def __init__(self, tensors: Tensors, seed: int | None) -> None:
         self.seed = seed
+        self.key = tensors.code_seed if seed is None else seed
         self.groups: list[Any] = []
         self.scaling: Tensor | None = None  # norm and factor, for the next step only
         self._rule = {
@@ -73,8 +82,8 @@ class Launches:
 
     def _step(self, group: Any, rows: Tensor, slots: Sequence[int]) -> None:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
-        key = self.seed or 0
-        stochastic = self.seed is not None and tl.bfloat16 in (weight, moment)
+        split = group.dtypes[0] == _SPLIT
+        stochastic = self.seed is not None and (tl.bfloat16 == moment or (tl.bfloat16 == weight and not split))
         shape = shape_of(weight, bool(self._rule["CORRECTS"]))
         kernels.step_kernel[(group.chunks.numel(), kernels.PARTS)](
             group.table,
@@ -83,12 +92,13 @@ class Launches:
             rows if self.scaling is None else self.scaling[1:],
             group.tensors,
             *slots,
-            key & _WORD,
-            key >> 32,
+            self.key & _WORD,
+            self.key >> 32,
             W=weight,
             G=grad,
             M=moment,
             T=tl.float64 if weight == tl.float64 else tl.float32,
+            SPLIT=split,
             **self._rule,
             STOCHASTIC=stochastic,
             SCALED=self.scaling is not None,

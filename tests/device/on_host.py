@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "shadow")
+COLUMNS = (
+    "row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "shadow", "exp_avg_scale",
+    "exp_avg_sq_scale", "residual",
+)  # fmt: skip
 ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, SHADOW = range(10)
+EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, RESIDUAL = range(10, 13)
 SLOTS = len(COLUMNS)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 I64, F64 = ctypes.c_int64, ctypes.c_double

@@ -13,6 +13,7 @@ from torch import nn
 import nesterov_pp as npp
 from tests.device.devices import BACKENDS, DEVICE, GPU, SIZES, needs, skip_without_any, values
 
+CODED_SIZES = [0, 1, 31, 32, 33, 1000, 4096 + 1024, 17_001]  # ends within a group, a block, a part and a chunk
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # for sums that are taken in another order
@@ -78,6 +79,25 @@ def test_every_rule_and_dtype(kind, dtype, backend):
 )
 def test_every_option(dtype, options, backend):
     assert_alike(npp.NAdam, backend, dtype, **options)
+
+
+SMALL_FORMATS = [
+    (F32, {"state_dtype": "8bit"}),
+    (BF16, {"state_dtype": "8bit"}),
+    (F16, {"state_dtype": "8bit"}),
+    (BF16, {"state_dtype": "8bit", "stochastic_rounding": True}),
+    (BF16, {"state_dtype": "8bit", "master_weights": True}),
+    (BF16, {"state_dtype": "8bit", "master_weights": "24bit"}),
+    (BF16, {"master_weights": "24bit"}),
+    (BF16, {"state_dtype": BF16, "master_weights": "24bit"}),
+    (BF16, {"state_dtype": BF16, "master_weights": "24bit", "stochastic_rounding": True}),
+]
+
+
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion])
+@pytest.mark.parametrize(("dtype", "options"), SMALL_FORMATS, ids=str)
+def test_every_rule_in_small_formats(kind, dtype, options, backend):
+    assert_alike(kind, backend, dtype, sizes=CODED_SIZES, steps=4, seed=(1 << 63) + 5, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

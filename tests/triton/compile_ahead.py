@@ -28,7 +28,7 @@ from nesterov_pp.kernels.backend import _triton_plans
 plans = _triton_plans()
 kernels = plans.kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+F32, F64, BF16, F16, CODE = tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.int8
 # Name, dtypes of weights, gradients and moments, normaliser, kind of correction or None, stochastic rounding.
 NONE, RMS, SIGN = 0, 1, 2
 STEPS = [
@@ -48,6 +48,19 @@ STEPS = [
     ("corrected: gap, bfloat16, float32 moments", BF16, BF16, F32, RMS, 3, False),
     ("corrected: gap, float32 masters of bfloat16", F32, BF16, F32, RMS, 3, False),
     ("corrected: gap, bfloat16, rounded stochastically", BF16, BF16, BF16, RMS, 3, True),
+]
+# Name, dtypes, normaliser, whether weights have 24 bits, stochastic rounding.
+SMALL = [
+    ("8 bits: float32", F32, F32, CODE, RMS, False, False),
+    ("8 bits: float32, no second moment", F32, F32, CODE, NONE, False, False),
+    ("8 bits: float32, sign", F32, F32, CODE, SIGN, False, False),
+    ("8 bits: bfloat16", BF16, BF16, CODE, RMS, False, False),
+    ("8 bits: bfloat16, rounded stochastically", BF16, BF16, CODE, RMS, False, True),
+    ("8 bits: float16", F16, F16, CODE, RMS, False, False),
+    ("8 bits: float32 masters of bfloat16", F32, BF16, CODE, RMS, False, False),
+    ("8 and 24 bits", BF16, BF16, CODE, RMS, True, False),
+    ("24 bits", BF16, BF16, F32, RMS, True, False),
+    ("24 bits, bfloat16 moments", BF16, BF16, BF16, RMS, True, False),
 ]
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
@@ -118,13 +131,15 @@ def fewest(body: Code) -> int:
 
 def main(capability: int) -> list[dict[str, object]]:
     found = []
-    for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
+    steps = [(*step[:5], False, *step[5:]) for step in STEPS] + [(*step[:6], None, step[6]) for step in SMALL]
+    for name, weight, grad, moment, normaliser, split, kind, stochastic in steps:
         shape = plans.shape_of(weight, kind is not None)
         constants = {
             "W": weight,
             "G": grad,
             "M": moment,
             "T": F64 if weight == F64 else F32,
+            "SPLIT": split,
             "NORMALISER": normaliser,
             "CORRECTS": kind is not None,
             "KIND": kind or 0,
