@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import INTERPRETED, load, narrowed
-from .estimates import corrected_quotient
+from .elements import INTERPRETED, load, narrowed, nearest_quotient, widened
+from .estimates import estimated_inverse
 
 GROUP = tl.constexpr(32)
 _LARGEST = tl.constexpr(65504.0)
 _SMALLEST = tl.constexpr(2.0**-24)
+_TINY_TO_FRACTION = tl.constexpr(2.0**126)  # 2^-149 is the smallest float, and 2^-23 the unit of a fraction
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest whole number in the low byte
 
 
@@ -29,21 +30,21 @@ def _lanes(x):
 
 
 @triton.jit
-def _quotient(a, b):
-    """Return a / b, to the nearest number if that is at least 2^-100 in magnitude."""
-    if INTERPRETED:
-        return tl.div_rn(a, b)
-    else:
-        return corrected_quotient(a, b)
-
-
-@triton.jit
 def _at_most(x, most):
     """Return the smaller of both, and ``most`` for NaN."""
     if INTERPRETED:
         return tl.where(x < most, x, most)
     else:
         return tl.minimum(x, most)
+
+
+@triton.jit
+def _at_least(x, least):
+    """Return the larger of two numbers."""
+    if INTERPRETED:
+        return tl.where(x > least, x, least)
+    else:
+        return tl.maximum(x, least)
 
 
 @triton.jit
@@ -68,11 +69,13 @@ def scales(pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _store_scales(pointer, scale, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Store the nearest scales, and return them as float32."""
+def _store_scales(pointer, largest, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr, SURE: tl.constexpr):
+    """Store the nearest scales, and return them as float32. With SURE, ``largest`` are finite."""
     groups = tl.arange(0, BLOCK // GROUP)
-    near = tl.where(scale > 0.0, tl.maximum(_at_most(scale, _LARGEST), _SMALLEST), 0.0).to(tl.float16)
-    near = tl.where(scale < float("inf"), near, tl.full((), 0x7E00, tl.uint16).to(tl.float16, bitcast=True))
+    near = tl.where(largest > 0.0, tl.maximum(_at_most(largest, _LARGEST), _SMALLEST), 0.0).to(tl.float16)
+    if not SURE:
+        not_a_number = tl.full((), 0x7E00, tl.uint16).to(tl.float16, bitcast=True)
+        near = tl.where(largest < float("inf"), near, not_a_number)
     if FULL:
         tl.store(pointer + start // GROUP + groups, near)
     else:
@@ -82,49 +85,85 @@ def _store_scales(pointer, scale, start, count, BLOCK: tl.constexpr, FULL: tl.co
 
 @triton.jit
 def first_of(codes, scale):
+    """Return a first moment, s q / (254 - |q|). For every code, one correction makes the quotient the nearest number
+    from any inverse within a unit in the last place."""
     code = _rows(codes.to(tl.float32))
-    return _lanes(_quotient(code, 254.0 - tl.abs(code)) * scale[:, None])
+    divisor = 254.0 - tl.abs(code)
+    if INTERPRETED:
+        share = tl.div_rn(code, divisor)
+    else:
+        inverse = estimated_inverse(divisor)
+        share = code * inverse
+        share = tl.fma(tl.fma(-divisor, share, code), inverse, share)
+    return _lanes(share * scale[:, None])
 
 
 @triton.jit
 def second_of(codes, scale):
-    root = _rows(codes.to(tl.float32)) * (scale * (1.0 / 255.0))[:, None]
+    """Return a second moment, (q s / 255)^2."""
+    unit = (scale * (1.0 / 255.0))[:, None]
+    if INTERPRETED:
+        root = _rows(codes.to(tl.float32)) * unit
+    else:  # q as the last byte of 2^23 + q; 2^23 units are subtracted before the product is rounded
+        shifted = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $4, 0x4B000000, 0x7650; prmt.b32 $1, $4, 0x4B000000, 0x7651;"
+            "prmt.b32 $2, $4, 0x4B000000, 0x7652; prmt.b32 $3, $4, 0x4B000000, 0x7653;",
+            "=r,=r,=r,=r,r", [codes], tl.uint32, is_pure=True, pack=4,
+        )  # fmt: skip
+        root = tl.fma(_rows(shifted).to(tl.float32, bitcast=True), unit, unit * -(2.0**23))
     return _lanes(root * root)
 
 
 @triton.jit
-def encoded_first(m, pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Store the scales of a first moment, and return its codes."""
+def encoded_first(m, pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr, SURE: tl.constexpr):
+    """Store the scales of a first moment, and return its codes. With SURE, all elements are finite."""
     m = _rows(m)
-    scale = _store_scales(pointer, _largest(tl.abs(m)), start, count, BLOCK, FULL)
-    usable = scale > 0.0
-    cut = _at_most(tl.abs(m), tl.where(usable, scale, 0.0)[:, None])
-    y = _quotient(254.0 * cut, tl.where(usable, scale, 1.0)[:, None] + cut)
-    return _lanes(_nearest(tl.where(m < 0.0, -y, y)))
+    scale = _store_scales(pointer, _largest(tl.abs(m)), start, count, BLOCK, FULL, SURE)[:, None]
+    cut = _at_least(_at_most(m, scale), -scale)
+    return _lanes(_nearest(nearest_quotient(254.0 * cut, scale + tl.abs(cut))))
 
 
 @triton.jit
-def encoded_second(root, to_root, noise, pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def encoded_second(
+    root, to_root, noise, pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr, SURE: tl.constexpr
+):  # fmt: skip
     """Store the scales of a second moment, and return its codes.
 
-    ``root`` times ``to_root`` is its root. ``noise`` has 16 random bits for each group in the upper half of a word.
+    ``root`` times ``to_root`` is its root; with SURE, all are above 0 and finite. ``noise`` has 16 random bits for each
+    group in the upper half of a word.
     """
     root = _rows(root)
-    scale = _store_scales(pointer, _largest(root) * to_root, start, count, BLOCK, FULL)
-    usable = scale > 0.0
-    factor = tl.where(usable, _quotient(255.0 * to_root, scale), 0.0)
-    t = _at_most(root * factor[:, None], tl.where(usable, 255.0, 0.0)[:, None])
+    scale = _store_scales(pointer, _largest(root) * to_root, start, count, BLOCK, FULL, SURE)
+    factor = nearest_quotient(255.0 * to_root, scale)[:, None]
     golden = tl.arange(0, GROUP).to(tl.uint32) * (40503 << 16)
-    u = ((noise[:, None] + golden[None, :]) >> 16).to(tl.float32) * 2.0**-16
-    least = tl.where(usable[:, None] & (root > 0.0), 1.0, 0.0)
-    return _lanes(tl.maximum(t + u, least).to(tl.int32).to(tl.uint8))
+    # Bits as those of a float, which is tiny: a power of 2 makes it the fraction that they stand for.
+    u = (((noise & 0xFFFF0000)[:, None] + golden[None, :]) >> 9).to(tl.float32, bitcast=True)
+    code = tl.fma(u, _TINY_TO_FRACTION, root * factor)
+    if SURE:
+        code = tl.maximum(code, 1.0)
+    else:
+        code = tl.where((code < 1.0) & (root > 0.0), 1.0, code)
+    return _lanes(_rounded_down(code))
+
+
+@triton.jit
+def _rounded_down(x):
+    """Return numbers of at least 0 as codes: rounded down, 255 if they are above that, and 0 for NaN."""
+    if INTERPRETED:
+        return tl.where(x == x, tl.where(x < 255.0, x, 255.0), 0.0).to(tl.int32).to(tl.uint8)
+    else:
+        code = tl.inline_asm_elementwise("cvt.rzi.u8.f32 $0, $1;", "=r,f", [x], tl.uint32, is_pure=True, pack=1)
+        return code.to(tl.uint8)
 
 
 @triton.jit
 def _nearest(x):
-    """Return the nearest whole number, ties to even; 0 for NaN."""
-    x = _at_most(x, 256.0)  # whose low byte is 0
-    return (x + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    """Return the nearest whole number, ties to even, of numbers from -127 to 127; 0 for NaN."""
+    if INTERPRETED:
+        return (tl.where(x == x, x, 0.0) + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        code = tl.inline_asm_elementwise("cvt.rni.s8.f32 $0, $1;", "=r,f", [x], tl.int32, is_pure=True, pack=1)
+        return code.to(tl.int8)
 
 
 @triton.jit
@@ -141,9 +180,12 @@ def joined(rounded, residual):
 
 
 @triton.jit
-def residual_of(weight):
-    """Return the nearest bfloat16 numbers and their residuals."""
+def residual_of(weight, SURE: tl.constexpr):
+    """Return the nearest bfloat16 numbers and their residuals. With SURE, all weights are finite."""
     rounded = narrowed(weight, tl.bfloat16)
-    wide = rounded.to(tl.float32)
+    wide = widened(rounded, tl.float32)
     per_part = ((0x42FE0000 - _exponent(wide)) + (135 << 23)).to(tl.float32, bitcast=True)
-    return rounded, _nearest((weight - wide) * per_part)
+    rest = (weight - wide) * per_part  # infinite where rounding overflows
+    if not SURE:
+        rest = _at_most(rest, 256.0)  # whose low byte is 0
+    return rounded, (rest + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .estimates import corrected_quotient, corrected_root
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -38,6 +40,24 @@ def exact_quotient(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def nearest_root(square):
+    """Return the root of a float32 number, the nearest where ``are_sure`` says so."""
+    if INTERPRETED:
+        return tl.sqrt_rn(square)
+    else:
+        return corrected_root(square)
+
+
+@triton.jit
+def nearest_quotient(a, b):
+    """Return the quotient of float32 numbers, the nearest if it is at least 2^-100 in magnitude."""
+    if INTERPRETED:
+        return tl.div_rn(a, b)
+    else:
+        return corrected_quotient(a, b)
 
 
 @triton.jit

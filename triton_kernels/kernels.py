@@ -10,8 +10,19 @@ import triton
 import triton.language as tl
 
 from .codes import GROUP, encoded_first, encoded_second, first_of, joined, residual_of, scales, second_of
-from .elements import INTERPRETED, exact_quotient, exact_root, load, narrowed, quiet, rounded, store, widened
-from .estimates import are_sure, corrected_quotient, corrected_root
+from .elements import (
+    exact_quotient,
+    exact_root,
+    load,
+    narrowed,
+    nearest_quotient,
+    nearest_root,
+    quiet,
+    rounded,
+    store,
+    widened,
+)
+from .estimates import are_sure
 from .noise import random_words, words_of_groups
 
 CHUNK = 16384
@@ -85,6 +96,11 @@ def _mean(m, x, weight, is_small):
 
 
 @triton.jit
+def _usual_mean(m, x, weight):
+    return m + weight * (x - m)
+
+
+@triton.jit
 def _square_mean_scalars(complement, T: tl.constexpr):
     remaining = 1.0 - complement
     kept = (remaining * _ALMOST_ONE).to(T)
@@ -154,11 +170,11 @@ def _step_block(
     pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, NORMALISER: tl.constexpr,
     CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-    HAS_L2: tl.constexpr,
+    USUAL: tl.constexpr,
 ):  # fmt: skip
     w, out, grad, late, m, v, mean, copy, ahead, m_scale, v_scale, residual = pointers
     grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2 = coefficients
-    EXACT: tl.constexpr = CORRECTS or (NORMALISER != _RMS) or (tl.float64 == T) or (not FULL) or INTERPRETED
+    EXACT: tl.constexpr = CORRECTS or (NORMALISER != _RMS) or (tl.float64 == T) or (not FULL)
     CODED: tl.constexpr = tl.int8 == M
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
@@ -166,8 +182,8 @@ def _step_block(
     if SPLIT:
         weight = joined(weight, load(residual + start, lanes, mask, FULL))
     g = grad_scale * widened(load(grad + start, lanes, mask, FULL), T)
-    if HAS_L2:
-        g = g + l2 * weight
+    if not USUAL:
+        g = tl.where(l2 != 0.0, g + l2 * weight, g)
     if EXACT:
         decayed = _decay(weight, decay)
     if CORRECTS:
@@ -194,12 +210,12 @@ def _step_block(
                 decayed = exact_quotient(decayed, gap)
     before = load(m + start, lanes, mask, FULL)
     before = first_of(before, scales(m_scale, start, count, BLOCK, FULL)) if CODED else widened(before, T)
-    m1 = _mean(before, g, weight1, is_small)
+    m1 = _usual_mean(before, g, weight1) if USUAL else _mean(before, g, weight1, is_small)
     direction = c_grad * g + c_momentum * (before if NORMALISER == _SIGN else m1)
     momentum = m1
     if STOCHASTIC:
         key0, key1, number, step = noise
-        first, second = random_words(key0, key1, number, step, begin, start, BLOCK)
+        first, second = random_words(key0, key1, number, step, begin, start, BLOCK, tl.bfloat16 == M)
     else:
         first = tl.zeros([BLOCK], tl.uint32)
         second = first
@@ -210,6 +226,8 @@ def _step_block(
         if tl.float16 == M:  # a value that overflows float16 is infinite in this step too
             v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
         square = v1 * inv_bias2
+        if CODED:
+            of_groups = tl.gather(words, (start // GROUP) % _SPAN_GROUPS + tl.arange(0, BLOCK // GROUP), 0)
         if EXACT:
             root = exact_root(square)
             denominator = root + eps
@@ -217,22 +235,30 @@ def _step_block(
             if CORRECTS:
                 momentum = exact_quotient(m1, denominator)
         else:  # an infinite weight is not sure, so its decay has no case of its own
-            root = corrected_root(square)
-            quotient = corrected_quotient(direction, root + eps)
+            root = nearest_root(square)
+            quotient = nearest_quotient(direction, root + eps)
             new = weight - (decay * weight + quotient)
-            if not are_sure(square, direction, quotient, new):
+            if are_sure(square, quotient, new):
+                if CODED:
+                    m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, True)
+                    v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, True)
+                if SPLIT:
+                    stepped, rest = residual_of(new, True)
+            else:
                 root = exact_root(square)
                 new = weight - (_decay(weight, decay) + exact_quotient(direction, root + eps))
                 if STOCHASTIC:  # here alone, since a sure step has no NaN
                     m1 = quiet(m1)
                     v1 = quiet(v1)
                     new = quiet(new)
-        if CODED:
-            of_groups = tl.gather(words, (start // GROUP) % _SPAN_GROUPS + tl.arange(0, BLOCK // GROUP), 0)
-            v1 = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL)
-        else:
-            v1 = rounded(v1, second, False, M, STOCHASTIC, EXACT)
-        store(v + start, lanes, v1, mask, FULL)
+                if CODED:
+                    m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, False)
+                    v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, False)
+                if SPLIT:
+                    stepped, rest = residual_of(new, False)
+        if CODED and EXACT:
+            v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, False)
+        store(v + start, lanes, v_codes if CODED else rounded(v1, second, False, M, STOCHASTIC, EXACT), mask, FULL)
     if NORMALISER == _SIGN:
         direction = inv_bias2 * _sign(direction)
         momentum = _sign(m1)
@@ -251,13 +277,12 @@ def _step_block(
             store(mean + start, lanes, rounded(a, second, True, M, STOCHASTIC, EXACT), mask, FULL)
         if predicts:
             store(ahead + start, lanes, narrowed(predicted, G), mask, FULL)
-    if CODED:
-        m1 = encoded_first(m1, m_scale, start, count, BLOCK, FULL)
-    else:
-        m1 = rounded(m1, first, True, M, STOCHASTIC, EXACT)
-    store(m + start, lanes, m1, mask, FULL)
+    if CODED and EXACT:
+        m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, False)
+    store(m + start, lanes, m_codes if CODED else rounded(m1, first, True, M, STOCHASTIC, EXACT), mask, FULL)
     if SPLIT:
-        stepped, rest = residual_of(new)
+        if EXACT:
+            stepped, rest = residual_of(new, False)
         store(residual + start, lanes, rest, mask, FULL)
     else:
         stepped = rounded(new, first, False, W, STOCHASTIC, EXACT)
@@ -279,7 +304,7 @@ def _drawn(words, noise, begin, start):
 def _step_blocks(
     aligned, pointers, begin, count, noise, to_root, coefficients, correction, predicts,
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, NORMALISER: tl.constexpr,
-    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, HAS_L2: tl.constexpr,
+    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, USUAL: tl.constexpr,
 ):  # fmt: skip
     DRAWS: tl.constexpr = (tl.int8 == M) and (NORMALISER == _RMS)
     words = tl.zeros([_SPAN_GROUPS], tl.uint32)
@@ -290,7 +315,7 @@ def _step_blocks(
                 words = _drawn(words, noise, begin, start)
             _step_block(
                 pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
-                W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True, HAS_L2,
+                W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True, USUAL,
             )  # fmt: skip
             start += BLOCK
     while start < count:
@@ -298,7 +323,7 @@ def _step_blocks(
             words = _drawn(words, noise, begin, start)
         _step_block(
             pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
-            W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False, HAS_L2,
+            W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False, USUAL,
         )  # fmt: skip
         start += BLOCK
 
@@ -375,7 +400,8 @@ def step_kernel(
     correction = coefficients
     if CORRECTS:
         correction = _correction(r + _STEP + 1, T)
-    if coefficients[1] != 0:
+    l2, is_small = coefficients[1], coefficients[8]
+    if (l2 == 0) & is_small:
         _step_blocks(
             aligned, pointers, begin, count, noise, to_root, coefficients, correction, predicts,
             W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,

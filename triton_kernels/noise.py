@@ -30,14 +30,17 @@ def _joined(low, high):
 
 
 @triton.jit
-def random_words(key0, key1, number, step, begin, start, BLOCK: tl.constexpr):
+def random_words(key0, key1, number, step, begin, start, BLOCK: tl.constexpr, BOTH: tl.constexpr):
     """Return two random words for each of BLOCK elements starting at ``begin + start`` in the same chunk, both even
-    (csrc/random.h).
+    (csrc/random.h); without BOTH, the second is the first again.
 
     As far as the number of the element has not reached them yet, the words are the same for the whole chunk.
     """
     first = ((begin + start) >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
     a, b, c, d = _philox(first, (begin >> 33).to(tl.uint32), number, step, key0, key1)
+    if not BOTH:
+        words = tl.interleave(a, c)
+        return words, words
     words = tl.interleave(_joined(a, b), _joined(c, d))  # at once, so that no words change threads
     return words.to(tl.uint32), (words >> 32).to(tl.uint32)
 

@@ -46,15 +46,18 @@ class Shape:
 _WIDER = 4 if triton.knobs.runtime.interpret else 1
 # Without a limit the assembler spills registers of a stochastically rounded step; a corrected one needs more than 128.
 STEP = Shape(block=256 * _WIDER, warps=1, registers=128)
+CODED = Shape(block=256 * _WIDER, warps=1, registers=144)  # a group's largest elements wait for it
 CORRECTED = Shape(block=256 * _WIDER, warps=1)
 DOUBLE = Shape(block=128 * _WIDER, warps=1)
 SQUARES = Shape(block=2048, warps=8)
 
 
-def shape_of(weight: Any, corrects: bool) -> Shape:
-    """Return the launch shape of a step with weights of this dtype."""
+def shape_of(weight: Any, moment: Any, corrects: bool) -> Shape:
+    """Return the launch shape of a step with weights and moments of these dtypes."""
     if weight == tl.float64:  # takes twice the registers
         return DOUBLE
+    if moment == tl.int8:
+        return CODED
     return CORRECTED if corrects else STEP
 
 
@@ -84,7 +87,7 @@ class Launches:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
         split = group.dtypes[0] == _SPLIT
         stochastic = self.seed is not None and (tl.bfloat16 == moment or (tl.bfloat16 == weight and not split))
-        shape = shape_of(weight, bool(self._rule["CORRECTS"]))
+        shape = shape_of(weight, moment, bool(self._rule["CORRECTS"]))
         kernels.step_kernel[(group.chunks.numel(), kernels.PARTS)](
             group.table,
             group.chunks,

@@ -51,7 +51,13 @@ def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter], a: Any, b:
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_grad_norm": 1.0}, {"maximize": True}, {"dtype": torch.bfloat16, "master_weights": True}],
+    [
+        {},
+        {"max_grad_norm": 1.0},
+        {"maximize": True},
+        {"dtype": torch.bfloat16, "master_weights": True},
+        {"dtype": torch.bfloat16, "master_weights": "24bit", "state_dtype": "8bit"},
+    ],
     ids=str,
 )
 def test_counting_on_the_device_changes_nothing(kind, options, backend):

@@ -133,7 +133,7 @@ def main(capability: int) -> list[dict[str, object]]:
     found = []
     steps = [(*step[:5], False, *step[5:]) for step in STEPS] + [(*step[:6], None, step[6]) for step in SMALL]
     for name, weight, grad, moment, normaliser, split, kind, stochastic in steps:
-        shape = plans.shape_of(weight, kind is not None)
+        shape = plans.shape_of(weight, moment, kind is not None)
         constants = {
             "W": weight,
             "G": grad,
