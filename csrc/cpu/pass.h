@@ -303,7 +303,7 @@ NPP_INLINE void encode_group(const Pointers<P>& p, const Moments<N>& x, unsigned
     *p.v_scale = v_scale;
     const float factor = 255.0f * to_root / codes::scale_from(v_scale);
     for (int j = 0; j < Moments<N>::kVectors; ++j) {
-      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
+      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * kNoiseStep) & 0xffffU;
       const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
       const I code = __builtin_convertvector(codes::second_code(x.root[j], factor, u), I);
       store_bytes<N>(p.v + j * N, bits_of<U>(code));

@@ -134,6 +134,7 @@ _REGISTRY = (
         _no_cuda,
         _compiled("CudaPlan"),
         on_device=True,
+        takes_small=True,
     ),
     Backend(
         "triton",

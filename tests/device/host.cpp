@@ -16,8 +16,11 @@ using namespace nesterov_pp::device;
 
 template <class P>
 void run_pass(const Launch& l, int64_t blocks, int64_t threads) {
+  float quotients[256];
+  for (int byte = 0; byte < 256; ++byte) quotients[byte] = quotient_of_code(static_cast<unsigned char>(byte));
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t thread = 0; thread < threads; ++thread) step<P>(l, block, blocks, thread, threads);
+    for (int64_t thread = 0; thread < threads; ++thread)
+      step<P>(l, block, blocks, static_cast<int>(thread), static_cast<int>(threads), quotients);
 }
 
 bool has_shadow(const Table& table) {
@@ -83,7 +86,8 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
                  ring_predicts != 0,
                  RoundKeys::from(seed)};
   const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
-  return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, blocks, threads); });
+  const auto run = [&](auto pass) { run_pass<decltype(pass)>(l, blocks, threads); };
+  return visit(spec, run) || visit_small(spec, run);
 }
 
 double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int grad, int64_t threads) {

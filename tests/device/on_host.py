@@ -20,7 +20,8 @@ COLUMNS = (
 ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, SHADOW = range(10)
 EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, RESIDUAL = range(10, 13)
 SLOTS = len(COLUMNS)
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CODE, SPLIT = "code", "split"  # moments in eight bits, and weights in 24
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, CODE: 4, SPLIT: 5}
 I64, F64 = ctypes.c_int64, ctypes.c_double
 
 
@@ -104,7 +105,7 @@ class Table:
 
     def step(
         self,
-        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        dtypes: tuple[torch.dtype | str, torch.dtype, torch.dtype | str],
         rows: Tensor,
         slots: tuple[int, int, int] = (0, 0, 0),
         *,
@@ -112,6 +113,7 @@ class Table:
         kind: int | None = None,
         ring_predicts: bool = False,
         seed: int | None = None,
+        stochastic: bool | None = None,
         factor: float | None = None,
         blocks: int = 3,
         threads: int = 5,
@@ -122,6 +124,7 @@ class Table:
             rows: float64 of shape [rows, 10], the coefficients and the step number; [rows, 17] with a ``kind`` of
                 correction.
             slots: the slots of the gradients, of the weights read and of the weights written.
+            stochastic: whether to round stochastically; by default if there is a seed.
         """
         chunks = self.chunks()
         assert rows.dtype == torch.float64
@@ -140,7 +143,7 @@ class Table:
             *(DTYPES[d] for d in dtypes),
             normaliser,
             int(kind is not None),
-            int(seed is not None),
+            int(seed is not None if stochastic is None else stochastic),
             I64(blocks),
             I64(threads),
         )
