@@ -195,6 +195,7 @@ NPP_HD Constants<P> constants_of(const Launch& l, const double* row, const Span&
     k.keys = l.keys;
     k.philox_of_groups = PhiloxOfFirst::from(rest_of_counter(counter, 0x80000000U), l.keys);
     k.to_root = static_cast<float>(1 / nesterov_pp::square_root(coefficients.inv_bias2));
+    keep(k.to_root);
   }
   if constexpr (P::kStochastic) {
     const auto pair = static_cast<uint64_t>(span.begin) / 2;

@@ -10,16 +10,9 @@ namespace nesterov_pp::device {
 
 constexpr int kCodesAtOnce = 4;  // a word
 
+// Codes as words, the first in the lowest byte.
 template <int N>
-NPP_HD unsigned int word_at(const Pack<Code, N>& pack, int begin) {
-  unsigned int word;
-  __builtin_memcpy(&word, &pack.values[begin], sizeof(word));
-  return word;
-}
-template <int N>
-NPP_HD void put_word(Pack<Code, N>& pack, int begin, unsigned int word) {
-  __builtin_memcpy(&pack.values[begin], &word, sizeof(word));
-}
+using CodeWords = Pack<unsigned int, N / kCodesAtOnce>;
 
 // Returns the byte at index j of a word.
 NPP_HD unsigned int byte_of(unsigned int word, int j) {
@@ -90,6 +83,20 @@ NPP_HD float larger_of(float a, float b) {
 #else
   return a > b ? a : b;
 #endif
+}
+
+// Returns the larger of numbers of at least 0.
+template <int N>
+NPP_HD float largest_of(float largest, const Lanes<float, N>& x) {
+  unsigned int most = bits_of<unsigned int>(largest);
+#if defined(__CUDA_ARCH__)
+  static_assert(N % 2 == 0, "two at a time");
+#pragma unroll
+  for (int j = 0; j < N; j += 2) most = __vimax3_u32(most, __float_as_uint(x.x[j]), __float_as_uint(x.x[j + 1]));
+#else
+  for (const float value : x.x) most = bits_of<unsigned int>(value) > most ? bits_of<unsigned int>(value) : most;
+#endif
+  return bits_of<float>(most);
 }
 
 // Returns the codes of four first moments; `scale` is 0 only where they are.

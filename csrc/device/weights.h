@@ -59,19 +59,37 @@ NPP_HD void put(Pack<S, N>& pack, int begin, const T (&values)[L], const Noise16
     put_nearest(pack, begin, values);
 }
 
+// N residuals: one, or words of four.
+template <class P, int N>
+using Residuals = std::conditional_t<P::kSplit && N != 1, CodeWords<P::kSplit ? N : 4>, Pack<Code, 1>>;
+
+// Loads N codes, one or words of four.
+template <int N>
+NPP_HD auto load_codes(const Code* codes, int i) {
+  if constexpr (N == 1)
+    return load<1>(codes, i);
+  else
+    return load<N / kCodesAtOnce>(reinterpret_cast<const unsigned int*>(element(codes, i)), 0);
+}
+NPP_HD void store_codes(Code* codes, int i, const Pack<Code, 1>& code) { store(codes, i, code); }
+template <int N>
+NPP_HD void store_codes(Code* codes, int i, const Pack<unsigned int, N>& words) {
+  store(reinterpret_cast<unsigned int*>(element(codes, i)), 0, words);
+}
+
 // N weights as they are stored.
 template <class P, int N>
 struct Weights {
   Pack<Stored<typename P::W>, N> stored;
   Pack<typename P::G, P::kCopies ? N : 1> copy;  // of master weights
-  Pack<Code, P::kSplit ? N : 1> residual;        // of weights in 24 bits
+  Residuals<P, N> residual;                      // of weights in 24 bits
 };
 
 template <class P, int N>
 NPP_HD Weights<P, N> load_weights(const Pointers<P>& p, int i) {
   Weights<P, N> w{};
   w.stored = load<N>(p.w, i);
-  if constexpr (P::kSplit) w.residual = load<N>(p.residual, i);
+  if constexpr (P::kSplit) w.residual = load_codes<N>(p.residual, i);
   return w;
 }
 
@@ -79,7 +97,7 @@ template <class P, int N>
 NPP_HD void store_weights(const Pointers<P>& p, int i, const Weights<P, N>& w) {
   store(p.out, i, w.stored);
   if constexpr (P::kCopies) store(p.copy, i, w.copy);
-  if constexpr (P::kSplit) store(p.residual, i, w.residual);
+  if constexpr (P::kSplit) store_codes(p.residual, i, w.residual);
 }
 
 // Returns L weights as numbers, from element `begin` on. If L is not 1, those in 24 bits are finite; otherwise the
@@ -91,7 +109,7 @@ NPP_HD Lanes<typename P::T, L> numbers_of(const Weights<P, N>& w, int begin) {
     lanes.x[0] =
         codes::joined<unsigned int>(lanes.x[0], float(static_cast<signed char>(w.residual.values[begin].bits)));
   else if constexpr (P::kSplit)
-    join(lanes.x, word_at(w.residual, begin));
+    join(lanes.x, w.residual.values[begin / kCodesAtOnce]);
   return lanes;
 }
 
@@ -108,7 +126,7 @@ NPP_HD void put_weights(Weights<P, N>& w, int begin, const typename P::T (&value
       w.residual.values[begin].bits =
           static_cast<unsigned char>(nearest_byte(codes::residual_of<unsigned int>(values[0], rounded.x[0])));
     else
-      put_word(w.residual, begin, residuals_of(values, rounded.x));
+      w.residual.values[begin / kCodesAtOnce] = residuals_of(values, rounded.x);
   }
 }
 
