@@ -288,7 +288,11 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
-@pytest.mark.parametrize(("versions", "options"), [(1, {}), (3, {}), (3, {"correction": GapAware()})], ids=str)
+@pytest.mark.parametrize(
+    ("versions", "options"),
+    [(1, {}), (3, {}), (3, {"correction": GapAware()}), (3, {"state_dtype": "8bit"})],
+    ids=str,
+)
 def test_replays_of_captured_steps_are_steps(versions, options, backend):
     """Replay one graph for every slot of the ring, in turn, with a changing learning rate."""
     rate = torch.tensor(1e-2, device=DEVICE)
