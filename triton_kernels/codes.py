@@ -10,22 +10,22 @@ import triton
 import triton.language as tl
 
 from .elements import INTERPRETED, load, narrowed, nearest_quotient, widened
-from .estimates import estimated_inverse
+from .estimates import quotient_of_code
 
 GROUP = tl.constexpr(32)
 _LARGEST = tl.constexpr(65504.0)
 _SMALLEST = tl.constexpr(2.0**-24)
 _TINY_TO_FRACTION = tl.constexpr(2.0**126)  # 2^-149 is the smallest float, and 2^-23 the unit of a fraction
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest whole number in the low byte
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest whole number in the low byte
 
 
 @triton.jit
-def _rows(x):
+def rows_of(x):
     return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
 
 
 @triton.jit
-def _lanes(x):
+def lanes_of(x):
     return tl.reshape(x, [x.shape[0] * GROUP])
 
 
@@ -53,7 +53,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def _largest(magnitudes):
+def largest_of_rows(magnitudes):
     """Return the largest of each row of numbers of at least 0, NaN if there is one."""
     if INTERPRETED:
         return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
@@ -85,17 +85,11 @@ def _store_scales(pointer, largest, start, count, BLOCK: tl.constexpr, FULL: tl.
 
 @triton.jit
 def first_of(codes, scale):
-    """Return a first moment, s q / (254 - |q|). For every code, one correction makes the quotient the nearest number
-    from any inverse within a unit in the last place."""
-    code = _rows(codes.to(tl.float32))
+    """Return a first moment, s q / (254 - |q|)."""
+    code = rows_of(codes.to(tl.float32))
     divisor = 254.0 - tl.abs(code)
-    if INTERPRETED:
-        share = tl.div_rn(code, divisor)
-    else:
-        inverse = estimated_inverse(divisor)
-        share = code * inverse
-        share = tl.fma(tl.fma(-divisor, share, code), inverse, share)
-    return _lanes(share * scale[:, None])
+    share = tl.div_rn(code, divisor) if INTERPRETED else quotient_of_code(code, divisor)
+    return lanes_of(share * scale[:, None])
 
 
 @triton.jit
@@ -103,24 +97,24 @@ def second_of(codes, scale):
     """Return a second moment, (q s / 255)^2."""
     unit = (scale * (1.0 / 255.0))[:, None]
     if INTERPRETED:
-        root = _rows(codes.to(tl.float32)) * unit
+        root = rows_of(codes.to(tl.float32)) * unit
     else:  # q as the last byte of 2^23 + q; 2^23 units are subtracted before the product is rounded
         shifted = tl.inline_asm_elementwise(
             "prmt.b32 $0, $4, 0x4B000000, 0x7650; prmt.b32 $1, $4, 0x4B000000, 0x7651;"
             "prmt.b32 $2, $4, 0x4B000000, 0x7652; prmt.b32 $3, $4, 0x4B000000, 0x7653;",
             "=r,=r,=r,=r,r", [codes], tl.uint32, is_pure=True, pack=4,
         )  # fmt: skip
-        root = tl.fma(_rows(shifted).to(tl.float32, bitcast=True), unit, unit * -(2.0**23))
-    return _lanes(root * root)
+        root = tl.fma(rows_of(shifted).to(tl.float32, bitcast=True), unit, unit * -(2.0**23))
+    return lanes_of(root * root)
 
 
 @triton.jit
 def encoded_first(m, pointer, start, count, BLOCK: tl.constexpr, FULL: tl.constexpr, SURE: tl.constexpr):
     """Store the scales of a first moment, and return its codes. With SURE, all elements are finite."""
-    m = _rows(m)
-    scale = _store_scales(pointer, _largest(tl.abs(m)), start, count, BLOCK, FULL, SURE)[:, None]
+    m = rows_of(m)
+    scale = _store_scales(pointer, largest_of_rows(tl.abs(m)), start, count, BLOCK, FULL, SURE)[:, None]
     cut = _at_least(_at_most(m, scale), -scale)
-    return _lanes(_nearest(nearest_quotient(254.0 * cut, scale + tl.abs(cut))))
+    return lanes_of(_nearest(nearest_quotient(254.0 * cut, scale + tl.abs(cut))))
 
 
 @triton.jit
@@ -132,18 +126,15 @@ def encoded_second(
     ``root`` times ``to_root`` is its root; with SURE, all are above 0 and finite. ``noise`` has 16 random bits for each
     group in the upper half of a word.
     """
-    root = _rows(root)
-    scale = _store_scales(pointer, _largest(root) * to_root, start, count, BLOCK, FULL, SURE)
+    root = rows_of(root)
+    scale = _store_scales(pointer, largest_of_rows(root) * to_root, start, count, BLOCK, FULL, SURE)
     factor = nearest_quotient(255.0 * to_root, scale)[:, None]
     golden = tl.arange(0, GROUP).to(tl.uint32) * (40503 << 16)
     # Bits as those of a float, which is tiny: a power of 2 makes it the fraction that they stand for.
     u = (((noise & 0xFFFF0000)[:, None] + golden[None, :]) >> 9).to(tl.float32, bitcast=True)
     code = tl.fma(u, _TINY_TO_FRACTION, root * factor)
-    if SURE:
-        code = tl.maximum(code, 1.0)
-    else:
-        code = tl.where((code < 1.0) & (root > 0.0), 1.0, code)
-    return _lanes(_rounded_down(code))
+    code = tl.maximum(code, 1.0) if SURE else tl.where((code < 1.0) & (root > 0.0), 1.0, code)
+    return lanes_of(_rounded_down(code))
 
 
 @triton.jit
@@ -160,7 +151,7 @@ def _rounded_down(x):
 def _nearest(x):
     """Return the nearest whole number, ties to even, of numbers from -127 to 127; 0 for NaN."""
     if INTERPRETED:
-        return (tl.where(x == x, x, 0.0) + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        return (tl.where(x == x, x, 0.0) + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         code = tl.inline_asm_elementwise("cvt.rni.s8.f32 $0, $1;", "=r,f", [x], tl.int32, is_pure=True, pack=1)
         return code.to(tl.int8)
@@ -188,4 +179,4 @@ def residual_of(weight, SURE: tl.constexpr):
     rest = (weight - wide) * per_part  # infinite where rounding overflows
     if not SURE:
         rest = _at_most(rest, 256.0)  # whose low byte is 0
-    return rounded, (rest + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    return rounded, (rest + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

@@ -34,6 +34,14 @@ def corrected_quotient(a, b):
 
 
 @triton.jit
+def quotient_of_code(code, divisor):
+    """Return the quotient q / (254 - |q|) of a code, the nearest for each of the codes: one correction is enough."""
+    inverse = estimated_inverse(divisor)
+    quotient = code * inverse
+    return tl.fma(tl.fma(-divisor, quotient, code), inverse, quotient)
+
+
+@triton.jit
 def are_sure(square, quotient, result):
     """Return whether the roots of ``square`` and the quotients are the nearest numbers in the whole block.
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import extension
+from nesterov_pp.kernels import extension, triton_package
 from nesterov_pp.kernels.plan import Plan, Tensors
 from nesterov_pp.kernels.raw import why_never_raw
 from nesterov_pp.kernels.reference import ReferencePlan
@@ -109,20 +105,8 @@ def _triton_plan(tensors: Tensors, seed: int | None) -> Plan:
 
 
 def _triton_plans() -> ModuleType:
-    """Return the module ``nesterov_pp.triton_kernels.plan``, even if the package runs uninstalled from its source tree.
-
-    Raises:
-        ImportError: Triton is not installed, or does not work.
-    """
-    name = "nesterov_pp.triton_kernels"
-    source = Path(__file__).resolve().parents[2] / "triton_kernels"
-    if importlib.util.find_spec(name) is None and source.is_dir():
-        spec = importlib.util.spec_from_file_location(
-            name, source / "__init__.py", submodule_search_locations=[str(source)]
-        )
-        assert spec is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.plan")
+    """Return the module of the Triton plan; ImportError if Triton does not work."""
+    return triton_package.imported("plan")
 
 
 # For each kind of device, the fastest backend comes first.

@@ -133,7 +133,7 @@ def test_groups_with_an_odd_element(kind, odd, backend):
     """Zeros, overflows and numbers below the smallest scale, beside usual groups and in all of a block."""
     results = []
     for name in (backend, "cpu"):
-        p = nn.Parameter(torch.linspace(-1, 1, 2048, dtype=BF16, device="cpu" if name == "cpu" else DEVICE))
+        p = nn.Parameter(torch.linspace(-1, 1, 2048).to("cpu" if name == "cpu" else DEVICE, BF16))
         optimizer = kind([p], backend=name, **BOTH)
         for step in range(3):
             p.grad = values(BF16, [2048], seed=step)[0].to(p.device)

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.main_loop import Code, branch_target, code_of, operation
-from nesterov_pp.kernels.backend import _triton_plans
+from nesterov_pp.kernels import triton_package
 
-plans = _triton_plans()
+plans, launches = triton_package.imported("plan"), triton_package.imported("differences")
 kernels = plans.kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F32, F64, BF16, F16, CODE = tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.int8
@@ -56,7 +56,6 @@ SMALL = [
     ("8 bits: float32, sign", F32, F32, CODE, SIGN, False, False),
     ("8 bits: bfloat16", BF16, BF16, CODE, RMS, False, False),
     ("8 bits: bfloat16, rounded stochastically", BF16, BF16, CODE, RMS, False, True),
-    ("8 bits: float16", F16, F16, CODE, RMS, False, False),
     ("8 bits: float32 masters of bfloat16", F32, BF16, CODE, RMS, False, False),
     ("8 and 24 bits", BF16, BF16, CODE, RMS, True, False),
     ("24 bits", BF16, BF16, F32, RMS, True, False),
@@ -129,6 +128,22 @@ def fewest(body: Code) -> int:
     return after
 
 
+def differences(capability: int) -> list[dict[str, object]]:
+    """Compile the kernels of differences. Their rows of scales begin at multiples of 4 bytes."""
+    shape, found = plans.Shape(launches.BLOCK, launches.WARPS), []
+    signature = dict.fromkeys(("table", "chunks"), "*i64") | {"codes": "*i8", "scales": "*bf16"}
+    of_decode = signature | {"numbers": "*i64", "rows": "i32", "length": "i32"}
+    for name, dtype in (("float32", F32), ("float16", F16)):
+        constants = {"S": dtype, "BLOCK": shape.block}
+        for kind, kernel, types in (
+            ("encode", launches.kernels.encode_kernel, signature),
+            ("decode", launches.kernels.decode_kernel, of_decode),
+        ):
+            code = compiled(kernel, types, constants, capability, shape)
+            found.append(described(f"{kind} differences: {name}", code, 32 * shape.warps, shape.block))
+    return found
+
+
 def main(capability: int) -> list[dict[str, object]]:
     found = []
     steps = [(*step[:5], False, *step[5:]) for step in STEPS] + [(*step[:6], None, step[6]) for step in SMALL]
@@ -153,6 +168,7 @@ def main(capability: int) -> list[dict[str, object]]:
         signature |= dict.fromkeys(("tensors", "grads", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
         kernel = compiled(kernels.step_kernel, signature, constants, capability, shape)
         found.append(described(name, kernel, 32 * shape.warps, shape.block))
+    found += differences(capability)
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": plans.SQUARES.block}
     kernel = compiled(kernels.squares_kernel, signature, constants, capability, plans.SQUARES)

@@ -87,7 +87,7 @@ def estimates(root_off: int, inverse_off: int) -> types.SimpleNamespace:
     from nesterov_pp.triton_kernels import estimates as module
 
     names: dict[str, object] = {"tl": language(root_off, inverse_off), "_LEAST_BITS": module._LEAST_BITS.value}
-    for name in ("estimated_inverse", "corrected_root", "corrected_quotient", "are_sure"):
+    for name in ("estimated_inverse", "corrected_root", "corrected_quotient", "quotient_of_code", "are_sure"):
         names[name] = types.FunctionType(getattr(module, name).fn.__code__, names, name)
     return types.SimpleNamespace(**names)
 
@@ -124,6 +124,14 @@ def test_quotients_are_nearest(off):
         assert sure.sum() > len(a) // 2
         for sign in (1, -1):
             assert np.array_equal(quotient(lanes(sign * a), lanes(b))[sure], sign * nearest[sure])
+
+
+@pytest.mark.parametrize("off", range(-INVERSE_ERROR, INVERSE_ERROR + 1))
+def test_quotients_of_all_codes_are_nearest(off):
+    codes = np.arange(-127, 128).astype(np.float32)
+    divisors = 254 - np.abs(codes)
+    found = estimates(0, off).quotient_of_code(lanes(codes), lanes(divisors))
+    assert np.array_equal(found, codes / divisors)
 
 
 def test_estimates_far_off_are_found():
