@@ -14,7 +14,7 @@ from benchmarks import workloads as w
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 DEVICE_BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-TAKE_SMALL = ("triton",)
+TAKE_SMALL = ("cuda", "triton")
 """The backends whose steps in small formats are measured here; ``benchmarks.small_state`` measures those of the cpu."""
 
 

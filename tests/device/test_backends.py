@@ -103,6 +103,13 @@ def test_every_rule_in_small_formats(kind, dtype, options, backend):
 BOTH = {"state_dtype": "8bit", "master_weights": "24bit"}
 
 
+@pytest.mark.parametrize(("dtype", "options"), [(F32, {"state_dtype": "8bit"}), (BF16, BOTH)], ids=str)
+def test_every_tail_in_small_formats(dtype, options, backend):
+    sizes = list(range(1, 101, 1 if GPU else 13))
+    assert_alike(npp.NAdam, backend, dtype, sizes=sizes, steps=2, **options)
+    assert_alike(npp.NAdam, backend, dtype, sizes=sizes, steps=2, view=shifted, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.3, 0.99)}, {"maximize": True}], ids=str)
 def test_small_formats_over_several_chunks(options, backend):
     assert_alike(npp.NAdam, backend, BF16, sizes=[17_001], steps=2, **BOTH, **options)
