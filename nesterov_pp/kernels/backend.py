@@ -30,8 +30,7 @@ class Backend:
     ``device`` is the kind of device that the backend is made for, None for every kind. ``unavailable`` returns why the
     backend cannot be used here, or None. ``plan`` makes the plan of an optimizer; with a seed, bfloat16 is rounded
     stochastically. With ``on_device``, the host need not wait for the steps, which can count themselves and scale
-    gradients on the device of the tensors. With ``takes_small``, the backend takes moments in eight bits and weights in
-    24 (``kernels/codes.py``).
+    gradients on the device of the tensors.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Backend:
     unavailable: Callable[[], Reason]
     plan: Callable[[Tensors, int | None], Plan]
     on_device: bool = False
-    takes_small: bool = False
 
     def device_types(self) -> tuple[str, ...]:
         """Return the types of the devices whose tensors the backend steps here."""
@@ -118,7 +116,6 @@ _REGISTRY = (
         _no_cuda,
         _compiled("CudaPlan"),
         on_device=True,
-        takes_small=True,
     ),
     Backend(
         "triton",
@@ -127,7 +124,6 @@ _REGISTRY = (
         _no_triton,
         _triton_plan,
         on_device=True,
-        takes_small=True,
     ),
     Backend(
         "cpu",
@@ -135,9 +131,8 @@ _REGISTRY = (
         "cpu",
         lambda: extension.load()[1],
         _compiled("CpuPlan"),
-        takes_small=True,
     ),
-    Backend("reference", "plain torch: every device and dtype", None, lambda: None, ReferencePlan, takes_small=True),
+    Backend("reference", "plain torch: every device and dtype", None, lambda: None, ReferencePlan),
 )
 _BY_NAME = {backend.name: backend for backend in _REGISTRY}
 BACKENDS = ("auto", *_BY_NAME)
@@ -163,13 +158,10 @@ def _made_for(device: str) -> list[Backend]:
     return [backend for backend in _REGISTRY if backend.device == device]
 
 
-def choose_backend(
-    requested: str, tensors: list[Tensor], only_reference: str | None = None, small: str | None = None
-) -> str:
+def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | None = None) -> str:
     """Return the backend that steps ``tensors``: ``requested``, or the fastest that can if ``requested`` is "auto".
 
-    ``only_reference`` names an option that only the reference backend supports, ``small`` one that only backends with
-    ``takes_small`` do.
+    ``only_reference`` names an option that only the reference backend supports.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot step these tensors.
@@ -183,8 +175,7 @@ def choose_backend(
     else:
         candidates = [_BY_NAME[requested]]
     for backend in candidates:
-        unknown = only_reference or (None if backend.takes_small else small)
-        refusal = f"it does not support {unknown}" if unknown else backend.refusal(tensors)
+        refusal = f"it does not support {only_reference}" if only_reference else backend.refusal(tensors)
         if refusal is None and _overlap(tensors):
             refusal = "it steps all parameters at once, and some of these share memory"
         if refusal is None:
