@@ -30,8 +30,18 @@ SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
 MOST_STOCHASTIC = 0.7
-DTYPES = {"float": "float32", "double": "float64", "BFloat16": "bfloat16", "Half": "float16"}
-BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
+MOST_SMALL = {"8-bit moments, stochastic": 1.45, "8-bit": 1.2, "stochastic": 0.75, "24-bit": 0.6}
+"""The same of steps in small formats: that of the first key that is in a step's name."""
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "BFloat16": "bfloat16",
+    "Half": "float16",
+    "Split": "24-bit",
+    "Code": "8-bit",
+}
+BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2, "Split": 3, "Code": 1}  # the scales of codes are apart
+SCALES = 2 * 2 / 32  # bytes a parameter that are read and written for the scales of a moment
 FORMS = ("step, no second moment", "step", "step, sign", "corrected step")  # in the order of Form in csrc/spec.h
 
 
@@ -52,7 +62,7 @@ class Kernel:
     stores_128: int
     spills: int  # loads and stores of local memory
     loop: float = 0.0  # instructions of the main loop per parameter; 0 for kernels that are not steps
-    moved: int = 0  # bytes that a step reads and writes per parameter
+    moved: float = 0.0  # bytes that a step reads and writes per parameter
 
     @property
     def share(self) -> float:
@@ -157,7 +167,7 @@ def kernels_of(objects: list[Path], architectures: tuple[int, ...] = ARCHITECTUR
                         sum(o.startswith("STG") and ".128" in o for o in operations),
                         sum(o.startswith(("LDL", "STL")) for o in operations),
                         loop.instructions * streams.read / loop.bytes if loop and streams else 0.0,
-                        streams.read + streams.written if streams else 0,
+                        streams.moved if streams else 0.0,
                     )
                 )
     return sorted(found, key=lambda k: (k.name, k.architecture))
@@ -168,6 +178,11 @@ class Streams(NamedTuple):
 
     read: int
     written: int
+    scales: float = 0.0  # read and written beside these, by one thread for others
+
+    @property
+    def moved(self) -> float:
+        return self.read + self.written + self.scales
 
 
 def described(mangled: str) -> tuple[str, Streams | None]:
@@ -189,14 +204,18 @@ def described(mangled: str) -> tuple[str, Streams | None]:
     second, corrects = form in ("step", "corrected step"), form == "corrected step"
     moments = m * (1 + second + corrects)
     read = w + g + moments + g * corrects  # w, g and moments; with a correction the late weights and the running mean
-    written = w + moments + g * corrects + g * (weight != grad)  # with masters a copy
-    return f"{form}: {shown}{rounding}", Streams(read, written)
+    copies = weight != grad and step.group(1) != "Split"  # masters
+    written = w + moments + g * corrects + g * copies
+    scales = SCALES * (1 + second) if step.group(3) == "Code" else 0.0
+    return f"{form}: {shown}{rounding}", Streams(read, written, scales)
 
 
 def most_share(name: str) -> float:
     """Return the largest share of an H200's issue slots that a step may use; corrected steps have no limit."""
     if name.startswith("corrected") or "step" not in name:
         return float("inf")
+    if "8-bit" in name or "24-bit" in name:
+        return 0.75 if "float32 weights" in name else next(most for key, most in MOST_SMALL.items() if key in name)
     if "stochastic" in name:
         return MOST_STOCHASTIC
     return 0.25 if name == "step: float32" else 0.5
@@ -210,7 +229,7 @@ def problems(kernels: list[Kernel]) -> list[str]:
     """
     found = []
     for kernel in kernels:
-        few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic", kernel.name)
+        few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic|8-bit", kernel.name)
         most = 64 if few or "step" not in kernel.name else 128
         loads, stores = _streams(kernel.name)
         wrong = {
@@ -230,6 +249,8 @@ def _streams(name: str) -> tuple[int, int]:
     """Return how many tensors a pass reads and how many it writes."""
     if "step" not in name:
         return int(name.startswith("squares")), 0
+    if "8-bit" in name:
+        return 2, 1  # codes are read and written 64 bits at a time
     second = ", no second moment" not in name and ", sign" not in name
     # w, g, m and v are read; w, m and v are written. A correction also reads the late weights and a running mean, and
     # writes the mean and the predicted weights.

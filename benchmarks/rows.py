@@ -14,6 +14,8 @@ from benchmarks import workloads as w
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 DEVICE_BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+TAKE_SMALL = ("cuda", "triton")
+"""The backends whose steps in small formats are measured here; ``benchmarks.small_state`` measures those of the cpu."""
 
 
 def gpt_1b() -> w.Shapes:
@@ -91,22 +93,31 @@ class Row:
 
     name: str
     build: Callable[[Problem], w.Step]
-    bytes: int
-    held: int
+    bytes: float
+    held: float
     dtype: torch.dtype = FLOAT  # of parameters and gradients
     ours: bool = False
     compiled: bool = False
 
 
-def moved(dtype: torch.dtype, state: torch.dtype | None = None, master: bool = False, clip: bool = False) -> int:
+State = torch.dtype | str | None
+
+
+def moment_size(dtype: torch.dtype, state: State, master: bool | str) -> float:
+    """Return the bytes of one moment for each parameter."""
+    if isinstance(state, str):
+        return 1 + HALF.itemsize / 32  # codes, and a scale for 32 of them
+    return (state or (FLOAT if master else dtype)).itemsize
+
+
+def moved(dtype: torch.dtype, state: State = None, master: bool | str = False, clip: bool = False) -> float:
     """Return the bytes moved per parameter.
 
-    Weights and moments are read and written, and the gradient is read, with ``clip`` once more for its norm.
+    Weights and moments are read and written, and the gradient is read, with ``clip`` once more for its norm. A master
+    is read and written instead of its weight, which is a copy; a residual, beside its weight.
     """
-    weight = FLOAT if master else dtype
-    moments = state or weight
-    copy_of_master = dtype.itemsize if master else 0
-    return 2 * weight.itemsize + 4 * moments.itemsize + dtype.itemsize * (1 + clip) + copy_of_master
+    weights = 2 * FLOAT.itemsize + dtype.itemsize if master is True else 2 * dtype.itemsize + 2 * bool(master)
+    return weights + 4 * moment_size(dtype, state, master) + dtype.itemsize * (1 + clip)
 
 
 class Captured:
@@ -131,7 +142,8 @@ class Captured:
 def our_rows(backend: str) -> list[Row]:
     def row(note: str, dtype: torch.dtype = FLOAT, ring: int = 0, **options: Any) -> Row:
         state, master = options.get("state_dtype"), options.get("master_weights", False)
-        held = dtype.itemsize * max(ring, 1) + 2 * (state or (FLOAT if master else dtype)).itemsize + 4 * master
+        masters = 4 if master is True else bool(master)
+        held = dtype.itemsize * max(ring, 1) + 2 * moment_size(dtype, state, master) + masters
         return Row(
             f"nesterov_pp.NAdam, {backend}{note}",
             lambda problem: Ours(problem, backend, ring, **options),
@@ -145,6 +157,11 @@ def our_rows(backend: str) -> list[Row]:
         return [row("")]
     graph = f"nesterov_pp.NAdam, {backend}, as a CUDA graph"
     captured = [Row(graph, lambda problem: Captured(problem, backend), 28, 12, ours=True)] if backend != "cpu" else []
+    small = [
+        row(", 8-bit moments", state_dtype="8bit"),
+        row(", bfloat16 with 24-bit masters", HALF, master_weights="24bit"),
+        row(", bfloat16 with 24-bit masters, 8-bit moments", HALF, master_weights="24bit", state_dtype="8bit"),
+    ]
     return [
         row(""),
         row(", ring of 8", ring=8),
@@ -152,6 +169,7 @@ def our_rows(backend: str) -> list[Row]:
         row(", bfloat16 moments", state_dtype=HALF),
         row(", bfloat16", HALF),
         row(", bfloat16 with float32 masters", HALF, master_weights=True),
+        *(small if backend in TAKE_SMALL else []),
         *captured,
     ]
 

@@ -19,6 +19,8 @@
 
 namespace nesterov_pp {
 
+constexpr unsigned int kNoiseStep = 40503;  // from an element of a group to the next
+
 struct Noise {
   unsigned long long seed;
   unsigned int tensor;  // the parameter's number in its optimizer

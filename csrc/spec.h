@@ -110,10 +110,15 @@ bool visit(const Spec& spec, F f) {
   return spec::visit(spec::All{}, spec, f);
 }
 
-// Like `visit`, for the passes of small formats, which not every backend has.
+// Like `visit`, for the passes of small formats.
 template <class F>
 bool visit_small(const Spec& spec, F f) {
   return spec::visit(spec::Small{}, spec, f);
+}
+
+// Returns whether a pass has moments in eight bits or weights in 24.
+constexpr bool is_small(const Dtypes& dtypes) {
+  return dtypes.weight == Dtype::kSplit || dtypes.moment == Dtype::kCode;
 }
 
 inline bool supported(const Spec& spec) {

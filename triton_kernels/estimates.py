@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LEAST_BITS = tl.constexpr(0x0D800000)  # of 2^-100
+_LEAST_BITS = tl.constexpr(0x1E800000)  # of 2^-66
 
 
 @triton.jit
@@ -21,21 +21,36 @@ def corrected_root(square):
 
 
 @triton.jit
+def estimated_inverse(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def corrected_quotient(a, b):
-    inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, is_pure=True, pack=1)
+    inverse = estimated_inverse(b)
     inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
     quotient = a * inverse
     return tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
 
 
 @triton.jit
-def are_sure(square, dividend, quotient, result):
+def quotient_of_code(code, divisor):
+    """Return the quotient q / (254 - |q|) of a code, the nearest for each of the codes: one correction is enough."""
+    inverse = estimated_inverse(divisor)
+    quotient = code * inverse
+    return tl.fma(tl.fma(-divisor, quotient, code), inverse, quotient)
+
+
+@triton.jit
+def are_sure(square, quotient, result):
     """Return whether the roots of ``square`` and the quotients are the nearest numbers in the whole block.
 
-    They are if all three are at least 2^-100 in magnitude, so that remainders are numbers of float32, and ``result``,
-    which is computed from the quotient, is finite: an overflow, an infinite weight and NaN end there.
+    They are if square, dividend and quotient are at least 2^-100 in magnitude, so that remainders are numbers of
+    float32, and ``result``, which is computed from the quotient, is finite: an overflow, an infinite weight and NaN end
+    there. Where square and quotient are at least 2^-66, the dividend, the product of the quotient and a number that is
+    not below the root, is at least 2^-99.
     """
-    least = tl.minimum(square, tl.minimum(tl.abs(dividend), tl.abs(quotient)))
+    least = tl.minimum(square, tl.abs(quotient))
     # Each thread asks for its own elements first, four neighbours at a time. A finite sum has only finite terms.
     groups: tl.constexpr = least.shape[0] // 4
     least = tl.min(tl.reshape(least, [groups, 4]), axis=1)

@@ -9,7 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .estimates import are_sure, corrected_quotient, corrected_root
+from .codes import GROUP, encoded_first, encoded_second, first_of, joined, residual_of, scales, second_of
+from .elements import (
+    exact_quotient,
+    exact_root,
+    load,
+    narrowed,
+    nearest_quotient,
+    nearest_root,
+    quiet,
+    rounded,
+    store,
+    widened,
+)
+from .estimates import are_sure
+from .noise import random_words, words_of_groups
 
 CHUNK = 16384
 """The number of elements of one tensor in an entry of ``chunks``: ``device::kChunk``."""
@@ -28,14 +42,17 @@ _EXP_AVG = tl.constexpr(6)
 _EXP_AVG_SQ = tl.constexpr(7)
 _MEAN = tl.constexpr(8)
 _SHADOW = tl.constexpr(9)
-_SLOTS = tl.constexpr(10)
+_EXP_AVG_SCALE = tl.constexpr(10)
+_EXP_AVG_SQ_SCALE = tl.constexpr(11)
+_RESIDUAL = tl.constexpr(12)
+_SLOTS = tl.constexpr(13)
 _STEP = tl.constexpr(9)  # word of a row: the number of the step; the scalars of a correction follow
 _ROW_WORDS = tl.constexpr(10)
 _CORRECTED_ROW_WORDS = tl.constexpr(17)
 _CHUNK = tl.constexpr(CHUNK)
+_SPAN_GROUPS = tl.constexpr(32)  # for which a warp draws random words at once, each thread its own
 _PARTS = tl.constexpr(PARTS)
 _ALMOST_ONE = tl.constexpr(1.0 - 2.0**-23)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # ``nesterov_pp.kernels.Normaliser`` and ``CorrectionKind``
 _RMS = tl.constexpr(1)
@@ -79,6 +96,11 @@ def _mean(m, x, weight, is_small):
 
 
 @triton.jit
+def _usual_mean(m, x, weight):
+    return m + weight * (x - m)
+
+
+@triton.jit
 def _square_mean_scalars(complement, T: tl.constexpr):
     remaining = 1.0 - complement
     kept = (remaining * _ALMOST_ONE).to(T)
@@ -111,22 +133,6 @@ def _coefficients(r, factor, T: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, lanes, mask, FULL: tl.constexpr):
-    if FULL:
-        return tl.load(tl.multiple_of(pointer + lanes, 16))
-    else:
-        return tl.load(pointer + lanes, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(pointer, lanes, value, mask, FULL: tl.constexpr):
-    if FULL:
-        tl.store(tl.multiple_of(pointer + lanes, 16), value)
-    else:
-        tl.store(pointer + lanes, value, mask=mask)
-
-
-@triton.jit
 def _carry(old, new, count, BLOCK: tl.constexpr):
     """Copy a chunk of a weight that received no gradient into the next slot."""
     lanes = tl.arange(0, BLOCK)
@@ -135,107 +141,6 @@ def _carry(old, new, count, BLOCK: tl.constexpr):
         mask = start + lanes < count
         tl.store(new + start + lanes, tl.load(old + start + lanes, mask=mask), mask=mask)
         start += BLOCK
-
-
-@triton.jit
-def _root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _quotient(x, y):
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def _widened(value, T: tl.constexpr):
-    """Convert ``value`` to ``T``. The upper of two neighbours in bfloat16 is widened by one mask, not moved first."""
-    if (value.dtype == tl.bfloat16) and (not _INTERPRETED):
-        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return value.to(T)
-
-
-@triton.jit
-def _narrowed(value, TO: tl.constexpr):
-    """Round ``value`` to the nearest number of ``TO``. The interpreter would truncate to bfloat16."""
-    if (tl.bfloat16 == TO) and _INTERPRETED:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(TO)
-
-
-@triton.jit
-def _quiet(value):
-    """Make NaN 0x7FC00000, to which noise can be added."""
-    if _INTERPRETED:
-        bits = value.to(tl.uint32, bitcast=True)
-        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-    else:  # an operation of the hardware makes NaN 0x7FFFFFFF, which noise would turn into -0
-        return tl.minimum(value.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rounded(
-    value, word, UPPER: tl.constexpr, TO: tl.constexpr, STOCHASTIC: tl.constexpr, QUIETS: tl.constexpr
-):  # fmt: skip
-    """Convert ``value``, if STOCHASTIC with half of a random word as noise; without QUIETS no NaN needs ``_quiet``."""
-    if (tl.bfloat16 != TO) or (not STOCHASTIC):
-        return _narrowed(value, TO)
-    else:
-        if QUIETS:
-            value = _quiet(value)
-        bits = value.to(tl.uint32, bitcast=True)
-        if UPPER:
-            bits = bits + (word >> 16)
-        elif _INTERPRETED:
-            bits = bits + (word & 0xFFFF)
-        else:  # one instruction: the product of the lower half and 1, added
-            bits = tl.inline_asm_elementwise(
-                "dp2a.lo.u32.u32 $0, $1, 1, $2;", "=r,r,r", [word, bits], tl.uint32, is_pure=True, pack=1
-            )
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _product(a, b: tl.constexpr):
-    """Return both halves of the 64-bit product of ``a`` and ``b``, which a GPU makes in one instruction."""
-    product = a.to(tl.uint64) * tl.full(a.shape, b, tl.uint64)
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-def _joined(low, high):
-    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-
-
-@triton.jit
-def _random_words(key0, key1, number, step, begin, start, BLOCK: tl.constexpr):
-    """Return two random words for each of BLOCK elements starting at ``begin + start`` in the same chunk, both even
-    (csrc/random.h).
-
-    As far as the number of the element has not reached them yet, the words are the same for the whole chunk.
-    """
-    a = ((begin + start) >> 1).to(tl.uint32) + tl.arange(0, BLOCK // 2).to(tl.uint32)
-    b = (begin >> 33).to(tl.uint32)
-    c = number
-    d = step
-    for _ in tl.static_range(10):
-        high0, low0 = _product(a, 0xD2511F53)
-        high1, low1 = _product(c, 0xCD9E8D57)
-        a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0
-        key0 = key0 + tl.full((), 0x9E3779B9, tl.uint32)
-        key1 = key1 + tl.full((), 0xBB67AE85, tl.uint32)
-    words = tl.interleave(_joined(a, b), _joined(c, d))  # at once, so that no words change threads
-    return words.to(tl.uint32), (words >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -262,20 +167,23 @@ def _sign(x):
 
 @triton.jit
 def _step_block(
-    pointers, begin, start, count, noise, coefficients, correction, predicts,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
+    pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, NORMALISER: tl.constexpr,
     CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-    HAS_L2: tl.constexpr,
+    USUAL: tl.constexpr,
 ):  # fmt: skip
-    w, out, grad, late, m, v, mean, copy, ahead = pointers
+    w, out, grad, late, m, v, mean, copy, ahead, m_scale, v_scale, residual = pointers
     grad_scale, l2, decay, c_grad, c_momentum, inv_bias2, eps, weight1, is_small, kept2, rest2, weight2 = coefficients
-    EXACT: tl.constexpr = CORRECTS or (NORMALISER != _RMS) or (tl.float64 == T) or (not FULL) or _INTERPRETED
+    EXACT: tl.constexpr = CORRECTS or (NORMALISER != _RMS) or (tl.float64 == T) or (not FULL)
+    CODED: tl.constexpr = tl.int8 == M
     lanes = tl.arange(0, BLOCK)
     mask = start + lanes < count
-    weight = _widened(_load(w + start, lanes, mask, FULL), T)
-    g = grad_scale * _widened(_load(grad + start, lanes, mask, FULL), T)
-    if HAS_L2:
-        g = g + l2 * weight
+    weight = widened(load(w + start, lanes, mask, FULL), T)
+    if SPLIT:
+        weight = joined(weight, load(residual + start, lanes, mask, FULL))
+    g = grad_scale * widened(load(grad + start, lanes, mask, FULL), T)
+    if not USUAL:
+        g = tl.where(l2 != 0.0, g + l2 * weight, g)
     if EXACT:
         decayed = _decay(weight, decay)
     if CORRECTS:
@@ -285,51 +193,72 @@ def _step_block(
         ) = correction  # fmt: skip
         a = tl.zeros([BLOCK], T)
         if KIND >= _ADAPTIVE_COMPENSATION:
-            a = _widened(_load(mean + start, lanes, mask, FULL), T)
+            a = widened(load(mean + start, lanes, mask, FULL), T)
         if (KIND != 0) and (KIND != _DISCREPANCY):
             seen = weight
             if W != G:  # in the gradient's dtype: the difference is 0 for a master that was not stepped since
-                seen = _narrowed(weight, G).to(T)
-            apart = _difference(seen, _widened(_load(late + start, lanes, mask, FULL), T))
+                seen = narrowed(weight, G).to(T)
+            apart = _difference(seen, widened(load(late + start, lanes, mask, FULL), T))
             if KIND == _COMPENSATION:
                 g = g + strength * g * (g * apart)
             if KIND == _ADAPTIVE_COMPENSATION:
                 a = _square_mean(a, g, mean_kept, mean_rest, mean_complement)
-                g = g + _quotient(strength, _root(a + mean_eps)) * g * (g * apart)
+                g = g + exact_quotient(strength, exact_root(a + mean_eps)) * g * (g * apart)
             if KIND == _GAP:
-                gap = 1.0 + _quotient(tl.abs(apart), _root(a * inv_bias) + mean_eps)
-                g = _quotient(g, gap)
-                decayed = _quotient(decayed, gap)
-    before = _widened(_load(m + start, lanes, mask, FULL), T)
-    m1 = _mean(before, g, weight1, is_small)
+                gap = 1.0 + exact_quotient(tl.abs(apart), exact_root(a * inv_bias) + mean_eps)
+                g = exact_quotient(g, gap)
+                decayed = exact_quotient(decayed, gap)
+    before = load(m + start, lanes, mask, FULL)
+    before = first_of(before, scales(m_scale, start, count, BLOCK, FULL)) if CODED else widened(before, T)
+    m1 = _usual_mean(before, g, weight1) if USUAL else _mean(before, g, weight1, is_small)
     direction = c_grad * g + c_momentum * (before if NORMALISER == _SIGN else m1)
     momentum = m1
     if STOCHASTIC:
         key0, key1, number, step = noise
-        first, second = _random_words(key0, key1, number, step, begin, start, BLOCK)
+        first, second = random_words(key0, key1, number, step, begin, start, BLOCK, tl.bfloat16 == M)
     else:
         first = tl.zeros([BLOCK], tl.uint32)
         second = first
     if NORMALISER == _RMS:
-        v1 = _square_mean(_widened(_load(v + start, lanes, mask, FULL), T), g, kept2, rest2, weight2)
+        v1 = load(v + start, lanes, mask, FULL)
+        v1 = second_of(v1, scales(v_scale, start, count, BLOCK, FULL)) if CODED else widened(v1, T)
+        v1 = _square_mean(v1, g, kept2, rest2, weight2)
         if tl.float16 == M:  # a value that overflows float16 is infinite in this step too
             v1 = tl.where(v1 >= 65520.0, float("inf"), v1)
         square = v1 * inv_bias2
+        if CODED:
+            of_groups = tl.gather(words, (start // GROUP) % _SPAN_GROUPS + tl.arange(0, BLOCK // GROUP), 0)
         if EXACT:
-            denominator = _root(square) + eps
-            direction = _quotient(direction, denominator)
+            root = exact_root(square)
+            denominator = root + eps
+            direction = exact_quotient(direction, denominator)
             if CORRECTS:
-                momentum = _quotient(m1, denominator)
+                momentum = exact_quotient(m1, denominator)
         else:  # an infinite weight is not sure, so its decay has no case of its own
-            quotient = corrected_quotient(direction, corrected_root(square) + eps)
+            root = nearest_root(square)
+            quotient = nearest_quotient(direction, root + eps)
             new = weight - (decay * weight + quotient)
-            if not are_sure(square, direction, quotient, new):
-                new = weight - (_decay(weight, decay) + _quotient(direction, _root(square) + eps))
+            if are_sure(square, quotient, new):
+                if CODED:
+                    m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, True)
+                    v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, True)
+                if SPLIT:
+                    stepped, rest = residual_of(new, True)
+            else:
+                root = exact_root(square)
+                new = weight - (_decay(weight, decay) + exact_quotient(direction, root + eps))
                 if STOCHASTIC:  # here alone, since a sure step has no NaN
-                    m1 = _quiet(m1)
-                    v1 = _quiet(v1)
-                    new = _quiet(new)
-        _store(v + start, lanes, _rounded(v1, second, False, M, STOCHASTIC, EXACT), mask, FULL)
+                    m1 = quiet(m1)
+                    v1 = quiet(v1)
+                    new = quiet(new)
+                if CODED:
+                    m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, False)
+                    v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, False)
+                if SPLIT:
+                    stepped, rest = residual_of(new, False)
+        if CODED and EXACT:
+            v_codes = encoded_second(root, to_root, of_groups, v_scale, start, count, BLOCK, FULL, False)
+        store(v + start, lanes, v_codes if CODED else rounded(v1, second, False, M, STOCHASTIC, EXACT), mask, FULL)
     if NORMALISER == _SIGN:
         direction = inv_bias2 * _sign(direction)
         momentum = _sign(m1)
@@ -345,33 +274,56 @@ def _step_block(
             further = further + ahead_mean * a
         predicted = new + further
         if KIND >= _ADAPTIVE_COMPENSATION:
-            _store(mean + start, lanes, _rounded(a, second, True, M, STOCHASTIC, EXACT), mask, FULL)
+            store(mean + start, lanes, rounded(a, second, True, M, STOCHASTIC, EXACT), mask, FULL)
         if predicts:
-            _store(ahead + start, lanes, _narrowed(predicted, G), mask, FULL)
-    _store(m + start, lanes, _rounded(m1, first, True, M, STOCHASTIC, EXACT), mask, FULL)
-    _store(out + start, lanes, _rounded(new, first, False, W, STOCHASTIC, EXACT), mask, FULL)
+            store(ahead + start, lanes, narrowed(predicted, G), mask, FULL)
+    if CODED and EXACT:
+        m_codes = encoded_first(m1, m_scale, start, count, BLOCK, FULL, False)
+    store(m + start, lanes, m_codes if CODED else rounded(m1, first, True, M, STOCHASTIC, EXACT), mask, FULL)
+    if SPLIT:
+        if EXACT:
+            stepped, rest = residual_of(new, False)
+        store(residual + start, lanes, rest, mask, FULL)
+    else:
+        stepped = rounded(new, first, False, W, STOCHASTIC, EXACT)
+    store(out + start, lanes, stepped, mask, FULL)
     if W != G:
-        _store(copy + start, lanes, _narrowed(new, G), mask, FULL)
+        store(copy + start, lanes, narrowed(new, G), mask, FULL)
+
+
+@triton.jit
+def _drawn(words, noise, begin, start):
+    """Return random words for the groups of several blocks: new ones if ``start`` is the first of these blocks."""
+    key0, key1, number, step = noise
+    if (start // GROUP) % _SPAN_GROUPS == 0:
+        words = words_of_groups(key0, key1, number, step, (begin + start) // GROUP, _SPAN_GROUPS)
+    return words
 
 
 @triton.jit
 def _step_blocks(
-    aligned, pointers, begin, count, noise, coefficients, correction, predicts,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
-    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, HAS_L2: tl.constexpr,
+    aligned, pointers, begin, count, noise, to_root, coefficients, correction, predicts,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, NORMALISER: tl.constexpr,
+    CORRECTS: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, USUAL: tl.constexpr,
 ):  # fmt: skip
+    DRAWS: tl.constexpr = (tl.int8 == M) and (NORMALISER == _RMS)
+    words = tl.zeros([_SPAN_GROUPS], tl.uint32)
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
+            if DRAWS:
+                words = _drawn(words, noise, begin, start)
             _step_block(
-                pointers, begin, start, count, noise, coefficients, correction, predicts,
-                W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True, HAS_L2,
+                pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
+                W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True, USUAL,
             )  # fmt: skip
             start += BLOCK
     while start < count:
+        if DRAWS:
+            words = _drawn(words, noise, begin, start)
         _step_block(
-            pointers, begin, start, count, noise, coefficients, correction, predicts,
-            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False, HAS_L2,
+            pointers, begin, start, count, noise, words, to_root, coefficients, correction, predicts,
+            W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False, USUAL,
         )  # fmt: skip
         start += BLOCK
 
@@ -384,7 +336,7 @@ def _at(table, tensors, column, tensor, begin, S: tl.constexpr):
 @triton.jit(do_not_specialize=["tensors", "grads", "source", "target", "key0", "key1"])
 def step_kernel(
     table, chunks, rows, factor, tensors, grads, source, target, key0, key1,
-    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, NORMALISER: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, NORMALISER: tl.constexpr,
     CORRECTS: tl.constexpr, KIND: tl.constexpr, RING_PREDICTS: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -392,9 +344,9 @@ def step_kernel(
 
     ``table`` and ``chunks`` are int64. ``rows`` is float64 with 10 words per row, 17 with CORRECTS. ``factor`` is
     float64 and read only if SCALED. ``grads``, ``source`` and ``target`` are ring slots. ``key0`` and ``key1`` are the
-    halves of the seed. W, G and M are the dtypes of the weights computed with, of the gradients and of the moments; T
-    is the dtype to compute in. NORMALISER and KIND are values of ``Normaliser`` and ``CorrectionKind`` in
-    ``nesterov_pp.kernels``.
+    halves of the seed. W, G and M are the dtypes of the weights computed with, of the gradients and of the moments,
+    int8 for moments in eight bits; with SPLIT, residuals complete bfloat16 weights to 24 bits. T is the dtype to
+    compute in. NORMALISER and KIND are values of ``Normaliser`` and ``CorrectionKind`` in ``nesterov_pp.kernels``.
     """
     tensor, begin, count, row, aligned = _span(table, chunks, tensors, _PARTS)
     if count <= 0:
@@ -431,26 +383,33 @@ def step_kernel(
         _at(table, tensors, _GRAD, tensor, begin, G),
         _at(table, tensors, _SLOTS + grads, tensor, begin, G),
         _at(table, tensors, _EXP_AVG, tensor, begin, M),
-        _at(table, tensors, _EXP_AVG_SQ, tensor, begin, M),
+        _at(table, tensors, _EXP_AVG_SQ, tensor, begin, tl.uint8 if tl.int8 == M else M),
         _at(table, tensors, _MEAN, tensor, begin, M),
         copy,
         ahead,
+        _at(table, tensors, _EXP_AVG_SCALE, tensor, begin // GROUP, tl.float16),
+        _at(table, tensors, _EXP_AVG_SQ_SCALE, tensor, begin // GROUP, tl.float16),
+        _at(table, tensors, _RESIDUAL, tensor, begin, tl.int8),
     )
     number = _word(table, tensors, _NUMBER, tensor).to(tl.uint32)
     noise = (key0.to(tl.uint32), key1.to(tl.uint32), number, step)
     coefficients = _coefficients(r, factor, T, SCALED)
+    to_root = coefficients[5]
+    if tl.int8 == M:
+        to_root = (1.0 / tl.sqrt(tl.load(r + 7))).to(T)
     correction = coefficients
     if CORRECTS:
         correction = _correction(r + _STEP + 1, T)
-    if coefficients[1] != 0:
+    l2, is_small = coefficients[1], coefficients[8]
+    if (l2 == 0) & is_small:
         _step_blocks(
-            aligned, pointers, begin, count, noise, coefficients, correction, predicts,
-            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,
+            aligned, pointers, begin, count, noise, to_root, coefficients, correction, predicts,
+            W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, True,
         )  # fmt: skip
     else:
         _step_blocks(
-            aligned, pointers, begin, count, noise, coefficients, correction, predicts,
-            W, G, M, T, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False,
+            aligned, pointers, begin, count, noise, to_root, coefficients, correction, predicts,
+            W, G, M, T, SPLIT, NORMALISER, CORRECTS, KIND, STOCHASTIC, BLOCK, False,
         )  # fmt: skip
 
 
@@ -466,11 +425,11 @@ def squares_kernel(table, chunks, partials, tensors, G: tl.constexpr, T: tl.cons
     start = 0
     if aligned != 0:
         while start + BLOCK <= count:
-            x = _widened(_load(grad + start, lanes, lanes < BLOCK, True), T)
+            x = widened(load(grad + start, lanes, lanes < BLOCK, True), T)
             sums += x * x
             start += BLOCK
     while start < count:
-        x = _widened(_load(grad + start, lanes, start + lanes < count, False), T)
+        x = widened(load(grad + start, lanes, start + lanes < count, False), T)
         sums += x * x
         start += BLOCK
     tl.store(partials + tl.program_id(0), tl.sum(sums.to(tl.float64)))

@@ -19,7 +19,15 @@ from nesterov_pp.kernels.scalars import Coefficients, Correction
 
 from . import kernels
 
-_DTYPES = {"float": tl.float32, "double": tl.float64, "bfloat16": tl.bfloat16, "half": tl.float16}
+_SPLIT = "split"  # weights in 24 bits
+_DTYPES = {
+    "float": tl.float32,
+    "double": tl.float64,
+    "bfloat16": tl.bfloat16,
+    "half": tl.float16,
+    "code": tl.int8,
+    _SPLIT: tl.bfloat16,
+}
 _SUMS = 1024  # elements that the last reduction adds at a time
 _WORD = 0xFFFFFFFF
 
@@ -38,15 +46,18 @@ class Shape:
 _WIDER = 4 if triton.knobs.runtime.interpret else 1
 # Without a limit the assembler spills registers of a stochastically rounded step; a corrected one needs more than 128.
 STEP = Shape(block=256 * _WIDER, warps=1, registers=128)
+CODED = Shape(block=256 * _WIDER, warps=1, registers=144)  # a group's largest elements wait for it
 CORRECTED = Shape(block=256 * _WIDER, warps=1)
 DOUBLE = Shape(block=128 * _WIDER, warps=1)
 SQUARES = Shape(block=2048, warps=8)
 
 
-def shape_of(weight: Any, corrects: bool) -> Shape:
-    """Return the launch shape of a step with weights of this dtype."""
+def shape_of(weight: Any, moment: Any, corrects: bool) -> Shape:
+    """Return the launch shape of a step with weights and moments of these dtypes."""
     if weight == tl.float64:  # takes twice the registers
         return DOUBLE
+    if moment == tl.int8:
+        return CODED
     return CORRECTED if corrects else STEP
 
 
@@ -55,6 +66,7 @@ class Launches:
 
     def __init__(self, tensors: Tensors, seed: int | None) -> None:
         self.seed = seed
+        self.key = tensors.code_seed if seed is None else seed
         self.groups: list[Any] = []
         self.scaling: Tensor | None = None  # norm and factor, for the next step only
         self._rule = {
@@ -73,9 +85,9 @@ class Launches:
 
     def _step(self, group: Any, rows: Tensor, slots: Sequence[int]) -> None:
         weight, grad, moment = (_DTYPES[name] for name in group.dtypes)
-        key = self.seed or 0
-        stochastic = self.seed is not None and tl.bfloat16 in (weight, moment)
-        shape = shape_of(weight, bool(self._rule["CORRECTS"]))
+        split = group.dtypes[0] == _SPLIT
+        stochastic = self.seed is not None and (tl.bfloat16 == moment or (tl.bfloat16 == weight and not split))
+        shape = shape_of(weight, moment, bool(self._rule["CORRECTS"]))
         kernels.step_kernel[(group.chunks.numel(), kernels.PARTS)](
             group.table,
             group.chunks,
@@ -83,12 +95,13 @@ class Launches:
             rows if self.scaling is None else self.scaling[1:],
             group.tensors,
             *slots,
-            key & _WORD,
-            key >> 32,
+            self.key & _WORD,
+            self.key >> 32,
             W=weight,
             G=grad,
             M=moment,
             T=tl.float64 if weight == tl.float64 else tl.float32,
+            SPLIT=split,
             **self._rule,
             STOCHASTIC=stochastic,
             SCALED=self.scaling is not None,

@@ -330,7 +330,7 @@ NPP_INLINE void encode_second(Code* to, const Moments<N>& x, unsigned int word, 
   if (scale > 0) {
 #pragma GCC unroll 8
     for (int j = 0; j < Moments<N>::kVectors; ++j) {
-      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * 40503U) & 0xffffU;
+      const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * kNoiseStep) & 0xffffU;
       const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
       const I code = __builtin_convertvector(codes::second_code_of_finite(x.root[j], factor, u), I);
       store_bytes<N>(to + j * N, bits_of<U>(code));

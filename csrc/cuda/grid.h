@@ -18,7 +18,6 @@ namespace nesterov_pp::cuda {
 // neighbouring memory. An H100 so moves 97 % of what its copy does; with a whole chunk for each block 94 %, and 93 %
 // with no more blocks than it holds at once, each of which takes every n-th chunk.
 constexpr int kThreads = 256;
-constexpr int kParts = 4;
 
 // Sets `blocks` to `wanted`, or to the number of blocks that the current device holds at once if that is smaller.
 inline cudaError_t resident_blocks(int per_multiprocessor, int64_t wanted, unsigned int* blocks) {

@@ -1,26 +1,14 @@
 #include "grid.h"
 #include "kernels.h"
+#include "step.h"
 
 namespace nesterov_pp::cuda {
 namespace {
 
-using device::Launch;
 using device::Table;
 
 constexpr int kSums = 1024;
 constexpr int kMultiprocessorThreads = 2048;
-
-template <class P>
-constexpr bool kManyRegisters =
-    P::kCorrects || P::kStochastic || kSame<typename P::G, Half> || kSame<typename P::T, double>;
-template <class P>
-constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // per multiprocessor
-
-template <class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<P>) step_kernel(const __grid_constant__ Launch launch) {
-  const auto part = static_cast<int>(blockIdx.x % kParts);
-  device::step<P>(launch, blockIdx.x / kParts, part * kThreads + static_cast<int>(threadIdx.x), kParts * kThreads);
-}
 
 // Returns the sum over a block in thread 0, always added in the same order.
 template <int kSize>
@@ -60,12 +48,9 @@ __global__ void __launch_bounds__(kSums) scaling_kernel(const double* partials, 
 
 cudaError_t step(const Launch& launch, const Spec& spec, cudaStream_t stream) {
   if (launch.chunk_count == 0) return cudaSuccess;
+  if (is_small(spec.dtypes)) return step_small(launch, spec, stream);
   cudaError_t error = cudaErrorInvalidDeviceFunction;
-  visit(spec, [&](auto pass) {
-    using P = decltype(pass);
-    step_kernel<P><<<static_cast<unsigned int>(kParts * launch.chunk_count), kThreads, 0, stream>>>(launch);
-    error = cudaGetLastError();
-  });
+  visit(spec, [&](auto pass) { error = launch_step<decltype(pass)>(launch, stream); });
   return error;
 }
 

@@ -16,6 +16,8 @@ struct Scaling {
 
 // Launches a supported pass (spec.h) once for all chunks, or not at all if there are no chunks.
 cudaError_t step(const device::Launch&, const Spec&, cudaStream_t);
+// The same for a pass of small formats, in a file of its own, so that the two are compiled side by side.
+cudaError_t step_small(const device::Launch&, const Spec&, cudaStream_t);
 
 // Writes the sum of squares of each chunk's gradients to partials[0 ... chunk_count).
 cudaError_t squares(device::Table, const int64_t* chunks, int64_t chunk_count, Dtype grad, double* partials,

@@ -93,7 +93,7 @@ void CudaPlan::launch(const at::Tensor& rows) {
                                 static_cast<int32_t>(slots_.target),
                                 t_.rule,
                                 t_.ring_predicts,
-                                RoundKeys::from(seed_.value_or(0))};
+                                RoundKeys::from(seed_.value_or(t_.code_seed))};
     check(step(launch, {group.dtypes, t_.rule.normaliser, t_.corrects, seed_.has_value()}, stream), "step", device_);
   }
   scaling_.reset();

@@ -83,9 +83,9 @@ struct Narrow<Half> {
   }
 };
 
-// N elements that are loaded and stored at once, kVectorBytes at most.
+// N elements that are loaded and stored at once, in parts of kVectorBytes if they are larger than that.
 template <class S, int N>
-struct alignas(sizeof(S) * N) Pack {
+struct alignas(sizeof(S) * N < kVectorBytes ? sizeof(S) * N : kVectorBytes) Pack {
   S values[N];
 };
 

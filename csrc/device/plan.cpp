@@ -24,8 +24,6 @@ DevicePlan::DevicePlan(Tensors tensors, std::optional<uint64_t> seed) : Plan(std
     const at::Tensor none;
     const Item item = this->item(i, none);
     check(item, seed_.has_value(), device_);
-    if (item.exp_avg_scale != nullptr || item.residual != nullptr)
-      fail("moments in eight bits and weights in 24 bits are not for this backend; use cpu or reference");
     const Dtypes dtypes = spec_of(item, t_.rule, false).dtypes;
     auto group = std::find_if(found.begin(), found.end(), [&](const auto& g) { return same(g.first, dtypes); });
     if (group == found.end()) group = found.insert(found.end(), {dtypes, {}});
@@ -118,16 +116,23 @@ void DevicePlan::enter(Group& group, int64_t k, const Task& task) {
   HostTable& host = group.host;
   const int64_t weight = address(run.weight), out = address(run.weight_out), grad = address(run.grad),
                 m = address(run.exp_avg), v = address(run.exp_avg_sq), copy = address(run.copy),
-                late = address(run.late), mean = address(run.mean), ahead = address(run.ahead);
+                late = address(run.late), mean = address(run.mean), ahead = address(run.ahead),
+                m_scale = address(run.exp_avg_scale), v_scale = address(run.exp_avg_sq_scale),
+                residual = address(run.residual);
   const bool stepped = task.row != kCarried;
   host.set(kRow, k, task.row);
   host.set(kGrad, k, grad);
-  host.set(kAligned, k, (weight | out | grad | m | v | copy | late | mean | ahead) % kVectorBytes == 0);
+  host.set(
+      kAligned, k,
+      (weight | out | grad | m | v | copy | late | mean | ahead | m_scale | v_scale | residual) % kVectorBytes == 0);
   if (run.count == 0) return;
   if (stepped) {
     host.set(kExpAvg, k, m);
     host.set(kExpAvgSq, k, v);
     host.set(kMean, k, mean);
+    host.set(kExpAvgScale, k, m_scale);
+    host.set(kExpAvgSqScale, k, v_scale);
+    host.set(kResidual, k, residual);
   }
   const auto slot = [](size_t number) { return kSlots + static_cast<int>(number); };
   if (late != 0) host.set(slot(slots_.grads), k, late);

@@ -21,10 +21,13 @@ enum Column : int {
   kNumber,  // of the parameter, for stochastic rounding
   kMaster,  // address, 0 without
   kExpAvg,
-  kExpAvgSq,  // address, 0 without
-  kMean,      // address of a correction's running mean, 0 without
-  kShadow,    // address of the shadow of a ring that predicts, 0 without
-  kSlots,     // addresses in ring slot 0; those in slot s are s columns further on
+  kExpAvgSq,       // address, 0 without
+  kMean,           // address of a correction's running mean, 0 without
+  kShadow,         // address of the shadow of a ring that predicts, 0 without
+  kExpAvgScale,    // address of the scales of a moment in eight bits, 0 without
+  kExpAvgSqScale,  // likewise
+  kResidual,       // address of the residuals of weights in 24 bits, 0 without
+  kSlots,          // addresses in ring slot 0; those in slot s are s columns further on
 };
 
 // Even, since elements 2b and 2b + 1 share random bits, and a multiple of every vector.

@@ -61,6 +61,10 @@ const char* name_of(Dtype dtype) {
       return "bfloat16";
     case Dtype::kHalf:
       return "half";
+    case Dtype::kCode:
+      return "code";
+    case Dtype::kSplit:
+      return "split";
     default:
       return "float";
   }

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import extension
+from nesterov_pp.kernels import extension, triton_package
 from nesterov_pp.kernels.plan import Plan, Tensors
 from nesterov_pp.kernels.raw import why_never_raw
 from nesterov_pp.kernels.reference import ReferencePlan
@@ -34,8 +30,7 @@ class Backend:
     ``device`` is the kind of device that the backend is made for, None for every kind. ``unavailable`` returns why the
     backend cannot be used here, or None. ``plan`` makes the plan of an optimizer; with a seed, bfloat16 is rounded
     stochastically. With ``on_device``, the host need not wait for the steps, which can count themselves and scale
-    gradients on the device of the tensors. With ``takes_small``, the backend takes moments in eight bits and weights in
-    24 (``kernels/codes.py``).
+    gradients on the device of the tensors.
     """
 
     name: str
@@ -44,7 +39,6 @@ class Backend:
     unavailable: Callable[[], Reason]
     plan: Callable[[Tensors, int | None], Plan]
     on_device: bool = False
-    takes_small: bool = False
 
     def device_types(self) -> tuple[str, ...]:
         """Return the types of the devices whose tensors the backend steps here."""
@@ -109,20 +103,8 @@ def _triton_plan(tensors: Tensors, seed: int | None) -> Plan:
 
 
 def _triton_plans() -> ModuleType:
-    """Return the module ``nesterov_pp.triton_kernels.plan``, even if the package runs uninstalled from its source tree.
-
-    Raises:
-        ImportError: Triton is not installed, or does not work.
-    """
-    name = "nesterov_pp.triton_kernels"
-    source = Path(__file__).resolve().parents[2] / "triton_kernels"
-    if importlib.util.find_spec(name) is None and source.is_dir():
-        spec = importlib.util.spec_from_file_location(
-            name, source / "__init__.py", submodule_search_locations=[str(source)]
-        )
-        assert spec is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.plan")
+    """Return the module of the Triton plan; ImportError if Triton does not work."""
+    return triton_package.imported("plan")
 
 
 # For each kind of device, the fastest backend comes first.
@@ -135,16 +117,22 @@ _REGISTRY = (
         _compiled("CudaPlan"),
         on_device=True,
     ),
-    Backend("triton", "the pass of the cuda backend, in Triton", "cuda", _no_triton, _triton_plan, on_device=True),
+    Backend(
+        "triton",
+        "the pass of the cuda backend, in Triton",
+        "cuda",
+        _no_triton,
+        _triton_plan,
+        on_device=True,
+    ),
     Backend(
         "cpu",
         "C++ on the CPU: float32, float64, bfloat16, float16",
         "cpu",
         lambda: extension.load()[1],
         _compiled("CpuPlan"),
-        takes_small=True,
     ),
-    Backend("reference", "plain torch: every device and dtype", None, lambda: None, ReferencePlan, takes_small=True),
+    Backend("reference", "plain torch: every device and dtype", None, lambda: None, ReferencePlan),
 )
 _BY_NAME = {backend.name: backend for backend in _REGISTRY}
 BACKENDS = ("auto", *_BY_NAME)
@@ -170,13 +158,10 @@ def _made_for(device: str) -> list[Backend]:
     return [backend for backend in _REGISTRY if backend.device == device]
 
 
-def choose_backend(
-    requested: str, tensors: list[Tensor], only_reference: str | None = None, small: str | None = None
-) -> str:
+def choose_backend(requested: str, tensors: list[Tensor], only_reference: str | None = None) -> str:
     """Return the backend that steps ``tensors``: ``requested``, or the fastest that can if ``requested`` is "auto".
 
-    ``only_reference`` names an option that only the reference backend supports, ``small`` one that only backends with
-    ``takes_small`` do.
+    ``only_reference`` names an option that only the reference backend supports.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot step these tensors.
@@ -190,8 +175,7 @@ def choose_backend(
     else:
         candidates = [_BY_NAME[requested]]
     for backend in candidates:
-        unknown = only_reference or (None if backend.takes_small else small)
-        refusal = f"it does not support {unknown}" if unknown else backend.refusal(tensors)
+        refusal = f"it does not support {only_reference}" if only_reference else backend.refusal(tensors)
         if refusal is None and _overlap(tensors):
             refusal = "it steps all parameters at once, and some of these share memory"
         if refusal is None:

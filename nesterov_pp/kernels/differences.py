@@ -1,4 +1,5 @@
-"""Older versions of weights as 8-bit differences between each version and the next: plain torch, or C++ on the CPU.
+"""Older versions of weights as 8-bit differences between each version and the next: plain torch, C++ on the CPU, or
+Triton on a GPU.
 
 The format is that of ``csrc/cpu/differences.h``. In memory order, every ``GROUP`` elements of a tensor share a bfloat16
 scale, and each has an int8 code::
@@ -12,11 +13,13 @@ A row holds one difference of a whole list of tensors, 1.0625 bytes for each ele
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nesterov_pp.kernels import extension
+from nesterov_pp.kernels import extension, triton_package
 
 GROUP = 32
 """Elements that share a scale."""
@@ -55,9 +58,13 @@ def encode(version: Sequence[Tensor], following: Sequence[Tensor], codes: Tensor
     if _compiled(version):
         torch.ops.nesterov_pp.encode_differences(list(version), list(following), codes, scales, row)
         return
+    if (triton := _triton(version)) is not None:
+        triton.encode(version, following, codes[row], scales[row])
+        return
     for before, after, q, s in zip(version, following, *_split(version, codes[row], scales[row]), strict=True):
         d = _padded(flat(after).float() - flat(before).float())
-        s.copy_(d.abs().amax(1) / _LARGEST)
+        largest = d.abs().amax(1)
+        s.copy_(largest / torch.full_like(largest, _LARGEST))  # a GPU multiplies by the inverse of a number
         step = s.float()[:, None]
         usable = (step > 0.0) & (step < torch.inf)
         q.copy_(torch.where(usable, d / step, 0.0).clamp(-_LARGEST, _LARGEST).round())
@@ -68,6 +75,9 @@ def decode(newest: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor, scale
     """Write to ``out`` the version before the differences in ``rows``, newest first."""
     if _compiled(newest):
         torch.ops.nesterov_pp.decode_differences(list(newest), list(out), codes, scales, list(rows))
+        return
+    if (triton := _triton(newest)) is not None:
+        triton.decode(newest, out, codes, scales, rows)
         return
     totals = [torch.zeros(codes_of(t.numel()) // GROUP, GROUP, device=t.device) for t in newest]
     for row in rows:
@@ -84,6 +94,19 @@ def flat(t: Tensor) -> Tensor:
 
 def _compiled(tensors: Sequence[Tensor]) -> bool:
     return extension.load()[0] is not None and all(t.is_cpu for t in tensors)
+
+
+def _triton(tensors: Sequence[Tensor]) -> ModuleType | None:
+    """Return the module of the Triton kernels if the tensors are on a GPU and Triton works."""
+    return _triton_kernels() if tensors and all(t.is_cuda for t in tensors) else None
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        return triton_package.imported("differences")
+    except ImportError:
+        return None
 
 
 def _padded(values: Tensor) -> Tensor:

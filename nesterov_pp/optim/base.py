@@ -52,7 +52,7 @@ class FusedOptimizer(StatefulOptimizer):
         if options.stash is not None:
             options.stash.leaves(self._parameters())
         plain = [local(p) for p in unique(self._parameters()) if p.requires_grad and not is_lazy(p)]
-        self.backend = choose_backend(options.backend, plain, self._only_reference(), self._small())
+        self.backend = choose_backend(options.backend, plain, self._only_reference())
         if options.stash is not None:
             options.stash.attach(self)
         self._ready = True
@@ -231,7 +231,7 @@ class FusedOptimizer(StatefulOptimizer):
     def _plan_of(self, groups: list[dict[str, Any]]) -> Prepared:
         only, on_device = self._only_reference(), self._counts_on_device()
         names = self._state_names()
-        return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device, self._small())
+        return Prepared(groups, self.state, self.options, names, self._normaliser, only, on_device)
 
     def _check_sparse(self, slot: int = 0) -> None:
         """Refuse sparse gradients in torch's words, not with a message about their layout."""

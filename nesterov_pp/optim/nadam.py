@@ -74,10 +74,10 @@ class NAdam(FusedOptimizer):
             error that names the parameter, before anything is written (default: "ignore").
         state_dtype: dtype of the moments, float32 or bfloat16, or "8bit" for codes of eight bits, one float16 scale for
             32 of them (default: None, the dtype of the parameter, or float32 with ``master_weights``). A parameter
-            group may have its own. "8bit" needs the cpu or reference backend, and no correction or prediction.
+            group may have its own. "8bit" needs the cpu, triton or reference backend, and no correction or prediction.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, step the copy, and write
             the parameter from it in the same pass (default: False). "24bit" keeps an int8 residual of bfloat16
-            parameters instead and steps the two together; it needs the cpu or reference backend.
+            parameters instead and steps the two together; it needs the cpu, triton or reference backend.
         stochastic_rounding: round bfloat16 parameters and moments up or down at random, with probabilities that make
             the result right on average, instead of to nearest (default: False). A parameter written from its master is
             rounded to nearest.

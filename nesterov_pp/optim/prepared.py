@@ -44,7 +44,6 @@ class Prepared:
         normaliser: Normaliser,
         only_reference: str | None,
         count_on_device: bool = False,
-        small: str | None = None,
     ) -> None:
         names, numbers, group_of, parameters = [], [], [], []
         number, seen = 0, set()
@@ -76,7 +75,7 @@ class Prepared:
         memory = self._plain if stash is None else [list(map(local, part)) for part in stash.memory(parameters)]
         tensors_to_step = list(chain.from_iterable(memory))
         odd = only_reference or _odd_state(names, states)
-        self.backend = choose_backend(options.backend, tensors_to_step, odd, small)
+        self.backend = choose_backend(options.backend, tensors_to_step, odd)
         swapped = stash is not None and stash.shadow == "stepped"
         shadows = stash.shadows_of(parameters) if stash is not None and stash.shadow else []
         newest = self.leaves[stash.slot_of(stash.newest)] if stash is not None else parameters

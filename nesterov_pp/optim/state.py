@@ -18,7 +18,7 @@ from nesterov_pp.optim import counts, saved_state
 from nesterov_pp.optim.coded import widened_entries
 from nesterov_pp.optim.device_counts import needs_host
 from nesterov_pp.optim.fresh import follow_parameters, fresh_masters, fresh_state
-from nesterov_pp.optim.options import EIGHT_BIT, SPLIT, Options
+from nesterov_pp.optim.options import Options
 
 _UNSET = object()
 
@@ -121,13 +121,6 @@ class StatefulOptimizer(Optimizer):
         """Return the options of each parameter, which are those of its group."""
         of = {id(p): o for g in self.param_groups for o in (self.options.of_group(g),) for p in g["params"]}
         return [of[id(p)] for p in parameters]
-
-    def _small(self) -> str | None:
-        """Return an option in use that only backends with small formats support, or None."""
-        if self.options.master_weights == SPLIT:
-            return f"master_weights={SPLIT!r}"
-        eight = any(group.get("state_dtype", self.options.state_dtype) == EIGHT_BIT for group in self.param_groups)
-        return f"state_dtype={EIGHT_BIT!r}" if eight else None
 
     def _capturable(self) -> bool:
         return any(group.get("capturable") for group in self.param_groups)

@@ -16,8 +16,10 @@ using namespace nesterov_pp::device;
 
 template <class P>
 void run_pass(const Launch& l, int threads) {
+  float quotients[256];
+  for (int byte = 0; byte < 256; ++byte) quotients[byte] = quotient_of_code(static_cast<unsigned char>(byte));
   for (int64_t chunk = 0; chunk < l.chunk_count; ++chunk)
-    for (int thread = 0; thread < threads; ++thread) step<P>(l, chunk, thread, threads);
+    for (int thread = 0; thread < threads; ++thread) step<P>(l, chunk, thread, threads, quotients);
 }
 
 bool has_shadow(const Table& table) {
@@ -82,7 +84,8 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
                  ring_predicts != 0,
                  RoundKeys::from(seed)};
   const Spec spec{{Dtype(weight), Dtype(grad), Dtype(moment)}, Normaliser(normaliser), corrects != 0, stochastic != 0};
-  return visit(spec, [&](auto pass) { run_pass<decltype(pass)>(l, threads); });
+  const auto run = [&](auto pass) { run_pass<decltype(pass)>(l, threads); };
+  return visit(spec, run) || visit_small(spec, run);
 }
 
 double squares_on_host(const int64_t* words, int64_t tensors, int64_t chunk, int grad, int64_t threads) {

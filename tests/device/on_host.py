@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "shadow")
+COLUMNS = (
+    "row", "grad", "aligned", "numel", "number", "master", "exp_avg", "exp_avg_sq", "mean", "shadow", "exp_avg_scale",
+    "exp_avg_sq_scale", "residual",
+)  # fmt: skip
 ROW, GRAD, ALIGNED, NUMEL, NUMBER, MASTER, EXP_AVG, EXP_AVG_SQ, MEAN, SHADOW = range(10)
+EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, RESIDUAL = range(10, 13)
 SLOTS = len(COLUMNS)
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CODE, SPLIT = "code", "split"  # moments in eight bits, and weights in 24
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, CODE: 4, SPLIT: 5}
 I64, F64 = ctypes.c_int64, ctypes.c_double
 
 
@@ -100,7 +105,7 @@ class Table:
 
     def step(
         self,
-        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        dtypes: tuple[torch.dtype | str, torch.dtype, torch.dtype | str],
         rows: Tensor,
         slots: tuple[int, int, int] = (0, 0, 0),
         *,
@@ -108,6 +113,7 @@ class Table:
         kind: int | None = None,
         ring_predicts: bool = False,
         seed: int | None = None,
+        stochastic: bool | None = None,
         factor: float | None = None,
         threads: int = 5,
     ) -> None:
@@ -117,6 +123,7 @@ class Table:
             rows: float64 of shape [rows, 10], the coefficients and the step number; [rows, 17] with a ``kind`` of
                 correction.
             slots: the slots of the gradients, of the weights read and of the weights written.
+            stochastic: whether to round stochastically; by default if there is a seed.
         """
         chunks = self.chunks()
         assert rows.dtype == torch.float64
@@ -135,7 +142,7 @@ class Table:
             *(DTYPES[d] for d in dtypes),
             normaliser,
             int(kind is not None),
-            int(seed is not None),
+            int(seed is not None if stochastic is None else stochastic),
             threads,
         )
         assert there_is_one

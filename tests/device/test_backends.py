@@ -14,6 +14,7 @@ import nesterov_pp as npp
 from tests.device.devices import BACKENDS, DEVICE, GPU, SIZES, needs, skip_without_any, values
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+OF_GROUPS = [0, 1, 31, 32, 33, 1160, 5120]  # ends within a group, at one, within a block and a part
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROUNDED = {"rtol": 1e-6, "atol": 1e-6}  # for sums that are taken in another order
 
@@ -80,6 +81,76 @@ def test_every_option(dtype, options, backend):
     assert_alike(npp.NAdam, backend, dtype, **options)
 
 
+SMALL_FORMATS = [
+    (F32, {"state_dtype": "8bit"}),
+    (BF16, {"state_dtype": "8bit"}),
+    (F16, {"state_dtype": "8bit"}),
+    (BF16, {"state_dtype": "8bit", "stochastic_rounding": True}),
+    (BF16, {"state_dtype": "8bit", "master_weights": True}),
+    (BF16, {"state_dtype": "8bit", "master_weights": "24bit"}),
+    (BF16, {"master_weights": "24bit"}),
+    (BF16, {"state_dtype": BF16, "master_weights": "24bit"}),
+    (BF16, {"state_dtype": BF16, "master_weights": "24bit", "stochastic_rounding": True}),
+]
+
+
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.AdamW, npp.NAG, npp.Lion])
+@pytest.mark.parametrize(("dtype", "options"), SMALL_FORMATS, ids=str)
+def test_every_rule_in_small_formats(kind, dtype, options, backend):
+    assert_alike(kind, backend, dtype, sizes=OF_GROUPS, seed=(1 << 63) + 5, **options)
+
+
+BOTH = {"state_dtype": "8bit", "master_weights": "24bit"}
+
+
+@pytest.mark.parametrize(("dtype", "options"), [(F32, {"state_dtype": "8bit"}), (BF16, BOTH)], ids=str)
+def test_every_tail_in_small_formats(dtype, options, backend):
+    sizes = list(range(1, 101, 1 if GPU else 13))
+    assert_alike(npp.NAdam, backend, dtype, sizes=sizes, steps=2, **options)
+    assert_alike(npp.NAdam, backend, dtype, sizes=sizes, steps=2, view=shifted, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.3, 0.99)}, {"maximize": True}], ids=str)
+def test_small_formats_over_several_chunks(options, backend):
+    assert_alike(npp.NAdam, backend, BF16, sizes=[17_001], steps=2, **BOTH, **options)
+
+
+def test_small_formats_with_missing_gradients(backend):
+    assert_alike(npp.AdamW, backend, BF16, sizes=OF_GROUPS, missing={(2, 0), (5, 1), (6, 2), (4, 0), (4, 1)}, **BOTH)
+
+
+def test_groups_of_different_formats(backend):
+    """A launch takes tensors of the same formats."""
+    results = []
+    for name in (backend, "cpu"):
+        ps = [nn.Parameter(w.to("cpu" if name == "cpu" else DEVICE)) for w in values(F32, OF_GROUPS)]
+        groups = [{"params": ps[:5]}, {"params": ps[5:], "state_dtype": "8bit"}]
+        optimizer = npp.NAdam(groups, backend=name)
+        for step in range(3):
+            for p, g in zip(ps, values(F32, OF_GROUPS, seed=step + 1), strict=True):
+                p.grad = g.to(p.device)
+            optimizer.step()
+        results.append([p.detach().cpu() for p in ps])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1e30, 1e-30, 0.0])
+@pytest.mark.parametrize("kind", [npp.NAdam, npp.Lion])
+def test_groups_with_an_odd_element(kind, odd, backend):
+    """Zeros, overflows and numbers below the smallest scale, beside usual groups and in all of a block."""
+    results = []
+    for name in (backend, "cpu"):
+        p = nn.Parameter(torch.linspace(-1, 1, 2048).to("cpu" if name == "cpu" else DEVICE, BF16))
+        optimizer = kind([p], backend=name, **BOTH)
+        for step in range(3):
+            p.grad = values(BF16, [2048], seed=step)[0].to(p.device)
+            p.grad[70] = p.grad[1024:] = odd
+            optimizer.step()
+        results.append([p.detach(), *optimizer.state[p].values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.cpu(), b, **EXACT, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_clipping(dtype, backend):
     ours, optimizer = trained(npp.NAdam, backend, dtype, max_grad_norm=1.0)
@@ -109,8 +180,9 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("view", [strided, shifted])
-def test_layouts_and_addresses(view, backend):
-    assert_alike(npp.NAdam, backend, sizes=[3, 64, 1000], view=view)
+@pytest.mark.parametrize(("dtype", "options"), [(F32, {}), (F32, {"state_dtype": "8bit"}), (BF16, BOTH)], ids=str)
+def test_layouts_and_addresses(view, dtype, options, backend):
+    assert_alike(npp.NAdam, backend, dtype, sizes=[3, 64, 1000], view=view, **options)
 
 
 def test_gradients_of_another_layout(backend):
@@ -124,19 +196,20 @@ def test_gradients_of_another_layout(backend):
     assert torch.equal(*results)
 
 
-def test_a_ring(backend):
+@pytest.mark.parametrize(("dtype", "options"), [(F32, {}), (F32, {"state_dtype": "8bit"}), (BF16, BOTH)], ids=str)
+def test_a_ring(dtype, options, backend):
     results = []
     for name in (backend, "cpu"):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(7, 33), nn.LayerNorm(33), nn.Linear(33, 5))
-        module.to("cpu" if name == "cpu" else DEVICE)
+        module.to("cpu" if name == "cpu" else DEVICE, dtype)
         stash = npp.WeightStash(module, versions=3)
-        optimizer = npp.NAdam(module.parameters(), backend=name, stash=stash, max_grad_norm=100.0)
+        optimizer = npp.NAdam(module.parameters(), backend=name, stash=stash, max_grad_norm=100.0, **options)
         for step in range(7):
             version = max(stash.oldest, stash.newest - step % 2)
             for i, leaf in enumerate(stash.parameters(version).values()):
                 grad = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(step * 10 + i))
-                leaf.grad = None if (i, step) == (1, 3) else grad.to(leaf.device)
+                leaf.grad = None if (i, step) == (1, 3) else grad.to(leaf)
             optimizer.step(version=version)
         results.append(
             [p.detach().cpu() for v in range(stash.oldest, stash.newest + 1) for p in stash.parameters(v).values()]

@@ -51,7 +51,13 @@ def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter], a: Any, b:
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_grad_norm": 1.0}, {"maximize": True}, {"dtype": torch.bfloat16, "master_weights": True}],
+    [
+        {},
+        {"max_grad_norm": 1.0},
+        {"maximize": True},
+        {"dtype": torch.bfloat16, "master_weights": True},
+        {"dtype": torch.bfloat16, "master_weights": "24bit", "state_dtype": "8bit"},
+    ],
     ids=str,
 )
 def test_counting_on_the_device_changes_nothing(kind, options, backend):
@@ -295,6 +301,27 @@ def test_replays_of_captured_steps_are_steps(versions, options, backend):
         update()
     torch.cuda.synchronize()
     assert_same_weights(ours, theirs)
+
+
+@pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")
+def test_replays_in_small_formats_have_the_bits_of_steps(backend):
+    """Random codes follow the step that is counted on the device, not the captured one."""
+    small = {"dtype": torch.bfloat16, "state_dtype": "8bit", "master_weights": "24bit"}
+    ours, captured = made(npp.NAdam, backend, capturable=True, **small)
+    theirs, judge = made(npp.NAdam, backend, capturable=True, **small)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for ps, optimizer in ((ours, captured), (theirs, judge)):
+            give_gradients(ps, 0)
+            optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(3):
+        graph.replay()
+        judge.step()
+    torch.cuda.synchronize()
+    assert_same(ours, theirs, captured, judge, {"rtol": 0.0, "atol": 0.0})
 
 
 @pytest.mark.skipif(not GPU, reason="only a GPU captures graphs")

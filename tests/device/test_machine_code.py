@@ -39,13 +39,14 @@ def test_every_pass_is_there_and_moves_128_bits_at_a_time_without_spills(tmp_pat
         assert f"squares: {dtype}" in names
     assert "step: bfloat16, stochastic rounding" in names
     assert "step: float32 weights, bfloat16 gradients, float32 moments" in names
+    assert "step: 24-bit weights, bfloat16 gradients, 8-bit moments" in names
     assert "step, no second moment: float32" in names
     assert "step, sign: float32" in names
     assert "corrected step: float32" in names
     for start, count in {
-        "step:": 17,
-        "step, no second moment:": 17,
-        "step, sign:": 17,
+        "step:": 27,
+        "step, no second moment:": 27,
+        "step, sign:": 27,
         "corrected step:": 17,
         "squares": 4,
         "scaling": 1,
@@ -62,6 +63,12 @@ def kernel(name: str, **changes: int) -> Kernel:
     ("name", "changes", "sentence"),
     [
         ("step: float32", {"registers": 65}, "takes 65 registers of 64"),
+        ("step: bfloat16 weights, bfloat16 gradients, 8-bit moments", {"registers": 129}, "takes 129 registers of 128"),
+        (
+            "step: bfloat16 weights, bfloat16 gradients, 8-bit moments",
+            {"loads_128": 1},
+            "loads 128 bits 1 times instead of 2 or more",
+        ),
         ("step: float16", {"registers": 129}, "takes 129 registers of 128"),
         ("corrected step: float32", {"registers": 129}, "takes 129 registers of 128"),
         ("squares: float64", {"registers": 65}, "takes 65 registers of 64"),

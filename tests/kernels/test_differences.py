@@ -32,6 +32,14 @@ def isa(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str | None]:
     MODULE.set_isa(before)
 
 
+def unavailable() -> str | None:
+    """Return why the Triton kernels cannot run here: they take a GPU, or Triton's interpreter."""
+    kernels = differences._triton_kernels()
+    if kernels is None:
+        return "Triton does not work"
+    return None if torch.cuda.is_available() or kernels.INTERPRETED else "there is no GPU"
+
+
 def tensors(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(size, generator=g).to(dtype) for size in SIZES]
@@ -107,6 +115,42 @@ def test_all_instruction_sets_give_the_bits_of_plain_torch(monkeypatch, dtype, l
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+@pytest.mark.parametrize("lr", [1e-3, 1e-6, 1e-39])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_gives_the_bits_of_plain_torch(monkeypatch, dtype, lr):
+    """Whole and cut groups, every alignment, and more than one chunk of a tensor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    longer = torch.randn(9001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    versions, results = chain(dtype, lr), []
+    for k, version in enumerate(versions):
+        version.extend([longer + k * lr, (longer * (1 + k * lr))[1:]])
+    there = [[t.to(device) for t in version[:-1]] + [version[-1].to(device)] for version in versions]
+    for version, host in zip(there, versions, strict=True):
+        version[-1] = torch.cat([version[-1].new_zeros(1), version[-1]])[1:]  # at an odd address
+        host[-1] = host[-1].clone()
+    kernels = differences._triton_kernels()
+    for chosen, of in ((lambda tensors: None, versions), (lambda tensors: kernels, there)):
+        with monkeypatch.context() as context:
+            context.setattr(differences, "_compiled", lambda tensors: False)
+            context.setattr(differences, "_triton", chosen)
+            codes, scales = kept(of)
+            results.append([codes, scales, *decoded(of, codes, scales), *decoded(of, codes, scales, 5)])
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(plain, ours.cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_torch_gives_the_same_bits_on_a_gpu(monkeypatch, dtype):
+    versions = chain(dtype, 1e-3)
+    there = [[t.cuda() for t in version] for version in versions]
+    monkeypatch.setattr(differences, "_triton", lambda tensors: None)
+    results = [[*kept(of), *decoded(of, *kept(of))] for of in (versions, there)]
+    for host, ours in zip(*results, strict=True):
+        assert torch.equal(host, ours.cpu())
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():

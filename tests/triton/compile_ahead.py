@@ -23,12 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.main_loop import Code, branch_target, code_of, operation
-from nesterov_pp.kernels.backend import _triton_plans
+from nesterov_pp.kernels import triton_package
 
-plans = _triton_plans()
+plans, launches = triton_package.imported("plan"), triton_package.imported("differences")
 kernels = plans.kernels
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+F32, F64, BF16, F16, CODE = tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.int8
 # Name, dtypes of weights, gradients and moments, normaliser, kind of correction or None, stochastic rounding.
 NONE, RMS, SIGN = 0, 1, 2
 STEPS = [
@@ -48,6 +48,18 @@ STEPS = [
     ("corrected: gap, bfloat16, float32 moments", BF16, BF16, F32, RMS, 3, False),
     ("corrected: gap, float32 masters of bfloat16", F32, BF16, F32, RMS, 3, False),
     ("corrected: gap, bfloat16, rounded stochastically", BF16, BF16, BF16, RMS, 3, True),
+]
+# Name, dtypes, normaliser, whether weights have 24 bits, stochastic rounding.
+SMALL = [
+    ("8 bits: float32", F32, F32, CODE, RMS, False, False),
+    ("8 bits: float32, no second moment", F32, F32, CODE, NONE, False, False),
+    ("8 bits: float32, sign", F32, F32, CODE, SIGN, False, False),
+    ("8 bits: bfloat16", BF16, BF16, CODE, RMS, False, False),
+    ("8 bits: bfloat16, rounded stochastically", BF16, BF16, CODE, RMS, False, True),
+    ("8 bits: float32 masters of bfloat16", F32, BF16, CODE, RMS, False, False),
+    ("8 and 24 bits", BF16, BF16, CODE, RMS, True, False),
+    ("24 bits", BF16, BF16, F32, RMS, True, False),
+    ("24 bits, bfloat16 moments", BF16, BF16, BF16, RMS, True, False),
 ]
 COUNTED = re.compile(r"\b((?:LDG|STG|LDL|STL)[.A-Z0-9]*)")
 
@@ -116,15 +128,33 @@ def fewest(body: Code) -> int:
     return after
 
 
+def differences(capability: int) -> list[dict[str, object]]:
+    """Compile the kernels of differences. Their rows of scales begin at multiples of 4 bytes."""
+    shape, found = plans.Shape(launches.BLOCK, launches.WARPS), []
+    signature = dict.fromkeys(("table", "chunks"), "*i64") | {"codes": "*i8", "scales": "*bf16"}
+    of_decode = signature | {"numbers": "*i64", "rows": "i32", "length": "i32"}
+    for name, dtype in (("float32", F32), ("float16", F16)):
+        constants = {"S": dtype, "BLOCK": shape.block}
+        for kind, kernel, types in (
+            ("encode", launches.kernels.encode_kernel, signature),
+            ("decode", launches.kernels.decode_kernel, of_decode),
+        ):
+            code = compiled(kernel, types, constants, capability, shape)
+            found.append(described(f"{kind} differences: {name}", code, 32 * shape.warps, shape.block))
+    return found
+
+
 def main(capability: int) -> list[dict[str, object]]:
     found = []
-    for name, weight, grad, moment, normaliser, kind, stochastic in STEPS:
-        shape = plans.shape_of(weight, kind is not None)
+    steps = [(*step[:5], False, *step[5:]) for step in STEPS] + [(*step[:6], None, step[6]) for step in SMALL]
+    for name, weight, grad, moment, normaliser, split, kind, stochastic in steps:
+        shape = plans.shape_of(weight, moment, kind is not None)
         constants = {
             "W": weight,
             "G": grad,
             "M": moment,
             "T": F64 if weight == F64 else F32,
+            "SPLIT": split,
             "NORMALISER": normaliser,
             "CORRECTS": kind is not None,
             "KIND": kind or 0,
@@ -138,6 +168,7 @@ def main(capability: int) -> list[dict[str, object]]:
         signature |= dict.fromkeys(("tensors", "grads", "source", "target"), "i32") | {"key0": "u32", "key1": "u32"}
         kernel = compiled(kernels.step_kernel, signature, constants, capability, shape)
         found.append(described(name, kernel, 32 * shape.warps, shape.block))
+    found += differences(capability)
     signature = {"table": "*i64", "chunks": "*i64", "partials": "*fp64", "tensors": "i32"}
     constants = {"G": F32, "T": F32, "BLOCK": plans.SQUARES.block}
     kernel = compiled(kernels.squares_kernel, signature, constants, capability, plans.SQUARES)
