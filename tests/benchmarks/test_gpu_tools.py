@@ -194,6 +194,9 @@ def test_bytes_of_each_row():
         ", bfloat16 moments": 20,
         ", bfloat16": 14,
         ", bfloat16 with float32 masters": 28,
+        ", 8-bit moments": 16.25,
+        ", bfloat16 with 24-bit masters": 24,
+        ", bfloat16 with 24-bit masters, 8-bit moments": 12.25,
         ", as a CUDA graph": 28,
     }
     assert [row.bytes for row in lists_of_rows.peers() if row.name.startswith("torch.")] == [28] * 5
