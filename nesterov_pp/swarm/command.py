@@ -16,7 +16,7 @@ from nesterov_pp.terminal import make_console, say
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 TOKEN_VARIABLE = "NESTEROV_PP_SWARM_TOKEN"
 SHORTEST_TOKEN = 16
-_DEFAULTS = {"host": "127.0.0.1", "port": 29600, "in_flight": 2.0, "versions": 16, "lost": "resend"}
+_DEFAULTS = {"host": "127.0.0.1", "port": 29600, "in_flight": 2.0, "versions": 16, "lost": "resend", "straggler": 2.0}
 
 
 def add_arguments(
@@ -73,6 +73,8 @@ def add_arguments(
     sub.add_argument(
         "--idle", type=typed(positive), metavar="S", help="give up after S seconds of nothing (default: 600)"
     )
+    what = "seconds for which a stage holds its updates for a worker that takes over its state (default: 2)"
+    sub.add_argument("--straggler", type=typed(positive), metavar="S", help=what)
     add_token(sub)
     for name in SETTINGS:
         add_setting(sub, name)
@@ -160,6 +162,7 @@ def _coordinate(arguments: dict[str, Any]) -> None:
         seed=config.seed,
         resend=own["lost"] == "resend",
         checkpoint_every=every,
+        straggler=own["straggler"],
         idle=idle,
     )
     with folder.claimed():

@@ -44,6 +44,7 @@ class Settings:
         seed: of the wiring.
         resend: whether microbatches that failed are sent again.
         checkpoint_every: updates of a stage after which its state is saved.
+        straggler: seconds for which a stage holds its updates for a living worker that takes over a state.
         idle: seconds without any progress after which the run is given up.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     seed: int = 0
     resend: bool = True
     checkpoint_every: int = 100
+    straggler: float = 2.0
     idle: float = 600.0
 
 
@@ -155,7 +157,7 @@ class Coordinator:
         """
         s = self.settings
         try:
-            self._lighthouses = [Lighthouse(s.host, s.port + 1 + i) for i in range(s.stages)]
+            self._lighthouses = [Lighthouse(s.host, s.port + 1 + i, s.straggler) for i in range(s.stages)]
             self._listener = Listener(s.host, s.port, self._token, self._arrived, self._log, self._gone)
         except (OSError, RuntimeError) as error:
             self._close()
@@ -275,7 +277,7 @@ class Coordinator:
         self._named[id(link)] = name
         self._desks[name] = desk
         self.scheduler.joined(Worker(name, stage, hello["address"]), hello["pending"])
-        self._trace.event(kind="joined", worker=name, stage=stage, t=time.time())
+        self._trace.event(kind="joined", worker=name, stage=stage, address=hello["address"], t=time.time())
         desk.send(
             {
                 "kind": "welcome",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, Refus
 MOST_CONNECTIONS = 512
 IDLE_SECONDS = 1.0
 CONNECT_SECONDS = 5.0
+JOIN_SECONDS = 3.0
 
 Handle = Callable[[Link, Message], None]
 
@@ -41,7 +43,9 @@ class Listener:
         self._socket = socket.create_server((host, port), backlog=128)
         self._socket.settimeout(IDLE_SECONDS)
         self.port = int(self._socket.getsockname()[1])
-        threading.Thread(target=self._accept, name="listener", daemon=True).start()
+        self._threads = {threading.Thread(target=self._accept, name="listener", daemon=True)}
+        for thread in self._threads:
+            thread.start()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -54,7 +58,9 @@ class Listener:
             if not self._room.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+            self._threads = {old for old in self._threads if old.is_alive()} | {thread}
+            thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         link = None
@@ -85,6 +91,15 @@ class Listener:
         self._socket.close()
         for link in list(self._links):
             link.close()
+        join(self._threads)
+
+
+def join(threads: Iterable[threading.Thread]) -> None:
+    """Wait for threads that are about to end. One that is inside torch when Python ends would abort the process."""
+    until = time.monotonic() + JOIN_SECONDS
+    for thread in threads:
+        if thread.ident is not None and thread is not threading.current_thread():
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 class Peers:
@@ -107,6 +122,7 @@ class Peers:
         with self._lock:
             for box in self._outboxes.values():
                 box.close()
+            join([box.thread for box in self._outboxes.values()])
 
 
 class _Outbox:
@@ -114,7 +130,8 @@ class _Outbox:
         self._address, self._token, self._failed = address, token, failed
         self._queue: queue.Queue[tuple[Header, Sequence[Tensor]] | None] = queue.Queue()
         self.ended = False
-        threading.Thread(target=self._run, name=f"to {address}", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name=f"to {address}", daemon=True)
+        self.thread.start()
 
     def put(self, header: Header, tensors: Sequence[Tensor]) -> None:
         self._queue.put((header, tensors))

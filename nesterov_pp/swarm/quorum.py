@@ -19,8 +19,6 @@ VERSION = "0.2.0"
 HEARTBEAT_SECONDS = 0.1
 DEAD_AFTER = 1.0
 """Seconds without a heartbeat after which a worker no longer counts."""
-STRAGGLER_SECONDS = 2.0
-"""How long a quorum waits for a living worker that has not asked for one."""
 
 
 class NoQuorumError(Exception):
@@ -43,15 +41,18 @@ class Quorum(NamedTuple):
 
 
 class Lighthouse:
-    """The lighthouse of one stage, in this process."""
+    """The lighthouse of one stage, in this process.
 
-    def __init__(self, host: str, port: int) -> None:
+    A quorum waits ``straggler`` seconds for a living worker that has not asked for one.
+    """
+
+    def __init__(self, host: str, port: int, straggler: float) -> None:
         from torchft.coordination import LighthouseServer
 
         self._server = LighthouseServer(
             bind=f"{host}:{port}",
             min_replicas=1,
-            join_timeout_ms=int(1000 * STRAGGLER_SECONDS),
+            join_timeout_ms=int(1000 * straggler),
             quorum_tick_ms=50,
             heartbeat_timeout_ms=int(1000 * DEAD_AFTER),
         )

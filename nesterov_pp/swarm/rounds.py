@@ -8,12 +8,14 @@ there is no update, so that the state does not age while it travels. Computing g
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from nesterov_pp.swarm.gradients import Gradients
@@ -26,6 +28,8 @@ IDLE_SECONDS = 0.5
 """A round is held at least so often, for whoever wants to join."""
 QUORUM_SECONDS = 5.0
 EXCHANGE_SECONDS = 5.0
+SLOWEST_BYTES = 1e6
+"""Bytes a second that bundles are expected to travel with at least: a worker whose bundle takes longer is left out."""
 KEEP_SECONDS = 30.0
 MOST_FAILURES = 8
 
@@ -60,6 +64,7 @@ class Mailbox:
         self._bundles: dict[str, dict[str, Bundle]] = {}
         self._since: dict[str, float] = {}
         self._failed: set[str] = set()
+        self._gone: set[str] = set()
 
     def put(self, made: str, worker: str, bundle: Bundle) -> None:
         with self._changed:
@@ -73,13 +78,19 @@ class Mailbox:
             self._failed.add(made)
             self._changed.notify_all()
 
-    def wait(self, made: str, workers: set[str], seconds: float) -> dict[str, Bundle] | None:
-        """Return the bundles of a round from all ``workers``, or None if they do not come."""
+    def gone(self, addresses: set[str]) -> None:
+        """Note that the workers at these addresses are dead: nobody waits for them."""
+        with self._changed:
+            self._gone |= addresses
+            self._changed.notify_all()
+
+    def wait(self, made: str, members: Sequence[Member], seconds: float) -> dict[str, Bundle] | None:
+        """Return the bundles of a round from all members, or None if they do not come."""
         until = time.monotonic() + seconds
         with self._changed:
-            while not workers <= self._bundles.get(made, {}).keys():
+            while missing := [m for m in members if m.worker not in self._bundles.get(made, {})]:
                 left = until - time.monotonic()
-                if left <= 0 or made in self._failed:
+                if left <= 0 or made in self._failed or any(m.address in self._gone for m in missing):
                     self._forget(made)
                     return None
                 self._changed.wait(left)
@@ -106,7 +117,7 @@ class Rounds:
         me: Member,
         stage: int,
         stages: int,
-        shapes: list[tuple[object, tuple[int, ...]]],
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]],
         client: QuorumClient,
         peers: Peers,
         gradients: Gradients,
@@ -116,6 +127,7 @@ class Rounds:
         self.version, self.begun = me.version, False
         self.mailbox, self.wanted = Mailbox(), threading.Event()
         self.team: list[str] = []
+        self._slack = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes) / SLOWEST_BYTES
         self._me, self._stage, self._stages, self._shapes = me, stage, stages, shapes
         self._client, self._peers, self._gradients, self._host = client, peers, gradients, host
         self._closing = threading.Event()
@@ -132,6 +144,14 @@ class Rounds:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(QUORUM_SECONDS + 1.0)
         self._client.close()
+
+    def set_team(self, addresses: list[str]) -> None:
+        """Take the addresses of the stage's living workers."""
+        left = set(self.team) - set(addresses)
+        self.team = addresses
+        if left:
+            self.mailbox.gone(left)
+            self.wanted.set()
 
     def want(self) -> None:
         """Ask all workers of the stage for a round, because there is a gradient."""
@@ -219,7 +239,7 @@ class Rounds:
         for member in members:
             if member.worker != self._me.worker:
                 self._peers.send(member.address, header, sums)
-        bundles = self.mailbox.wait(made, {member.worker for member in members}, EXCHANGE_SECONDS)
+        bundles = self.mailbox.wait(made, members, EXCHANGE_SECONDS + self._slack * len(members))
         if bundles is None:
             self.wanted.set()
             return

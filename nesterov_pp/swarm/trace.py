@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Trace:
 
 
 class TraceFile:
-    """A trace to append to: a line of JSON for the run, and one for each update and event. Lines are written at once."""
+    """A trace to append to: lines of JSON, for the run and for every update and event. Each is written at once."""
 
     def __init__(self, path: Path, run: Mapping[str, Any] | None) -> None:
         """Begin a trace of ``run``; with None, go on with the one that is there."""
@@ -38,7 +39,7 @@ class TraceFile:
             self._write({"run": dict(run)})
 
     def update(self, update: Update) -> None:
-        self._write({"update": update.to_json()})
+        self._write({"update": update.to_json(), "t": time.time()})
 
     def event(self, **what: Any) -> None:
         self._write({"event": what})

@@ -17,7 +17,7 @@ from nesterov_pp.swarm.jobs import Job, Jobs, Key
 from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update, is_version
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError, dial
 from nesterov_pp.swarm.nests import pack, unpack
-from nesterov_pp.swarm.peers import Listener, Peers
+from nesterov_pp.swarm.peers import Listener, Peers, join
 from nesterov_pp.swarm.protocol import checked
 from nesterov_pp.swarm.quorum import Member, QuorumClient
 from nesterov_pp.swarm.rounds import HealError, Rounds
@@ -85,6 +85,7 @@ class Worker:
         self._seconds: dict[str, float] = {}
         self._pending = 0
         self._finished = False
+        self._threads: list[threading.Thread] = []
 
     # ------------------------------------------------------------------ the process
 
@@ -108,7 +109,7 @@ class Worker:
                 me,
                 self._stage,
                 task.stages,
-                list(self._core.shapes),
+                self._core.shapes,
                 client,
                 self._peers,
                 self._gradients,
@@ -117,8 +118,12 @@ class Worker:
             )
             size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self._core.shapes)
             self._most_behind = max(4, min(MOST_BEHIND, BEHIND_BYTES // max(1, size)))
-            for run in (self._control, self._status):
-                threading.Thread(target=self._guarded, args=(run,), daemon=True).start()
+            self._threads = [
+                threading.Thread(target=self._guarded, args=(run,), daemon=True)
+                for run in (self._control, self._status)
+            ]
+            for thread in self._threads:
+                thread.start()
             self._rounds.start()
             self._compute()
         finally:
@@ -149,6 +154,7 @@ class Worker:
         self._peers.close()
         if self._link is not None:
             self._link.close()
+        join(self._threads)
 
     def _warn(self, sentence: str) -> None:
         self._log(sentence)
@@ -238,7 +244,7 @@ class Worker:
         assert self._rounds is not None
         match header["kind"]:
             case "team":
-                self._rounds.team = header["addresses"]
+                self._rounds.set_team(header["addresses"])
             case "begin":
                 self._begin(header["state"], tensors)
             case "start":
@@ -277,7 +283,7 @@ class Worker:
     def _from_peer(self, link: Link, message: Message) -> None:
         header, tensors = checked(message, "activation", "gradient", "poke", "bundle", "fetch")
         if self._rounds is None or self._core is None:
-            raise RefusedError("a message that came too early")
+            return  # whoever sent it has heard of this worker before it was ready, and sends again
         match header["kind"]:
             case "activation":
                 self._activation(header, tensors)
