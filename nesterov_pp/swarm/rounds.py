@@ -78,10 +78,10 @@ class Mailbox:
             self._failed.add(made)
             self._changed.notify_all()
 
-    def gone(self, addresses: set[str]) -> None:
-        """Note that the workers at these addresses are dead: nobody waits for them."""
+    def gone(self, left: set[str], living: set[str]) -> None:
+        """Note which workers, by address, are dead: nobody waits for them. They may come back."""
         with self._changed:
-            self._gone |= addresses
+            self._gone = (self._gone | left) - living
             self._changed.notify_all()
 
     def wait(self, made: str, members: Sequence[Member], seconds: float) -> dict[str, Bundle] | None:
@@ -149,8 +149,8 @@ class Rounds:
         """Take the addresses of the stage's living workers."""
         left = set(self.team) - set(addresses)
         self.team = addresses
+        self.mailbox.gone(left, set(addresses))
         if left:
-            self.mailbox.gone(left)
             self.wanted.set()
 
     def want(self) -> None:

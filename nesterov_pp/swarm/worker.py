@@ -14,7 +14,7 @@ from torch import Tensor
 from nesterov_pp.swarm.core import StageCore
 from nesterov_pp.swarm.gradients import Gradients
 from nesterov_pp.swarm.jobs import Job, Jobs, Key
-from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update, is_version
+from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update, is_version, number_of
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError, dial
 from nesterov_pp.swarm.nests import pack, unpack
 from nesterov_pp.swarm.peers import Listener, Peers, join
@@ -98,6 +98,7 @@ class Worker:
         """
         try:
             welcome = self._connect()
+            self._thread(self._status)  # from here on, silence means death
             task = self._build(welcome["run"])
             self._stage, self._name = welcome["stage"], welcome["worker"]
             self._core = StageCore(task, self._stage)
@@ -139,6 +140,10 @@ class Worker:
         if self._why is None and not self._jobs.closed:
             self._why = why
         self._jobs.close()
+
+    def _thread(self, run: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=self._guarded, args=(run,), daemon=True))
+        self._threads[-1].start()
 
     def _guarded(self, run: Callable[[], None]) -> None:
         try:
@@ -343,6 +348,7 @@ class Worker:
         return self._pending > self._most_behind
 
     def heal(self, member: Member) -> str:
+        begin = time.monotonic()
         try:
             link = dial(member.address, self._token)
             try:
@@ -358,8 +364,9 @@ class Worker:
             raise HealError(f"{member.worker}: {error}") from None
         if not self._between(lambda: self._load(state), 60.0 * self._slow):
             raise HealError(f"the state of {member.worker} does not fit this worker")
-        self._log(f"took over version {state['version']} from {member.worker}")
         version: str = state["version"]
+        seconds = time.monotonic() - begin
+        self._log(f"took over version {number_of(version)} from {member.worker} in {seconds:.2f} s")
         return version
 
     def _state_from(self, packed: Any, tensors: list[Tensor]) -> dict[str, Any]:
