@@ -62,7 +62,17 @@ class Swarm:
         }
         self.workers: dict[str, tuple[int, subprocess.Popen[bytes], float]] = {}
         text = str(Path(__file__).resolve().parents[1] / "docs")
-        self.settings = ["--data", text, "--stages", str(stages), "--out", str(out), "--port", str(self.port), *settings]
+        self.settings = [
+            "--data",
+            text,
+            "--stages",
+            str(stages),
+            "--out",
+            str(out),
+            "--port",
+            str(self.port),
+            *settings,
+        ]
         self.coordinator = self._start("coordinator", "coordinate", *self.settings)
 
     def _start(self, name: str, *arguments: str, shown: bool = False) -> subprocess.Popen[bytes]:

@@ -268,7 +268,7 @@ def _mac(key: bytes, *parts: bytes) -> bytes:
 
 def _name_of(connection: socket.socket) -> str:
     try:
-        host, port = connection.getpeername()[:2]
+        name = connection.getpeername()
     except OSError:
         return "someone who has left"
-    return f"{host}:{port}"
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "a process of this machine"
