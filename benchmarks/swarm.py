@@ -16,8 +16,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -177,7 +178,7 @@ def demo(out: Path) -> None:
         first = [s.join(1), s.join(1)]
         second = [s.join(2), s.join(2), s.join(2)]
         s.wait_ready([*first, *second])
-        acts = [
+        acts: list[tuple[int, str, Callable[[], object]]] = [
             (400, "a worker of stage 1 is killed", lambda: s.kill(first[0])),
             (800, "a worker joins stage 1", lambda: s.join(1)),
             (1400, "a worker of stage 2 is killed", lambda: s.kill(second[0])),
@@ -258,7 +259,7 @@ def pause(times: Sequence[float], kill: float) -> float:
         *[t for t in after if t < kill + AFTER_SECONDS],
         *[t for t in after if t >= kill + AFTER_SECONDS][:1],
     ]
-    return max((b - max(a, kill) for a, b in zip(near, near[1:], strict=False)), default=0.0)
+    return max((b - max(a, kill) for a, b in pairwise(near)), default=0.0)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -206,8 +206,8 @@ def _coordinate(arguments: dict[str, Any]) -> None:
         loss = runs.finish(folder.path, config, states, corpus)
         scheduler = coordinator.scheduler
         log(
-            f"Finished: validation loss {loss:.4f}; {len(scheduler.lost)} gradients lost, {scheduler.twice} counted twice, "
-            f"{scheduler.again} microbatches sent again. The trace is in {coordinator.trace_path}."
+            f"Finished: validation loss {loss:.4f}; {len(scheduler.lost)} gradients lost, {scheduler.twice} counted "
+            f"twice, {scheduler.again} microbatches sent again. The trace is in {coordinator.trace_path}."
         )
 
 
@@ -272,8 +272,8 @@ def _replay(arguments: dict[str, Any]) -> None:
     versions = len(trace.updates)
     say(
         make_console(),
-        f"The replay of {versions:,} updates in {folder} gives the same {len(found.losses):,} losses and the same weights, "
-        "bit for bit.",
+        f"The replay of {versions:,} updates in {folder} gives the same {len(found.losses):,} losses and the same "
+        "weights, bit for bit.",
     )
 
 

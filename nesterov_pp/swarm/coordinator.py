@@ -138,7 +138,8 @@ class Coordinator:
         content = self.trace_path.read_bytes()
         if not content.endswith(b"\n"):
             self.trace_path.write_bytes(content[: content.rfind(b"\n") + 1])
-        self.scheduler.went_on(before.updates, time.monotonic())
+        generation = 1 + sum(event["kind"] == "coordinator" for event in before.events)
+        self.scheduler.went_on(before.updates, time.monotonic(), generation)
         names = [event["worker"] for event in before.events if event["kind"] == "joined"]
         for name in names:
             stage, _, number = name.removeprefix("s").partition("w")
@@ -325,7 +326,7 @@ class Coordinator:
         self._failures = 0
         self._losses.append(loss)
         self._done.append(time.monotonic())
-        self.scheduler.done(header["m"], header["a"])
+        self.scheduler.done(header["m"], header["a"], time.monotonic())
         self._observe(header["m"], loss, [_mean(delays) for delays in self._delays])
 
     def _failed(self, name: str, header: Header, now: float) -> None:

@@ -9,6 +9,7 @@ that none can be changed, repeated, reordered or sent back. Nothing is encrypted
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -19,7 +20,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,8 +37,17 @@ MESSAGE_SECONDS = 60.0
 _PREFIX = struct.Struct("<4sIQ")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int8)
-    + (torch.uint8, torch.bool)
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
 }
 
 Header = dict[str, Any]
@@ -102,7 +112,8 @@ def _bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
 
 
 def _memory(t: Tensor) -> memoryview:
-    return memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else memoryview(b"")
+    # NumPy's arrays are buffers, but its types say so from Python 3.12 on only.
+    return memoryview(cast(Any, t.reshape(-1).view(torch.uint8).numpy())) if t.numel() else memoryview(b"")
 
 
 class Link:
@@ -245,10 +256,8 @@ class Link:
 
     def close(self) -> None:
         """Close the connection; whoever waits for it is told so."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
 

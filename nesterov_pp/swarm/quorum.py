@@ -1,8 +1,8 @@
 """All names of torchft that a swarm uses: its lighthouse, which says who takes part in an update.
 
 torchft calls these names its low-level interface and may change them, so they are in this module only, and its version
-is pinned. The lighthouse is asked for a quorum before every update; what is averaged goes over the swarm's own messages,
-which torchft's ``Manager`` would send unauthenticated and, for a worker that joins, pickled.
+is pinned. The lighthouse is asked for a quorum before every update. What is averaged goes over the swarm's own
+messages: torchft's ``Manager`` would send it unauthenticated and, to a worker that joins, pickled.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 In a round, every worker sends every other its bundle, the sum of its gradients so far (often none), and all add up the
 bundles in the order of the workers' names. So all make the same update, bit for bit, and whoever has all bundles may
-make it without asking. A worker whose version is not the newest takes over the state of one that has it; in such a round
-there is no update, so that the state does not age while it travels. Computing goes on meanwhile, in another thread.
+make it without asking. A worker whose version is not the newest takes over the state of one that has it; in such a
+round there is no update, so that the state does not age while it travels. Computing goes on in another thread.
 """
 
 from __future__ import annotations

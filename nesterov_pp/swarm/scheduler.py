@@ -2,10 +2,10 @@
 
 [note: what is kept when a worker dies]
 A microbatch is settled on a stage when an update of the stage's present line of versions contains its gradient. Until
-then it is on its way (an ``Attempt``) or its gradient waits on a worker for the next update. When a worker dies, what was
-on it is gone: microbatches on their way through it are called back everywhere, gradients that waited on it are missed.
-Such a microbatch is then sent again from the start, along living workers; the stages that have its gradient already only
-pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted twice on a stage
+then it is on its way (an ``Attempt``) or its gradient waits on a worker for the next update. When a worker dies, what
+was on it is gone: microbatches on their way through it are called back everywhere, gradients that waited on it are
+missed. Such a microbatch is sent again from the start, along living workers; the stages that have its gradient already
+only pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted twice on a stage
 if a worker dies between an update and the news of it; the ``GRACE`` before a microbatch is sent again makes this rare,
 and the trace shows it.
 """
@@ -22,10 +22,13 @@ from nesterov_pp.swarm.lineage import ROOT, Update
 GRACE = 1.5
 """Seconds between a death and the next attempt, in which the survivors report updates that contain its gradients."""
 
+PATIENCE, USUAL_TIMES = 30.0, 10.0
+"""An attempt that takes longer than these seconds and this many times as long as usual is called back."""
+
 
 @dataclass
 class Worker:
-    """A living worker: its stage, where it listens, its seconds a microbatch, and whether it has the stage's weights."""
+    """A living worker: its stage, its address, its seconds a microbatch, and whether it has the stage's weights."""
 
     name: str
     stage: int
@@ -42,6 +45,7 @@ class Attempt:
     number: int
     route: list[Worker]
     count: list[bool]
+    begun: float = 0.0
     recalled: set[str] | None = None
     after: float = 0.0
 
@@ -108,7 +112,8 @@ class Scheduler:
         self.attempts: dict[int, Attempt] = {}
         self.lost: set[tuple[int, int]] = set()
         self.again = 0
-        self._next = 0
+        self._next = self._first = 0
+        self._usual = 0.0
         self._tries: Counter[int] = Counter()
         self._todo: dict[int, float] = {}
         self._waiting: dict[tuple[int, int], str] = {}
@@ -149,11 +154,12 @@ class Scheduler:
                 self._end_if_dropped(attempt)
         return actions
 
-    def done(self, microbatch: int, number: int) -> None:
+    def done(self, microbatch: int, number: int, now: float = 0.0) -> None:
         """An attempt has come back to the first stage: its gradients are settled, or wait for the next updates."""
         attempt = self._attempt(microbatch, number)
         if attempt is None or attempt.recalled is not None:
             return
+        self._usual += 0.1 * (now - attempt.begun - self._usual)
         self._end(attempt)
         for s, (worker, counts) in enumerate(zip(attempt.route, attempt.count, strict=True)):
             if counts:
@@ -198,8 +204,12 @@ class Scheduler:
             self._settle_all()
         return True
 
-    def went_on(self, updates: Sequence[Update], now: float) -> None:
-        """Take the updates of a run that an earlier coordinator has begun; what was on its way is sent again."""
+    def went_on(self, updates: Sequence[Update], now: float, generation: int) -> None:
+        """Take the updates of a run that earlier coordinators have begun; what was on its way is sent again.
+
+        ``generation`` counts them. Attempts are numbered so that they differ from theirs.
+        """
+        self._first = generation << 20
         for update in updates:
             self.lines[update.stage].add(update)
         begun = {m for line in self.lines for m in line.counted}
@@ -209,8 +219,6 @@ class Scheduler:
             for s in range(self.stages):
                 if m not in self.lines[s].counted:
                     self._missed[m, s] = now + 10 * GRACE
-        for m in range(self._next):
-            self._tries[m] = 1_000  # the numbers of earlier attempts are not known any more
 
     # ------------------------------------------------------------------ what to do
 
@@ -220,6 +228,9 @@ class Scheduler:
             del self._missed[key]
             self._settle(key[0])
         actions: list[Action] = []
+        patience = max(PATIENCE, USUAL_TIMES * self._usual)
+        for late in [a for a in self.attempts.values() if a.recalled is None and now - a.begun > patience]:
+            actions += self._recall(late, now)
         while not self.waits_for and len(self.attempts) < self.in_flight:
             again = next((m for m, after in self._todo.items() if after <= now), None)
             if again is not None:
@@ -229,7 +240,7 @@ class Scheduler:
                 m, self._next = self._next, self._next + 1
             else:
                 break
-            if (attempt := self._begin(m)) is not None:
+            if (attempt := self._begin(m, now)) is not None:
                 self.again += again is not None
                 actions.append(Start(attempt))
         return actions
@@ -277,15 +288,16 @@ class Scheduler:
         known = (self._waiting, self._missed)
         return [s for s in self._open(m) if not any((m, s) in table for table in known)]
 
-    def _begin(self, m: int) -> Attempt | None:
+    def _begin(self, m: int, now: float) -> Attempt | None:
         needed = self._needed(m)
         if not needed:
             return None
-        number, self._tries[m] = self._tries[m], self._tries[m] + 1
+        number = self._first + self._tries[m]
+        self._tries[m] += 1
         draw = random.Random(f"{self.seed}/{m}/{number}")
         route = [self._pick(s, draw) for s in range(self.stages)]
         self._load.update(worker.name for worker in route)
-        attempt = Attempt(m, number, route, [s in needed for s in range(self.stages)])
+        attempt = Attempt(m, number, route, [s in needed for s in range(self.stages)], now)
         self.attempts[m] = attempt
         return attempt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -75,7 +76,9 @@ class Worker:
         self._address = f"{host}:{self._listener.port}"
         self._why: str | None = None
         self._name: str | None = None
-        self._stage, self._core, self._rounds = -1, None, None
+        self._stage = -1
+        self._core: StageCore | None = None
+        self._rounds: Rounds | None = None
         self._counted: OrderedDict[Key, bool] = OrderedDict()
         self._held: OrderedDict[Key, Job] = OrderedDict()
         self._link: Link | None = None
@@ -104,20 +107,13 @@ class Worker:
             self._core = StageCore(task, self._stage)
             self._task = task
             lighthouse = f"{self._join.rpartition(':')[0]}:{welcome['lighthouse']}"
-            me = Member(self._name, self._address, ROOT)
-            client = QuorumClient(lighthouse, self._name, self._address)
+            me = Member(welcome["worker"], self._address, ROOT)
+            client = QuorumClient(lighthouse, me.worker, self._address)
+            shapes = self._core.shapes
             self._rounds = Rounds(
-                me,
-                self._stage,
-                task.stages,
-                self._core.shapes,
-                client,
-                self._peers,
-                self._gradients,
-                self,
-                self._end,
+                me, self._stage, task.stages, shapes, client, self._peers, self._gradients, self, self._end
             )
-            size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self._core.shapes)
+            size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes)
             self._most_behind = max(4, min(MOST_BEHIND, BEHIND_BYTES // max(1, size)))
             self._threads = [
                 threading.Thread(target=self._guarded, args=(run,), daemon=True)
@@ -238,11 +234,9 @@ class Worker:
             link = self._link
             if header["kind"] == "update":
                 self._unsent = [*self._unsent[-100:], header]
-        try:
+        with contextlib.suppress(ClosedError):  # what matters is said again to the next coordinator
             if link is not None:
                 link.send(header, tensors or ())
-        except ClosedError:
-            pass  # what matters is said again to the next coordinator
 
     def _obey(self, message: Message) -> None:
         header, tensors = checked(message, "begin", "team", "start", "cancel", "save", "finish")
@@ -410,10 +404,8 @@ class Worker:
         packed, tensors = pack(self._core.state())
 
         def deliver() -> None:
-            try:
+            with contextlib.suppress(ClosedError):  # whoever asked asks again, or another
                 send({"kind": "state", "state": packed}, tensors)
-            except ClosedError:
-                pass  # whoever asked asks again, or another
 
         threading.Thread(target=deliver, name="state", daemon=True).start()
 

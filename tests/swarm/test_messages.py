@@ -249,12 +249,16 @@ def test_every_field_is_checked(kind: str) -> None:
             checked(Message({k: v for k, v in good.items() if k != name}, []), kind)
         refused = 0
         for value in junk:
-            try:
-                checked(Message({**good, name: value}, []), kind)
-            except RefusedError as error:
-                assert name in str(error)
-                refused += 1
+            refused += _refuses(Message({**good, name: value}, []), kind, name)
         assert refused >= len(junk) - 5, name
+
+
+def _refuses(message: Message, kind: str, name: str) -> bool:
+    try:
+        checked(message, kind)
+    except RefusedError as error:
+        return name in str(error)
+    return False
 
 
 def test_a_kind_that_is_not_expected_is_refused() -> None:
@@ -292,8 +296,8 @@ def test_fuzz_states_that_were_not_packed() -> None:
             changed[draw.randrange(len(changed))] = draw.choice('[]{}",0123456789abc-. ')
         with contextlib.suppress(ValueError):  # JSON, or MalformedError
             unpack(json.loads("".join(changed)), tensors)
-    with pytest.raises(ValueError, match="malformed|deep"):
-        deep: Any = ["plain", 1]
-        for _ in range(100):
-            deep = ["list", [deep]]
+    deep: Any = ["plain", 1]
+    for _ in range(100):
+        deep = ["list", [deep]]
+    with pytest.raises(ValueError, match="deep"):
         unpack(deep, [])

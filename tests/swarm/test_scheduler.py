@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update
-from nesterov_pp.swarm.scheduler import GRACE, Action, Attempt, Cancel, Scheduler, Start, Worker
+from nesterov_pp.swarm.scheduler import GRACE, PATIENCE, Action, Attempt, Cancel, Scheduler, Start, Worker
 
 
 def _scheduler(total: int = 10, *, teams: tuple[int, ...] = (2, 2), resend: bool = True, seed: int = 0) -> Scheduler:
@@ -152,15 +152,28 @@ def test_another_coordinator_goes_on() -> None:
     scheduler = _scheduler(4, teams=(1, 1))
     updates = [_update(scheduler, 0, [0]), _update(scheduler, 1, [0]), _update(scheduler, 1, [1])]
     other = Scheduler(2, 4, per_worker=1.0)
-    other.went_on(updates, 0.0)
+    other.went_on(updates, 0.0, generation=1)
     other.joined(Worker("s0w0", 0, "a:1"), waiting=[1])
     other.joined(Worker("s1w0", 1, "b:1"))
     other.ready("s0w0", updates[0].name)
     other.ready("s1w0", updates[2].name)
-    assert [a.microbatch for a in _started(other.tick(0.0))] == [2, 3]
+    begun = _started(other.tick(0.0))
+    assert [a.microbatch for a in begun] == [2, 3]
+    assert all(a.number > 1000 for a in begun)  # workers may remember the numbers of the first coordinator
     assert not other.finished
     _update(other, 0, [1])
     assert other.settled == 2
+
+
+def test_an_attempt_that_vanished_is_called_back() -> None:
+    scheduler = _scheduler(1)
+    (attempt,) = _started(scheduler.tick(0.0))
+    assert scheduler.tick(PATIENCE) == []
+    cancelled = scheduler.tick(PATIENCE + 1)
+    assert {action.worker for action in cancelled if isinstance(action, Cancel)} == {w.name for w in attempt.route}
+    for worker in attempt.route:
+        scheduler.cancelled(worker.name, 0, attempt.number, counted=False)
+    assert [a.number for a in _started(scheduler.tick(PATIENCE + 1))] == [attempt.number + 1]
 
 
 def test_fast_workers_get_more_and_the_wiring_is_seeded() -> None:
