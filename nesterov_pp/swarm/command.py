@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nesterov_pp.terminal import make_console, say
+from nesterov_pp.training.signals import InterruptionError, StopRequest
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 TOKEN_VARIABLE = "NESTEROV_PP_SWARM_TOKEN"
@@ -129,6 +130,27 @@ def token_of(path: Path | None) -> bytes:
     return token
 
 
+@contextmanager
+def _signals(act: Callable[[], None]) -> Iterator[StopRequest]:
+    """Call ``act``, in a thread, once a signal has asked this process to stop inside the block."""
+    ended = threading.Event()
+    with StopRequest() as stop:
+
+        def watch() -> None:
+            while not ended.wait(0.1):
+                if stop.received is not None:
+                    act()
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield stop
+        finally:
+            ended.set()
+            thread.join()
+
+
 def _coordinate(arguments: dict[str, Any]) -> None:
     from nesterov_pp.swarm import runs
     from nesterov_pp.swarm.coordinator import Coordinator, Settings, SwarmError
@@ -136,7 +158,6 @@ def _coordinate(arguments: dict[str, Any]) -> None:
     from nesterov_pp.training.config import Config, RunError, UserError
     from nesterov_pp.training.folder import RunFolder
     from nesterov_pp.training.metrics import ScalarLog
-    from nesterov_pp.training.signals import InterruptionError
 
     console = make_console()
     token = token_of(arguments.pop("token_file", None))
@@ -180,26 +201,16 @@ def _coordinate(arguments: dict[str, Any]) -> None:
         def log(sentence: str) -> None:
             say(console, sentence)
 
+        stop: StopRequest | None = None
         try:
             coordinator = Coordinator(settings, record, token, folder.path, log=log, observe=observe)
-            received: list[int] = []
-
-            def on_signal(number: int, _frame: object) -> None:
-                received.append(number)
-                # In a thread: the main thread, which this interrupts, may hold the coordinator's lock.
-                threading.Thread(target=coordinator.stop, args=("stopped",), daemon=True).start()
-
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, on_signal)
             log(f"Workers join with: python -m nesterov_pp swarm work --join {settings.host}:{settings.port}")
-            states = coordinator.run()
+            with _signals(lambda: coordinator.stop("stopped")) as stop:
+                states = coordinator.run()
         except (SwarmError, MalformedError) as error:
-            if received:
-                raise InterruptionError(
-                    received[0],
-                    f"stopped; go on with: python -m nesterov_pp swarm coordinate --resume --out {folder.path}",
-                ) from None
+            if stop is not None and stop.received:
+                how = f"python -m nesterov_pp swarm coordinate --resume --out {folder.path}"
+                raise InterruptionError(stop.received, f"stopped; go on with: {how}") from None
             raise RunError(str(error)) from None
         finally:
             scalars.close()
@@ -219,7 +230,6 @@ def _work(arguments: dict[str, Any]) -> None:
     console = make_console()
     token, data = token_of(arguments.pop("token_file", None)), arguments.pop("data", None)
     stage = arguments.pop("stage", None)
-    stopped: list[int] = []
     worker = Worker(
         arguments.pop("join"),
         token,
@@ -229,17 +239,12 @@ def _work(arguments: dict[str, Any]) -> None:
         **arguments,
     )
 
-    def on_signal(number: int, _frame: object) -> None:
-        stopped.append(number)
-        threading.Thread(target=worker.stop, daemon=True).start()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     try:
-        worker.run()
+        with _signals(worker.stop) as stop:
+            worker.run()
     except WorkerError as error:
         raise RunError(str(error)) from None
-    say(console, "This worker has left." if stopped else "The run is finished.")
+    say(console, "This worker has left." if stop.received else "The run is finished.")
 
 
 def _replay(arguments: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@
 A microbatch is settled on a stage when an update of the stage's present line of versions contains its gradient. Until
 then it is on its way (an ``Attempt``) or its gradient waits on a worker for the next update. When a worker dies, what
 was on it is gone: microbatches on their way through it are called back everywhere, gradients that waited on it are
-missed. Such a microbatch is sent again from the start, along living workers; the stages that have its gradient already
-only pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted twice on a stage
-if a worker dies between an update and the news of it; the ``GRACE`` before a microbatch is sent again makes this rare,
-and the trace shows it.
+missed. Such a microbatch is sent again from the start, along living workers; the stages that have its gradient
+already only pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted
+twice on a stage if a worker dies between an update and the news of it; the ``GRACE`` before a microbatch is sent again
+makes this rare, and the trace shows it.
 """
 
 from __future__ import annotations
