@@ -173,7 +173,7 @@ def command(*arguments: str) -> str:
 def demo(out: Path) -> None:
     """Two stages and five workers; two are killed and one joins, on a script."""
     model = ["--layers", "4", "--context", "32", "--lr", "2e-3", "--embedding-lr", "10", "--max-grad-norm", "1"]
-    with swarm(out, 2, "--method", "nesterov", "--microbatches", "3000", *model) as s:
+    with swarm(out, 2, "--method", "nesterov", "--microbatches", "2000", *model) as s:
         print(f"Two stages, five workers; the output of each is in {s.logs}.", flush=True)
         first = [s.join(1), s.join(1)]
         second = [s.join(2), s.join(2), s.join(2)]
@@ -204,18 +204,21 @@ def churn(out: Path, method: str, stages: int, team: int, kills: int, microbatch
     draw = random.Random(seed)
     model = ["--layers", str(stages), "--width", "32", "--context", "32", "--lr", "1e-3", "--seed", str(seed)]
     more = ["--method", method, "--microbatches", str(microbatches), "--checkpoint-every", "50"]
-    killed: list[tuple[float, int]] = []
+    killed: list[tuple[float, int, int]] = []
+    started: dict[str, float] = {}
     with swarm(out, stages, *more, *model) as s:
         s.wait_ready([s.join(stage + 1, slow=SLOWNESS) for stage in range(stages) for _ in range(team)])
         for k in range(kills):
-            time.sleep(draw.uniform(1.0, 3.0))
-            victim = draw.choice(sorted(s.workers.keys() & s.ready()))
+            time.sleep(draw.uniform(*INTERVAL))
+            ready = s.workers.keys() & s.ready()
+            victim = draw.choice(sorted(ready))
             stage = s.workers[victim][0]
-            killed.append((s.kill(victim), stage))
-            s.join(stage, slow=SLOWNESS)
+            left = sum(s.workers[address][0] == stage for address in ready) - 1
+            killed.append((s.kill(victim), stage, left))
+            begin = time.time()
+            started[s.join(stage, slow=SLOWNESS)] = begin
             if s.coordinator.poll() is not None:
                 raise RuntimeError(f"the run ended after {k + 1} kills; give more --microbatches")
-        started = {address: begin for address, (_, _, begin) in s.workers.items()}
         last = s.finish()
         rows, joined = s.rows(), s.events("joined")
     spans = read_timeline(out / "timeline.jsonl")
@@ -229,9 +232,17 @@ def churn(out: Path, method: str, stages: int, team: int, kills: int, microbatch
         "killed": len(killed),
         "joined": len(joined) - stages * team,
         "updates": [len(own) for own in times],
-        "longest pause of the stage after a kill, s": spread([pause(times[stage - 1], t) for t, stage in killed]),
-        "longest pause of another stage then, s": spread(
-            [pause(own, t) for t, stage in killed for other, own in enumerate(times, start=1) if other != stage]
+        "from a kill to the stage's next update, s": spread(
+            [next_after(times[s - 1], t) for t, s, left in killed if left]
+        ),
+        "the same, if it was the last worker": spread(
+            [next_after(times[s - 1], t) for t, s, left in killed if not left]
+        ),
+        "longest pause of the stage in the 2 s after a kill": spread(
+            [pause(times[s - 1], t) for t, s, left in killed if left]
+        ),
+        "longest pause of another stage then": spread(
+            [pause(own, t) for t, s, left in killed if left for k, own in enumerate(times, start=1) if k != s]
         ),
         "from joining (after imports) to the first microbatch, s": spread(
             [first[name] - event["t"] for name, event in entered.items() if name in first]
@@ -247,7 +258,13 @@ def churn(out: Path, method: str, stages: int, team: int, kills: int, microbatch
 
 
 SLOWNESS = 10.0
-AFTER_SECONDS = 4.0
+INTERVAL = (2.0, 6.0)
+AFTER_SECONDS = 2.0
+
+
+def next_after(times: Sequence[float], kill: float) -> float:
+    """Return the time from a kill to the next update."""
+    return min(t for t in times if t > kill) - kill
 
 
 def pause(times: Sequence[float], kill: float) -> float:

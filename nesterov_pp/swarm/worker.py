@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -420,14 +420,20 @@ class Worker:
                 job()
 
     def _do(self, job: Job) -> None:
-        begin = time.time()
         if job.backward is None:
-            self._forward(job)
-        else:
-            self._backward(job)
+            with self._computing("forward", job.microbatch):
+                self._forward(job)
+        if job.backward is not None:  # also right after the forward, on the last stage
+            with self._computing("backward", job.microbatch):
+                self._backward(job)
+
+    @contextlib.contextmanager
+    def _computing(self, kind: str, number: int) -> Iterator[None]:
+        begin = time.time()
+        yield
         if self._slow > 1.0:
             time.sleep((self._slow - 1.0) * (time.time() - begin))
-        self._event("forward" if job.backward is None else "backward", job.microbatch, begin)
+        self._event(kind, number, begin)
 
     def _forward(self, job: Job) -> None:
         core, s = self._core, self._stage
@@ -439,7 +445,6 @@ class Worker:
         if core.is_last:
             loss = core.loss(job.key, self._task.batch(job.microbatch)[1])
             job.loss, job.backward = float(loss).hex(), []
-            self._backward(job)
             return
         header = {
             "kind": "activation",
