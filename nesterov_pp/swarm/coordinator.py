@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nesterov_pp.swarm.lineage import ROOT, MalformedError, Update, number_of
+from nesterov_pp.swarm.lineage import ROOT, MalformedError, Update, is_version, number_of
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError
 from nesterov_pp.swarm.nests import pack, unpack
 from nesterov_pp.swarm.peers import Listener
@@ -197,9 +197,12 @@ class Coordinator:
                     raise SwarmError(self._why)
                 for name in [n for n, desk in self._desks.items() if now - desk.heard > SILENCE_SECONDS]:
                     self._died(name, "is silent")
+                for name in self.scheduler.silent(now) & self._desks.keys():
+                    self._died(name, "does not answer")
                 self._begin_stages()
                 self._act(self.scheduler.tick(now))
                 if self.scheduler.finished:
+                    self._finishing = True
                     return
                 if now - self._progress > self.settings.idle:
                     raise SwarmError(f"nothing has happened for {self.settings.idle:g} seconds{self._missing()}")
@@ -263,8 +266,9 @@ class Coordinator:
         stages = self.settings.stages
         stage, name = hello["stage"], hello["worker"]
         desk = _Desk(link)
-        if (stage is not None and stage >= stages) or self._finishing:
-            desk.send({"kind": "refused", "why": f"the swarm has stages 1 to {stages}"})
+        if (stage is not None and stage >= stages) or (self._finishing and name is None):
+            why = "the run is finished" if self._finishing else f"the swarm has stages 1 to {stages}"
+            desk.send({"kind": "refused", "why": why})
             desk.close()
             return
         if stage is None:
@@ -346,7 +350,7 @@ class Coordinator:
 
     def _state(self, name: str, state: Any) -> None:
         stage = self.scheduler.workers[name].stage
-        if not isinstance(state, dict) or state.get("stage") != stage or "version" not in state:
+        if not isinstance(state, dict) or state.get("stage") != stage or not is_version(state.get("version")):
             raise RefusedError(f"a state of another stage from {name}")
         self._states[stage] = state
         write_state(self._path(stage), state)

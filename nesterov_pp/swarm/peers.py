@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from nesterov_pp.swarm.lineage import MalformedError
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError, dial
 
 MOST_CONNECTIONS = 512
@@ -74,10 +75,12 @@ class Listener:
                 message = link.receive(IDLE_SECONDS)
                 if message is not None:
                     self._handle(link, message)
-        except RefusedError as error:
+        except (RefusedError, MalformedError) as error:
             self._log(f"refused {error} from {who}")
         except (ClosedError, OSError):
             pass
+        except Exception as error:  # whatever is wrong with a message, only its connection ends
+            self._log(f"closed the connection of {who}, whose message led to {error!r}")
         finally:
             if link is not None:
                 self._links.discard(link)

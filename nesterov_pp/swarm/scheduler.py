@@ -39,7 +39,10 @@ class Worker:
 
 @dataclass
 class Attempt:
-    """A microbatch on its way. ``count`` says which stages take its gradient; ``recalled`` who has yet to drop it."""
+    """A microbatch on its way, begun at a time. ``count`` says which stages take its gradient.
+
+    ``recalled`` says who has yet to drop it, if it was called back, and ``since`` when that was.
+    """
 
     microbatch: int
     number: int
@@ -47,6 +50,7 @@ class Attempt:
     count: list[bool]
     begun: float = 0.0
     recalled: set[str] | None = None
+    since: float = 0.0
     after: float = 0.0
 
 
@@ -245,6 +249,12 @@ class Scheduler:
                 actions.append(Start(attempt))
         return actions
 
+    def silent(self, now: float) -> set[str]:
+        """Return the workers that do not answer: they have not dropped what was called back long ago."""
+        patience = max(PATIENCE, USUAL_TIMES * self._usual)
+        recalled = [a for a in self.attempts.values() if a.recalled and now - a.since > patience]
+        return {name for attempt in recalled for name in attempt.recalled or ()}
+
     @property
     def in_flight(self) -> int:
         """How many microbatches may be on their way."""
@@ -317,6 +327,7 @@ class Scheduler:
         attempt.after = max(attempt.after, after)
         if attempt.recalled is not None:
             return []
+        attempt.since = after
         attempt.recalled = {w.name for w in attempt.route if w.name in self.workers}
         actions: list[Action] = [Cancel(name, attempt.microbatch, attempt.number) for name in attempt.recalled]
         self._end_if_dropped(attempt)

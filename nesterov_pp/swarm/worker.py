@@ -328,14 +328,16 @@ class Worker:
     # ------------------------------------------------------------------ for the rounds
 
     def apply(self, update: Update, sums: list[Tensor]) -> None:
-        self._pending += 1
+        with self._reporting:
+            self._pending += 1
         self._jobs.call(lambda: self._applied(update, sums))
 
     def _applied(self, update: Update, sums: list[Tensor]) -> None:
         assert self._core is not None
         begin = time.time()
         self._core.apply(update, sums)
-        self._pending -= 1
+        with self._reporting:
+            self._pending -= 1
         self._event("step", update.number + 1, begin)
 
     def behind(self) -> bool:

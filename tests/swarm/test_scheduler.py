@@ -171,6 +171,8 @@ def test_an_attempt_that_vanished_is_called_back() -> None:
     assert scheduler.tick(PATIENCE) == []
     cancelled = scheduler.tick(PATIENCE + 1)
     assert {action.worker for action in cancelled if isinstance(action, Cancel)} == {w.name for w in attempt.route}
+    assert scheduler.silent(2 * PATIENCE) == set()
+    assert scheduler.silent(2 * PATIENCE + 2) == {w.name for w in attempt.route}
     for worker in attempt.route:
         scheduler.cancelled(worker.name, 0, attempt.number, counted=False)
     assert [a.number for a in _started(scheduler.tick(PATIENCE + 1))] == [attempt.number + 1]
