@@ -62,10 +62,12 @@ class Swarm:
             "PYTHONUNBUFFERED": "1",
         }
         self.workers: dict[str, tuple[int, subprocess.Popen[bytes], float]] = {}
-        text = str(Path(__file__).resolve().parents[1] / "docs")
+        text = self.logs / "text.txt"  # a copy, which nobody changes meanwhile
+        docs = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+        text.write_text("".join(path.read_text() for path in docs))
         self.settings = [
             "--data",
-            text,
+            str(text),
             "--stages",
             str(stages),
             "--out",
