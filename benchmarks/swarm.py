@@ -78,7 +78,7 @@ class Swarm:
         ]
         self.coordinator = self._start("coordinator", "coordinate", *self.settings)
 
-    def _start(self, name: str, *arguments: str, shown: bool = False) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self.logs / f"{name}.txt").open("ab")
         with log:
             return subprocess.Popen(
@@ -259,7 +259,7 @@ def churn(out: Path, method: str, stages: int, team: int, kills: int, microbatch
     }
 
 
-SLOWNESS = 10.0
+SLOWNESS, ASLEEP = 10.0, 30.0
 INTERVAL = (2.0, 6.0)
 AFTER_SECONDS = 2.0
 
@@ -294,7 +294,7 @@ def slow(out: Path, team: int, microbatches: int) -> dict[str, Any]:
         place.parent.mkdir(parents=True, exist_ok=True)
         model = ["--layers", "2", "--width", "32", "--context", "32", "--lr", "1e-3"]
         with swarm(place, 2, "--microbatches", str(microbatches), *model) as s:
-            slownesses = [SLOWNESS * factor, *[SLOWNESS] * (2 * team - 1)]
+            slownesses = [ASLEEP * factor, *[ASLEEP] * (2 * team - 1)]
             s.wait_ready([s.join(1 + k // team, slow=slowness) for k, slowness in enumerate(slownesses)])
             s.finish()
         command("replay", str(place))
