@@ -434,9 +434,10 @@ def _methods(storage: dict[str, Any]) -> None:
 
 def _swarm(arguments: dict[str, Any]) -> None:
     _require("matplotlib", "rich", "tensorboard", "tokenizers")
-    _require("torchft", extra="swarm")
     from nesterov_pp.swarm.command import run
 
+    if arguments.pop("needs_torchft"):
+        _require("torchft", extra="swarm")
     run(arguments)
 
 

@@ -23,7 +23,7 @@ _DEFAULTS = {"host": "127.0.0.1", "port": 29600, "in_flight": 2.0, "versions": 1
 def add_arguments(
     parser: argparse.ArgumentParser, typed: Typed, add_setting: Callable[[argparse.ArgumentParser, str], None]
 ) -> None:
-    """Add the commands of a swarm, each with a ``swarm_command`` that runs it."""
+    """Add the commands of a swarm, each with a ``swarm_command`` that runs it, and whether it ``needs_torchft``."""
     from nesterov_pp.swarm.protocol import is_address
     from nesterov_pp.swarm.runs import SETTINGS
     from nesterov_pp.training.config import whole
@@ -48,7 +48,7 @@ def add_arguments(
         sub: argparse.ArgumentParser = commands.add_parser(
             name, help=help_text, description=help_text, allow_abbrev=False, argument_default=argparse.SUPPRESS
         )
-        sub.set_defaults(swarm_command=run)
+        sub.set_defaults(swarm_command=run, needs_torchft=run in (_coordinate, _work))
         return sub
 
     def add_token(sub: argparse.ArgumentParser) -> None:

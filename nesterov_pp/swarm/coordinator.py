@@ -64,7 +64,7 @@ class _Desk:
     """A worker's connection, with a thread that sends, so that a slow worker keeps nobody waiting."""
 
     def __init__(self, link: Link) -> None:
-        self.link, self.heard = link, time.monotonic()
+        self.link = link
         self._queue: queue.Queue[tuple[Header, list[Any]] | None] = queue.Queue()
         threading.Thread(target=self._run, name="desk", daemon=True).start()
 
@@ -195,7 +195,7 @@ class Coordinator:
             with self._lock:
                 if self._why is not None:
                     raise SwarmError(self._why)
-                for name in [n for n, desk in self._desks.items() if now - desk.heard > SILENCE_SECONDS]:
+                for name in [n for n, desk in self._desks.items() if now - desk.link.heard > SILENCE_SECONDS]:
                     self._died(name, "is silent")
                 for name in self.scheduler.silent(now) & self._desks.keys():
                     self._died(name, "does not answer")
@@ -243,7 +243,7 @@ class Coordinator:
             header, tensors = checked(message, *kinds)
             if name not in self._desks:
                 return
-            self._desks[name].heard = now = time.monotonic()
+            now = time.monotonic()
             match header["kind"]:
                 case "ready":
                     self._ready(name, header["version"])

@@ -15,6 +15,7 @@ import hmac
 import json
 import math
 import os
+import select
 import socket
 import struct
 import threading
@@ -33,6 +34,9 @@ MOST_TENSORS, MOST_DIMENSIONS = 16_384, 8
 HANDSHAKE_SECONDS = 5.0
 MESSAGE_SECONDS = 60.0
 """The time in which the rest of a message has to arrive, or to be taken, once it has begun."""
+
+PIECE = 1 << 18
+"""Bytes that are sent at a time; the time for a piece is bounded, not that of a large message."""
 
 _PREFIX = struct.Struct("<4sIQ")
 _DTYPES = {
@@ -117,7 +121,10 @@ def _memory(t: Tensor) -> memoryview:
 
 
 class Link:
-    """One end of a connection whose other end has proved that it has the token. Several threads may send."""
+    """One end of a connection whose other end has proved that it has the token. Several threads may send.
+
+    ``heard`` is when something arrived last, by ``time.monotonic``.
+    """
 
     def __init__(self, connection: socket.socket, token: bytes, *, accepts: bool) -> None:
         """Do the handshake on a connected socket, which the link owns from here on.
@@ -138,6 +145,8 @@ class Link:
         except BaseException as error:
             self.close()
             raise error if isinstance(error, RefusedError | ClosedError) else ClosedError(str(error)) from None
+        connection.settimeout(MESSAGE_SECONDS)
+        self.heard = time.monotonic()
         here, there = (b"answering", b"asking") if accepts else (b"asking", b"answering")
         self._out, self._in = _mac(key, here), _mac(key, there)
 
@@ -166,7 +175,7 @@ class Link:
         """Send a message; it has been handed to the operating system when this returns.
 
         Raises:
-            ClosedError: the connection is gone, or the other end took none of it for ``MESSAGE_SECONDS``.
+            ClosedError: the connection is gone, or the other end took less than a piece of it in ``MESSAGE_SECONDS``.
         """
         parts = [t.detach().contiguous() for t in tensors]
         content = encode_header(header, parts)
@@ -177,10 +186,9 @@ class Link:
             for part in body:
                 mac.update(part)
             try:
-                self._socket.sendall(prefix + content)
-                for part in body:
-                    self._socket.sendall(part)
-                self._socket.sendall(mac.digest())
+                for whole in (memoryview(prefix + content), *body, memoryview(mac.digest())):
+                    for start in range(0, len(whole), PIECE):
+                        self._socket.sendall(whole[start : start + PIECE])
             except (OSError, ValueError) as error:
                 self.close()
                 raise ClosedError(f"{self.peer}: {error}") from None
@@ -201,19 +209,15 @@ class Link:
             raise
 
     def _first(self, idle: float) -> bytes | None:
+        # Not by the socket's own timeout: that would also be the one of a thread that sends.
         try:
-            self._socket.settimeout(max(idle, 1e-3))
-            first = self._socket.recv(1)
-        except TimeoutError:
-            return None
+            waiting = select.poll()
+            waiting.register(self._socket, select.POLLIN)
+            if not waiting.poll(1000.0 * idle):
+                return None
         except (OSError, ValueError) as error:
             raise ClosedError(f"{self.peer}: {error}") from None
-        finally:
-            if self._socket.fileno() >= 0:
-                self._socket.settimeout(MESSAGE_SECONDS)
-        if not first:
-            raise ClosedError(f"{self.peer} has closed the connection")
-        return first
+        return self._exactly(1, MESSAGE_SECONDS)
 
     def _rest(self, first: bytes) -> Message:
         prefix = first + self._exactly(_PREFIX.size - 1, MESSAGE_SECONDS)
@@ -250,6 +254,7 @@ class Link:
             if not count:
                 raise ClosedError(f"{self.peer} has closed the connection")
             done += count
+            self.heard = time.monotonic()
             # A large message may take longer than a small one, but never stands still or crawls.
             if time.monotonic() > until + done / 1e5:
                 raise ClosedError(f"{self.peer} sends too slowly")

@@ -94,6 +94,22 @@ def test_what_is_sent_arrives() -> None:
             b.receive(5.0)
 
 
+def test_a_large_message_may_take_long_while_the_other_end_waits() -> None:
+    """A thread that waits for messages does not shorten the time of one that sends."""
+    with _both() as (a, b):
+        waiting = threading.Thread(target=lambda: [a.receive(0.05) for _ in range(40)])
+        waiting.start()
+        large = torch.arange(5_000_000, dtype=torch.float32)
+        sending = threading.Thread(target=a.send, args=({"kind": "poke"}, [large]))
+        sending.start()
+        time.sleep(0.5)  # the buffers are full
+        found = b.receive(5.0)
+        sending.join(10.0)
+        waiting.join(10.0)
+        assert found is not None
+        assert torch.equal(found.tensors[0], large)
+
+
 def test_a_changed_message_is_refused() -> None:
     def flipped(content: bytes) -> bytes:
         return content[:-40] + bytes([content[-40] ^ 1]) + content[-39:] if len(content) > 300 else content
