@@ -80,23 +80,25 @@ class _Lighthouse:
     """Plays a quorum of workers in this process: whoever asks waits until all have."""
 
     def __init__(self, workers: list[str]) -> None:
-        self.barrier, self.count = threading.Barrier(len(workers)), 0
+        self.barrier, self.count = threading.Barrier(len(workers), self.form), 0
         self.members: dict[str, Member] = {}
         self.lock = threading.Lock()
+
+    def form(self) -> None:
+        self.count += 1
+        self.quorum = Quorum(f"r{self.count}", sorted(self.members.values()))
 
     def ask(self, member: Member) -> Quorum:
         with self.lock:
             self.members[member.worker] = member
         try:
-            if self.barrier.wait(1.0) == 0:
-                self.count += 1
             self.barrier.wait(1.0)
         except threading.BrokenBarrierError:
             with self.lock:
                 if self.barrier.broken:
                     self.barrier.reset()
             raise NoQuorumError("nobody else") from None
-        return Quorum(f"r{self.count}", sorted(self.members.values()))
+        return self.quorum
 
 
 class _Player:
