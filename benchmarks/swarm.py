@@ -287,7 +287,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def slow(out: Path, team: int, microbatches: int) -> dict[str, Any]:
-    """Measure the throughput of two stages with and without one worker at a tenth of the speed in the slower, last one."""
+    """Measure the throughput with and without a worker at a tenth of the speed in the last stage, the slower of two."""
     rates: dict[str, float] = {}
     for name, factor in (("equal", 1.0), ("one at a tenth", 10.0)):
         place = out / name.replace(" ", "-")
