@@ -7,7 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-distributed compare-small test test-all check format cuda-build gpu-check bench sanitize coverage clean
+.PHONY: help setup demo demo-distributed demo-swarm compare-small test test-all check format cuda-build gpu-check bench sanitize coverage clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-16s%s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(CXX_SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,analysis,test,dev]'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[train,analysis,swarm,test,dev]'
 	@touch $@
 
 demo: setup ## train on real text (about nine minutes), with a table and a plot in runs/demo; run it again to resume or to show them
@@ -40,6 +40,9 @@ demo: setup ## train on real text (about nine minutes), with a table and a plot 
 demo-distributed: setup ## train the pipeline in four processes on this machine (about three minutes); survives kill -9 of any of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 4 --max-restarts 3 -m nesterov_pp train \
 		--microbatches 6000 --context 32 --lr 2e-3 --checkpoint-every 250 --out runs/demo-distributed --resume
+
+demo-swarm: setup ## two stages, five workers, two of them killed and one joining (about two minutes); ends with a picture
+	$(BIN)/python -m benchmarks.swarm demo --out runs/demo-swarm
 
 compare-small: setup ## compare 24 methods: 3 seeds, the better of 2 learning rates, 8 stages (up to an hour on 2 cores)
 	$(BIN)/python -m nesterov_pp compare --preset small --out runs/small --resume

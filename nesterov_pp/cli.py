@@ -1,4 +1,4 @@
-"""The command line: ``python -m nesterov_pp train | compare | generate | export | reshard | plan | ...``."""
+"""The command line: ``python -m nesterov_pp train | compare | generate | export | reshard | plan | swarm | ...``."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def _complain(sentence: str, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.analysis.command import add_arguments as analysis_arguments
     from nesterov_pp.planning.command import add_arguments as plan_arguments
+    from nesterov_pp.swarm.command import add_arguments as swarm_arguments
     from nesterov_pp.training.config import Config
     from nesterov_pp.training.pace import MODEL, STORAGE
 
@@ -231,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("methods", _methods, "list the methods, and what each keeps and moves for a parameter")
     for name in STORAGE:
         add_setting(sub, name)
+    sub = command("swarm", _swarm, "train on machines that come and go: stages are groups of workers, without torchrun")
+    swarm_arguments(sub, _typed, add_setting)
     command("info", _info, "show versions, and which backends are available and why")
     return parser
 
@@ -427,6 +430,15 @@ def _methods(storage: dict[str, Any]) -> None:
         "the method does not take these settings. Delay: the delays that the method takes; "
         "constant: it is told the expected one. Runs in: both pipelines, or the virtual one only.",
     )
+
+
+def _swarm(arguments: dict[str, Any]) -> None:
+    _require("matplotlib", "rich", "tensorboard", "tokenizers")
+    from nesterov_pp.swarm.command import run
+
+    if arguments.pop("needs_torchft"):
+        _require("torchft", extra="swarm")
+    run(arguments)
 
 
 def _info(_: dict[str, Any]) -> None:
