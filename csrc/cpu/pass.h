@@ -286,7 +286,7 @@ NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>
   using I = typename Lanes<N>::I;
   using V = typename Lanes<N>::F;
   x.m_largest = x.root_largest = I{};
-#pragma GCC unroll 8
+#pragma GCC unroll 2
   for (int j = 0; j < Moments<N>::kVectors; ++j) {
     const Pointers<P> q = p.within(j * N);
     V m = codes::first_of(load_signed<N>(q.m), m_scale), v{};
@@ -312,7 +312,7 @@ NPP_INLINE void step_group(const Pointers<P>& p, long long i, const Constants<T>
 template <int N>
 NPP_INLINE void encode_first(Code* to, const Moments<N>& x, float scale) {
   if (scale > 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int j = 0; j < Moments<N>::kVectors; ++j)
       store_nearest<N>(to + j * N, codes::first_code_of_finite(x.m[j], scale));
   } else {
@@ -328,7 +328,7 @@ NPP_INLINE void encode_second(Code* to, const Moments<N>& x, unsigned int word, 
   using I = typename Lanes<N>::I;
   using V = typename Lanes<N>::F;
   if (scale > 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int j = 0; j < Moments<N>::kVectors; ++j) {
       const U half = ((word >> 16) + (counting<N>(1) + static_cast<unsigned int>(j * N)) * kNoiseStep) & 0xffffU;
       const V u = __builtin_convertvector(bits_of<I>(half), V) * 0x1p-16f;
@@ -357,7 +357,6 @@ NPP_INLINE void step_groups(const Pointers<P>& p, long long i, const Constants<T
   V v_scales{};
   if constexpr (P::kMayHaveSecond) v_scales = load<Half, kGroups>(reinterpret_cast<const Half*>(p.v_scale));
   typename Lanes<N>::I lanes[2 * kGroups];
-#pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) {
     step_group<P, kStreaming, N>(p.at(g * kGroup), i + g * kGroup, k, m_scales[g], v_scales[g], x.moments[g]);
     lanes[g] = x.moments[g].m_largest;
@@ -380,7 +379,6 @@ NPP_INLINE void step_groups(const Pointers<P>& p, long long i, const Constants<T
 // Stores the moments of a block of groups as codes.
 template <class P, int N>
 NPP_INLINE void encode_groups(const Pointers<P>& p, const Stepped<N>& x) {
-#pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) {
     encode_first<N>(p.m + g * kGroup, x.moments[g], x.m_scales[g]);
     if constexpr (P::kMayHaveSecond)
