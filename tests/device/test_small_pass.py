@@ -211,5 +211,5 @@ def test_what_is_not_finite_0_or_tiny(lib, formats, rule):
 def test_the_grid_changes_nothing(lib, threads):
     problem = Problem(BOTH, [17, 16_385, 40_003])
     expected = problem.expected(C)
-    problem.step(lib, C, blocks=threads, threads=threads)
+    problem.step(lib, C, threads=threads)
     assert_as_expected(problem, expected)
