@@ -46,6 +46,9 @@ TAKEN = {
 }
 """The files of each finished comparison, in the results and in docs/, by the flag that names its folder."""
 
+TASKS = ("images", "continuation", "language", "images-rotated", "continuation-rotated")
+"""The tables of ``benchmarks.tasks``, in the results."""
+
 
 def record(folder: Path, results: str, plot: str | None, ran: str) -> None:
     """Keep the table of the comparisons in a folder, and a plot, with the machine and the commit that ``ran`` them."""
@@ -213,7 +216,7 @@ def sections() -> dict[str, dict[str, str]]:
     made["batches"] = (TAKEN["batches"][0], batches_table)
     made |= {name: (TAKEN[name][0], depth_table) for name in ("depth", "depth-rotated")}
     made["rates"] = (TAKEN["rates"][0], rates_table)
-    made |= {name: (f"{name}.json", task_table) for name in ("images", "continuation", "language")}
+    made |= {name: (f"{name}.json", task_table) for name in TASKS}
     made["gpu-training"] = ("gpu-training.json", curves_table)
     methods = {name: make(_load(file)) for name, (file, make) in made.items() if (RESULTS / file).exists()}
     kernels = {"gpu": gpu_tables(_load(GPU))}
