@@ -14,16 +14,20 @@ from nesterov_pp.pipeline.wire import check_wire, message_bytes
 from nesterov_pp.planning.layers import stage_costs
 from nesterov_pp.planning.memory import memory_per_stage
 from nesterov_pp.planning.simulate import SCHEDULES, Network, least_slack, simulate
+from nesterov_pp.planning.swarm import SimulatedSwarm, Speeds, best_rate, long_enough, simulate_swarm, swarm_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nesterov_pp.pipeline.recipe import Recipe
+    from nesterov_pp.planning.layers import LayerCost
     from nesterov_pp.stash import OldVersions
     from nesterov_pp.terminal import Table
 
 Typed = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 _GIB = float(1 << 30)
 _LARGEST = 1e12
+_WORKERS, _REJOIN_SECONDS, _IN_FLIGHT = 4, 60.0, 2.0
 _MOST = 10_000  # devices, or microbatches per update: more take minutes to simulate
 
 
@@ -52,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
     add("--bandwidth", _above_0, "GBIT", "bandwidth of a link, in Gbit/s; 0.08 is 80 Mbit/s (default: unlimited)")
     add("--speed", _above_0, "X", "speed of a device, as a multiple of this machine's speed (default: 1)")
     add("--memory", _above_0, "GIB", "memory of a device, in GiB; what does not fit is marked (default: unlimited)")
+    what = "simulate a swarm, with several workers a stage that may fail, instead of pipelines"
+    parser.add_argument("--swarm", action="store_true", help=what)
+    add("--workers", _count, "N", "with --swarm: workers of each stage, each with one device (default: 4)")
+    what = "with --swarm: their speeds, as multiples of --speed: a list, in turn, or a range, as 0.5..2 (default: 1)"
+    add("--speeds", _speeds, "X[,...]", what)
+    add("--failures", _above_0, "HOURS", "with --swarm: mean time until a worker fails, in hours (default: never)")
+    add("--rejoin", _at_least_0, "S", "with --swarm: seconds until a worker that failed is back (default: 60)")
+    add("--in-flight", _in_flight, "N", "with --swarm: microbatches in flight for each worker (default: 2)")
 
 
 def plan(
@@ -67,9 +79,15 @@ def plan(
     bandwidth: float = math.inf,
     speed: float = 1.0,
     memory: float = math.inf,
+    swarm: bool = False,
+    workers: int | None = None,
+    speeds: Speeds | None = None,
+    failures: float | None = None,
+    rejoin: float | None = None,
+    in_flight: float | None = None,
     **storage: Any,
 ) -> None:
-    """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines of them.
+    """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines or swarms of them.
 
     ``storage`` are the settings ``weights_dtype``, ``state_dtype``, ``master_weights`` and ``stash`` of ``Config``.
     The asynchronous pipeline updates as often, and as late, as the method does; if the method waits for its gradients,
@@ -77,12 +95,29 @@ def plan(
 
     Raises:
         UserError: the settings of the model contradict each other.
-        ValueError: there are more devices than layers, or the method is unknown or not a single optimizer.
+        ValueError: there are more devices than layers, the method is unknown or not a single optimizer, or arguments
+            of pipelines and swarms are mixed.
     """
     from nesterov_pp.terminal import say
     from nesterov_pp.training.config import Config
     from nesterov_pp.training.pace import MODEL, measure_model
 
+    of_pipelines = {
+        "per-update": per_update,
+        "slack": slack,
+        "wire": wire,
+        "memory": memory if memory < math.inf else None,
+    }
+    of_swarms = {
+        "workers": workers,
+        "speeds": speeds,
+        "failures": failures,
+        "rejoin": rejoin,
+        "in-flight": in_flight,
+    }
+    if wrong := [name for name, value in (of_pipelines if swarm else of_swarms).items() if value is not None]:
+        name = wrong[0]
+        raise ValueError(f"plan --swarm has no --{name}" if swarm else f"--{name} needs --swarm")
     Config(stages=1, **model).check()
     settings = {name: model.get(name, getattr(Config, name)) for name in MODEL}
     if max(devices) > settings["layers"]:
@@ -97,6 +132,15 @@ def plan(
     layers = [replace(cost, message_bytes=message_bytes(cost.message_bytes, weights, wire)) for cost in layers]
     network = Network(latency / 1e3, bandwidth * 1e9 / 8)
     tokens = settings["batch"] * settings["context"]
+    if swarm:
+        state = cost.state / weights.itemsize
+        often = 3600 * (failures or math.inf)
+        team = speeds or Speeds()
+        back = _REJOIN_SECONDS if rejoin is None else rejoin
+        flight = in_flight or _IN_FLIGHT
+        swarms = _swarms(layers, recipe, state, devices, speed, network, workers or _WORKERS, team, often, back, flight)
+        console.print(swarm_table(swarms, tokens))
+        return
     waiting = per_update or (4 if recipe.delayed else recipe.accumulation(1))
     rows = []
     for count in devices:
@@ -138,6 +182,45 @@ def plan(
     name, *more = schedule.split(" ", 1)
     with_slack = "".join(f" and {flag}" for flag in more)
     say(console, f"Fastest that fits: {name} with {count} stages{with_slack}, {speed_found}{lateness}.")
+
+
+def _swarms(
+    layers: Sequence[LayerCost],
+    recipe: Recipe,
+    state: float,
+    devices: Sequence[int],
+    speed: float,
+    network: Network,
+    workers: int,
+    speeds: Speeds,
+    failure_seconds: float,
+    rejoin_seconds: float,
+    in_flight: float,
+) -> list[tuple[int, int, SimulatedSwarm]]:
+    """Return the rows of ``swarm_table``. ``state`` is the optimizer's, as a multiple of the weights."""
+    from nesterov_pp.swarm.task import Task, check_recipe
+
+    if workers * max(devices) > _MOST:
+        raise ValueError(f"{max(devices)} stages of {workers} workers are more than the {_MOST} that are simulated")
+    rows = []
+    for count in devices:
+        check_recipe(recipe, count)
+        costs = stage_costs(layers, count, speed)
+        versions = Task.versions if recipe.linearise_at == "version" else 1
+        team = speeds.of(count, workers)
+        run = long_enough(best_rate(costs, team), count, count * workers, failure_seconds, in_flight)
+        found = simulate_swarm(
+            costs,
+            team,
+            network,
+            run,
+            failure_seconds=failure_seconds,
+            rejoin_seconds=rejoin_seconds,
+            state_bytes=[c.weight_bytes * (versions + state) for c in costs],
+            in_flight=in_flight,
+        )
+        rows.append((count, workers, found))
+    return rows
 
 
 def _table(rows: Sequence[tuple[int, str, Any, int, list[int]]], tokens: int, limit: float, per_update: int) -> Table:
@@ -185,6 +268,21 @@ def _wire(text: str) -> str:
 
 def _counts(text: str) -> list[int]:
     return [_count(part.strip()) for part in text.split(",")]
+
+
+def _in_flight(text: str) -> float:
+    if not 0.01 <= _number(text) <= 100:
+        raise ValueError(f"needs a number from 0.01 to 100, not {text!r}")
+    return _number(text)
+
+
+def _speeds(text: str) -> Speeds:
+    least, drawn, most = text.partition("..")
+    if not drawn:
+        return Speeds(tuple(_above_0(part.strip()) for part in text.split(",")))
+    if _above_0(least) > _above_0(most):
+        raise ValueError(f"needs a range from the least to the largest speed, not {text!r}")
+    return Speeds((_above_0(least), _above_0(most)), drawn=True)
 
 
 def _number(text: str) -> float:

@@ -167,11 +167,17 @@ class Computer:
     def _computing(self, kind: str, number: int) -> Iterator[None]:
         begin = time.time()
         yield
-        if self.slow > 1.0:
-            time.sleep((self.slow - 1.0) * (time.time() - begin))
         self._event(kind, number, begin)
         seconds = time.time() - begin
         self._seconds[kind] = 0.8 * self._seconds.get(kind, seconds) + 0.2 * seconds
+
+    def _slowed(self, compute: Callable[[], T]) -> T:
+        """Compute for ``slow`` times as long as it takes; what is found is sent afterwards."""
+        begin = time.time()
+        found = compute()
+        if self.slow > 1.0:
+            time.sleep((self.slow - 1.0) * (time.time() - begin))
+        return found
 
     def _event(self, kind: str, number: int, begin: float) -> None:
         self._events.append([kind, number, begin, time.time()])
@@ -179,7 +185,7 @@ class Computer:
     def _forward(self, job: Job) -> None:
         core, s = self.core, self._stage
         given = self._task.batch(job.microbatch)[0] if job.given is None else job.given
-        output, version = core.forward(job.key, job.microbatch, given)
+        output, version = self._slowed(lambda: core.forward(job.key, job.microbatch, given))
         job.forward, job.given = [*job.forward, version], None
         self.held[job.key] = job
         if core.is_last:
@@ -201,7 +207,7 @@ class Computer:
         core, s = self.core, self._stage
         if self.held.pop(job.key, None) is None:
             return
-        found = core.backward(job.key, job.given)
+        found = self._slowed(lambda: core.backward(job.key, job.given))
         backward = [[found.graph, found.at], *(job.backward or [])]
         if job.counts[s]:
             pairs = tuple((graph, at) for graph, at in backward)
