@@ -141,12 +141,13 @@ def _task(given: argparse.Namespace) -> Task:
 
 def _rates(given: str | None) -> list[float]:
     """Return the learning rates of a list like "1e-3,3e-3"; raise ValueError if it is not one of positive numbers."""
+    refusal = ValueError(f"--rates takes learning rates above 0, like 1e-3,3e-3, not {given}")
     try:
         rates = [float(rate) for rate in given.split(",")] if given else []
     except ValueError:
-        rates = [0.0]
+        raise refusal from None
     if not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"--rates takes learning rates above 0, like 1e-3,3e-3, not {given}")
+        raise refusal
     return rates
 
 

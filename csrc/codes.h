@@ -87,18 +87,16 @@ NPP_HD V first_of(const V& code, float scale) {
   return code / (254.0f - absolute(code)) * scale;
 }
 
-// Returns a number that is a code once it is rounded to nearest; NaN if `scale` is.
+// Returns a number that is a code once it is rounded to nearest; anything for NaN, and where the scale is 0.
 template <class V>
 NPP_HD V first_code_of_finite(const V& m, float scale) {
   const V y = 254.0f * m / (scale + absolute(m));
   return larger(smaller(y, V{} + 127.0f), V{} - 127.0f);
 }
-// Likewise, with 0 for NaN.
+// Likewise, with 0 for NaN and for a scale of 0.
 template <class V>
 NPP_HD V first_code(const V& m, float scale) {
-  const V cut = pick(m > scale, V{} + scale, pick(m < -scale, V{} - scale, m));
-  const V y = 254.0f * cut / (scale + absolute(cut));
-  return pick(y == y, y, V{});
+  return pick(scale + absolute(m) > 0.0f, first_code_of_finite(m, scale), V{});
 }
 
 template <class V>

@@ -15,8 +15,8 @@ namespace nesterov_pp::cuda {
 //
 // A step has a block for every part of a chunk, four vectors for each thread of the float32 step, and the device hands
 // a new block to a multiprocessor whenever one ends. Blocks that are under way at the same time then work on
-// neighbouring memory. An H100 so moves 97 % of what its copy does; with a whole chunk for each block 94 %, and 93 %
-// with no more blocks than it holds at once, each of which takes every n-th chunk.
+// neighbouring memory. In trial builds an H100 so moved 97 % of what its copy does; with a whole chunk for each block
+// 94 %, and 93 % with no more blocks than it holds at once, each of which takes every n-th chunk.
 constexpr int kThreads = 256;
 
 // Sets `blocks` to `wanted`, or to the number of blocks that the current device holds at once if that is smaller.

@@ -117,14 +117,7 @@ _REGISTRY = (
         _compiled("CudaPlan"),
         on_device=True,
     ),
-    Backend(
-        "triton",
-        "the pass of the cuda backend, in Triton",
-        "cuda",
-        _no_triton,
-        _triton_plan,
-        on_device=True,
-    ),
+    Backend("triton", "the pass of the cuda backend, in Triton", "cuda", _no_triton, _triton_plan, on_device=True),
     Backend(
         "cpu",
         "C++ on the CPU: float32, float64, bfloat16, float16",

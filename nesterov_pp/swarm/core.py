@@ -131,18 +131,8 @@ class StageCore:
         if update.parent != self.version:
             raise ValueError(f"an update of version {update.parent} cannot be applied to version {self.version}")
         self._make_room()
-        gradients = len(update.contributions)
-        self.task.step(
-            self.stage,
-            self.optimizer,
-            self.stash,
-            sums,
-            number=update.number,
-            delay=update.delay,
-            counted=self.counted,
-            gradients=gradients,
-        )
-        self.version, self.counted = update.name, self.counted + gradients
+        self.counted = self.task.step(self.optimizer, self.stash, update, sums, self.counted)
+        self.version = update.name
 
     def _make_room(self) -> None:
         leaving = self.stash.newest + 1 - self.stash.versions

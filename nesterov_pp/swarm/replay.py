@@ -69,20 +69,10 @@ class _Stage:
         if self._at != update.parent:
             self.optimizer.load_state_dict(cloned(optimizer))
             self.stash.load_state_dict(cloned(ring))
-        gradients = len(update.contributions)
-        self.task.step(
-            self.stage,
-            self.optimizer,
-            self.stash,
-            sums,
-            number=update.number,
-            delay=update.delay,
-            counted=counted,
-            gradients=gradients,
-        )
+        counted = self.task.step(self.optimizer, self.stash, update, sums, counted)
         self._at = update.name
         self.weights[update.name] = self._copy()
-        self._states[update.name] = self._state(counted + gradients)
+        self._states[update.name] = self._state(counted)
         self.used(update.parent)
         self.used(update.name, 0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from nesterov_pp.pipeline.stage import (
     set_learning_rate,
 )
 from nesterov_pp.stash import WeightStash
+from nesterov_pp.swarm.lineage import Update
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -84,18 +84,29 @@ class Task:
     def place(self, stage: int) -> Placement:
         return Placement(stage + 1, self.stages, stage_delays(self.stages, 1)[stage])
 
-    def step(self, stage: int, optimizer: StageOptimizer, stash: WeightStash, sums: list[Tensor], **of: Any) -> None:
-        """Step a stage with sums of gradients.
+    def step(
+        self, optimizer: StageOptimizer, stash: WeightStash, update: Update, sums: list[Tensor], counted: int
+    ) -> int:
+        """Step a stage by an update, with the sums of its gradients.
 
-        ``of`` has ``number``, the update's, ``delay``, that of its oldest gradient, ``counted``, how many gradients the
-        stage has been stepped with before, and ``gradients``, how many were summed.
+        Args:
+            optimizer: the stage's.
+            stash: the stage's ring.
+            update: what is stepped.
+            sums: for each parameter, the sum of the update's gradients.
+            counted: how many gradients the stage has been stepped with before.
+
+        Returns:
+            how many gradients the stage has been stepped with now.
         """
         for p, total in zip(stash.parameters(stash.newest).values(), sums, strict=True):
             p.grad = total
-        set_learning_rate(optimizer, self.rate(of["counted"]))
-        set_horizon(optimizer, self.recipe, self.place(stage), of["number"])
-        with rates_of_update(optimizer, self.recipe, of["delay"], of["number"]):
-            optimizer.step(version=stash.newest, microbatches=of["gradients"])
+        gradients = len(update.contributions)
+        set_learning_rate(optimizer, self.rate(counted))
+        set_horizon(optimizer, self.recipe, self.place(update.stage), update.number)
+        with rates_of_update(optimizer, self.recipe, update.delay, update.number):
+            optimizer.step(version=stash.newest, microbatches=gradients)
+        return counted + gradients
 
 
 def check_recipe(recipe: Recipe, stages: int) -> None:

@@ -22,6 +22,18 @@ EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, RESIDUAL = range(10, 13)
 SLOTS = len(COLUMNS)
 CODE, SPLIT = "code", "split"  # moments in eight bits, and weights in 24
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, CODE: 4, SPLIT: 5}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SMALL = [
+    (F32, F32, CODE),
+    (F32, BF16, CODE),
+    (F32, F16, CODE),
+    (BF16, BF16, CODE),
+    (F16, F16, CODE),
+    (SPLIT, BF16, F32),
+    (SPLIT, BF16, BF16),
+    (SPLIT, BF16, CODE),
+]
+"""The small formats of weights, gradients and moments that have a pass."""
 I64, F64 = ctypes.c_int64, ctypes.c_double
 
 

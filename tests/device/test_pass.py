@@ -14,7 +14,6 @@ import pytest
 import torch
 from on_host import (
     ALIGNED,
-    CODE,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
@@ -25,7 +24,7 @@ from on_host import (
     ROW,
     SHADOW,
     SLOTS,
-    SPLIT,
+    SMALL,
     Table,
 )
 from on_host import DTYPES as CODES
@@ -60,16 +59,6 @@ DTYPES = [
     (F32, BF16, BF16),
     (F32, F16, F32),
     (F32, F16, BF16),
-]
-SMALL = [
-    (F32, F32, CODE),
-    (F32, BF16, CODE),
-    (F32, F16, CODE),
-    (BF16, BF16, CODE),
-    (F16, F16, CODE),
-    (SPLIT, BF16, F32),
-    (SPLIT, BF16, BF16),
-    (SPLIT, BF16, CODE),
 ]
 SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 1000, 16384, 16385, 40_003]
 
