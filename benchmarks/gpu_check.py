@@ -56,6 +56,7 @@ except ImportError as error:
     found["triton"] = f"none: {error}"
 print(json.dumps(found))
 """
+CHECKS = ("memcheck", "racecheck", "initcheck")  # of compute-sanitizer
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -138,13 +139,14 @@ def parts(out: Path) -> list[Part]:
         command = (python, "-m", "benchmarks.roofline", "--device", "cuda", "--json", str(result), *options)
         return Part(name, command, limit, headline="^measured", result=result)
 
-    def sanitizer(check: str) -> Part:
+    def sanitizer(check: str, note: str = "", *options: str) -> Part:
         # torch's memory pool would hide accesses outside of a tensor.
         tool = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--target-processes", "all")
-        short = (*step, "--workload", "short", "--steps", "2", "--ring", "3")
+        short = (*step, "--workload", "short", "--steps", "2", "--ring", "3", *options)
         command = (*tool, "--tool", check, "--error-exitcode", "1", *short)
-        return Part(check, command, 100, tool="compute-sanitizer", headline="SUMMARY: 0 ")
+        return Part(check + note, command, 100, tool="compute-sanitizer", headline="SUMMARY: 0 ")
 
+    eight_bit = ("-8bit", "--dtype", "bfloat16", "--state-dtype", "8bit", "--master-weights", "24bit")
     large, small = ("gpt2-small", "one", "1b"), ("tiny", "tiny-in-one", "odd")
     fused = ("--rows", "cuda|triton|torch")  # the reference takes long and is no peer
     picture = ("--png", str(out / "gpu-roofline.png"))
@@ -155,9 +157,7 @@ def parts(out: Path) -> list[Part]:
         tests("numerical-tests", [*NUMERICAL_TESTS, *left_out], 130, "-k", "cuda or triton"),
         roofline("roofline", 120, "--no-compile", *fused, "--workload", *large, *picture),
         roofline("microbenchmarks", 100, "--no-compile", *fused, "--workload", *small),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        sanitizer("initcheck"),
+        *(sanitizer(check, *options) for check in CHECKS for options in ((), eight_bit)),
         Part("ncu", (*counters, *metrics, *step, "--steps", "1"), 60, tool="ncu", headline="gpu__time_duration"),
         # A part of its own, since compiling may take longer than everything else.
         roofline("compiled", 150, "--rows", "compile", "--workload", "gpt2-small", "1b"),

@@ -22,6 +22,8 @@ from benchmarks.workloads import prepare
 
 WARM_UP = 3
 PLAN_RANGES = {"collect": "gather", "gradient_norm": "norm", "scale": "norm", "apply": "step"}
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+MASTERS: dict[str, bool | str] = {"no": False, "yes": True, "24bit": "24bit"}
 STASH_RANGES = {"begin_step": "ring check", "end_step": "ring advance"}
 
 Range = Callable[[str], AbstractContextManager[Any]]
@@ -109,6 +111,14 @@ def main(arguments: Sequence[str]) -> int:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="device to run on (default: cuda if torch finds a GPU, else cpu)",
     )
+    parser.add_argument(
+        "--state-dtype",
+        choices=list(STATE_DTYPES),
+        help="dtype of the moments (default: that of the weights; float32 with masters)",
+    )
+    parser.add_argument(
+        "--master-weights", choices=list(MASTERS), default="no", help="masters of the weights (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -116,9 +126,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     problem = Problem(WORKLOADS[options.workload](), getattr(torch, options.dtype), torch.device(options.device))
     mark: Range = torch.cuda.nvtx.range if on_gpu else no_range
+    state, masters = STATE_DTYPES.get(options.state_dtype), MASTERS[options.master_weights]
+    kept = {"state_dtype": state, "master_weights": masters, "max_grad_norm": options.clip}
     steps = {}
     for name in backends(options.backend, options.device):
-        step = steps[name] = Ours(problem, name, options.ring, max_grad_norm=options.clip)
+        step = steps[name] = Ours(problem, name, options.ring, **kept)
         mark_parts(step, mark)
     run(steps, WARM_UP, no_range)
     if on_gpu:
