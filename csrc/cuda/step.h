@@ -7,15 +7,31 @@
 namespace nesterov_pp::cuda {
 
 using device::Launch;
+using device::Stored;
 
 template <class P>
 constexpr bool kManyRegisters =
     P::kCorrects || P::kStochastic || P::kCodes || kSame<typename P::G, Half> || kSame<typename P::T, double>;
 template <class P>
 constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // per multiprocessor
-// The number of blocks for a chunk; where moments are in eight bits, a block shares what it has prepared for a chunk.
+// The bytes of a parameter that a plain step reads and writes.
 template <class P>
-constexpr int kParts = P::kCodes ? 1 : 4;
+constexpr int kMoved = 2 * (static_cast<int>(sizeof(Stored<typename P::W>)) + P::kSplit) +
+                       (P::kCopies ? 2 : 1) * static_cast<int>(sizeof(typename P::G)) +
+                       4 * static_cast<int>(sizeof(typename P::M));
+
+// Returns the number of blocks for a chunk, a power of two: as many as leave each thread at least 200 bytes to move,
+// since measured with fewer bytes, what a block does at its start and end shows.
+template <class P>
+constexpr int parts() {
+  constexpr int kLeast = 200;
+  int found = 1;
+  while (2 * found * kLeast * kThreads <= device::kChunk * kMoved<P>) found *= 2;
+  return found;
+}
+// Where moments are in eight bits, a block shares what it has prepared for a chunk.
+template <class P>
+constexpr int kParts = P::kCodes ? 1 : parts<P>();
 
 namespace {
 
