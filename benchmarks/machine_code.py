@@ -30,7 +30,7 @@ SOURCES = ROOT / "csrc"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100)
 MOST_STOCHASTIC = 0.7
-MOST_SMALL = {"8-bit moments, stochastic": 1.45, "8-bit": 1.2, "stochastic": 0.75, "24-bit": 0.6}
+MOST_SMALL = {"8-bit moments, stochastic": 1.45, "8-bit": 1.2, "stochastic": 0.78, "24-bit": 0.6}
 """The same of steps in small formats: that of the first key that is in a step's name."""
 DTYPES = {
     "float": "float32",
@@ -41,6 +41,7 @@ DTYPES = {
     "Code": "8-bit",
 }
 BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2, "Split": 3, "Code": 1}  # the scales of codes are apart
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "24-bit": 2}  # as `_wide` counts, without residuals
 SCALES = 2 * 2 / 32  # bytes a parameter that are read and written for the scales of a moment
 FORMS = ("step, no second moment", "step", "step, sign", "corrected step")  # in the order of Form in csrc/spec.h
 
@@ -224,14 +225,13 @@ def most_share(name: str) -> float:
 def problems(kernels: list[Kernel]) -> list[str]:
     """Return a sentence for each problem of a pass.
 
-    Problems are spilled registers, more registers than two or four blocks can have, streams that are not read and
-    written 128 bits at a time, and more instructions than the memory leaves time for.
+    Problems are spilled registers, more registers than the blocks of a multiprocessor can have, narrow loads and
+    stores, and more instructions than the memory leaves time for.
     """
     found = []
     for kernel in kernels:
-        few = kernel.name.startswith("step") and not re.search("float16|float64|stochastic|8-bit", kernel.name)
-        most = 64 if few or "step" not in kernel.name else 128
-        loads, stores = _streams(kernel.name)
+        most = _most_registers(kernel.name)
+        loads, stores = _wide(kernel.name)
         wrong = {
             f"spills registers ({kernel.spills} times)": kernel.spills > 0,
             f"keeps {kernel.stack} bytes on the stack": kernel.stack > 0,
@@ -245,17 +245,35 @@ def problems(kernels: list[Kernel]) -> list[str]:
     return found
 
 
-def _streams(name: str) -> tuple[int, int]:
-    """Return how many tensors a pass reads and how many it writes."""
+def _wide(name: str) -> tuple[int, int]:
+    """Return how many loads and how many stores of 128 bits a pass has.
+
+    A thread takes 128 bits of the widest dtype, and so fewer of the others. A plain step has its loop twice, and every
+    step copies the weights without a gradient.
+    """
     if "step" not in name:
         return int(name.startswith("squares")), 0
     if "8-bit" in name:
         return 2, 1  # codes are read and written 64 bits at a time
-    second = ", no second moment" not in name and ", sign" not in name
-    # w, g, m and v are read; w, m and v are written. A correction also reads the late weights and a running mean, and
-    # writes the mean and the predicted weights.
-    corrects = 2 * name.startswith("corrected")
-    return 3 + second + corrects, 2 + second + corrects
+    form, _, dtypes = name.partition(": ")
+    named = re.findall(r"(\S+) (?:weights|gradients|moments)", dtypes)
+    w, g, m = (SIZES[dtype] for dtype in named or [dtypes.partition(",")[0]] * 3)
+    corrects = form.startswith("corrected")
+    moments = [m] * (1 + (form in ("step", "corrected step")) + corrects)
+    read = [w, g, *moments, *[g] * corrects]  # a correction also reads the late weights and a running mean
+    written = [w, *moments, *[g] * corrects]  # and writes the predicted weights
+    loops = 1 if corrects else 2
+    loads, stores = (loops * sum(size == max(w, m) for size in sizes) + 1 for sizes in (read, written))
+    return loads, stores
+
+
+def _most_registers(name: str) -> int:
+    """Return how many registers leave a multiprocessor the blocks that csrc/cuda/step.h asks for: 2, 3 or 4."""
+    if "step" not in name or "8-bit" in name:
+        return 64
+    if "float64" in name:
+        return 128
+    return 80 if re.search("corrected|stochastic|float16", name.replace("bfloat16", "")) else 64
 
 
 def table(kernels: list[Kernel]) -> str:

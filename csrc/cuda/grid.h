@@ -10,13 +10,14 @@ namespace nesterov_pp::cuda {
 // [note: the size of a grid]
 // An H200 moves about 4.3 TB/s with a latency of some 0.7 us, so about 3 MB have to be in flight: 23 KB on each of 132
 // multiprocessors. A thread of the float32 step has four vectors of 16 bytes in flight; four blocks of 256 threads make
-// 64 KB. That many blocks fit if a thread uses at most 64 registers. Passes that need more registers run two blocks,
-// with 32 to 64 KB in flight.
+// 64 KB. That many blocks fit if a thread uses at most 64 registers. Passes that need more registers run three blocks,
+// or two in float64.
 //
-// A step has a block for every part of a chunk, four vectors for each thread of the float32 step, and the device hands
+// A step has a block for every part of a chunk, two vectors for each thread of the float32 step, and the device hands
 // a new block to a multiprocessor whenever one ends. Blocks that are under way at the same time then work on
-// neighbouring memory. In trial builds an H100 so moved 97 % of what its copy does; with a whole chunk for each block
-// 94 %, and 93 % with no more blocks than it holds at once, each of which takes every n-th chunk.
+// neighbouring memory. An H200 so moves 97 % of what its copy does, 96 % with four vectors a thread and 95 % with one;
+// an H100 96 % with four vectors, 94 % with a whole chunk for each block, and 93 % with no more blocks than it holds at
+// once, each of which takes every n-th chunk.
 constexpr int kThreads = 256;
 
 // Sets `blocks` to `wanted`, or to the number of blocks that the current device holds at once if that is smaller.

@@ -86,6 +86,7 @@ void CudaPlan::launch(const at::Tensor& rows) {
     const device::Launch launch{table_of(group),
                                 group.chunks.const_data_ptr<int64_t>(),
                                 group.chunks.numel(),
+                                group.elements,
                                 rows.const_data_ptr<double>(),
                                 factor,
                                 static_cast<int32_t>(slots_.grads),

@@ -10,33 +10,35 @@ using device::Launch;
 using device::Stored;
 
 template <class P>
-constexpr bool kManyRegisters =
-    P::kCorrects || P::kStochastic || P::kCodes || kSame<typename P::G, Half> || kSame<typename P::T, double>;
+constexpr bool kManyRegisters = (P::kCorrects || P::kStochastic || kSame<typename P::G, Half>) && !P::kCodes;
+// The least number of blocks per multiprocessor, and so the most registers that a thread has.
 template <class P>
-constexpr int kBlocks = kManyRegisters<P> ? 2 : 4;  // per multiprocessor
+constexpr int kBlocks = kSame<typename P::T, double> ? 2
+                        : kManyRegisters<P>          ? 3
+                                                     : 4;
 // The bytes of a parameter that a plain step reads and writes.
 template <class P>
-constexpr int kMoved = 2 * (static_cast<int>(sizeof(Stored<typename P::W>)) + P::kSplit) +
-                       (P::kCopies ? 2 : 1) * static_cast<int>(sizeof(typename P::G)) +
-                       4 * static_cast<int>(sizeof(typename P::M));
+constexpr int kMoved =
+    2 * (static_cast<int>(sizeof(Stored<typename P::W>)) + P::kSplit) +
+    (P::kCopies ? 2 : 1) * static_cast<int>(sizeof(typename P::G)) + 4 * static_cast<int>(sizeof(typename P::M));
 
-// Returns the number of blocks for a chunk, a power of two: as many as leave each thread at least 200 bytes to move,
-// since measured with fewer bytes, what a block does at its start and end shows.
+// Returns how often the number of blocks for a chunk is doubled: as often as leaves a thread at least 200 bytes to move
+// in a chunk of mean size, since what a block does at its start and end shows where it moves less. Where moments are in
+// eight bits, a block shares what it has prepared for a chunk.
 template <class P>
-constexpr int parts() {
-  constexpr int kLeast = 200;
-  int found = 1;
-  while (2 * found * kLeast * kThreads <= device::kChunk * kMoved<P>) found *= 2;
+int doublings(const Launch& launch) {
+  constexpr int64_t kLeast = 200;
+  int found = 0;
+  if constexpr (!P::kCodes)
+    while ((launch.chunk_count << (found + 1)) * kLeast * kThreads <= launch.elements * kMoved<P>) ++found;
   return found;
 }
-// Where moments are in eight bits, a block shares what it has prepared for a chunk.
-template <class P>
-constexpr int kParts = P::kCodes ? 1 : parts<P>();
 
 namespace {
 
 template <class P>
-__global__ void __launch_bounds__(kThreads, kBlocks<P>) step_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kBlocks<P>)
+    step_kernel(const __grid_constant__ Launch launch, const int doublings) {
   if constexpr (P::kCodes) {
     __shared__ float quotients[256];
     static_assert(kThreads == 256, "a thread for each byte");
@@ -44,15 +46,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>) step_kernel(const __grid
     __syncthreads();
     device::step<P>(launch, blockIdx.x, threadIdx.x, kThreads, quotients);
   } else {
-    const auto part = static_cast<int>(blockIdx.x % kParts<P>);
-    const int thread = part * kThreads + static_cast<int>(threadIdx.x);
-    device::step<P>(launch, blockIdx.x / kParts<P>, thread, kParts<P> * kThreads);
+    const unsigned int part = blockIdx.x & ((1U << doublings) - 1);
+    const auto thread = static_cast<int>(part * kThreads + threadIdx.x);
+    device::step<P>(launch, blockIdx.x >> doublings, thread, kThreads << doublings);
   }
 }
 
 template <class P>
 cudaError_t launch_step(const Launch& launch, cudaStream_t stream) {
-  step_kernel<P><<<static_cast<unsigned int>(kParts<P> * launch.chunk_count), kThreads, 0, stream>>>(launch);
+  const int times = doublings<P>(launch);
+  step_kernel<P><<<static_cast<unsigned int>(launch.chunk_count << times), kThreads, 0, stream>>>(launch, times);
   return cudaGetLastError();
 }
 

@@ -92,11 +92,13 @@ NPP_HD unsigned int noise_of_group(const Constants<P>& k, int group) {
   return (group % 4 == 0 ? words.a : group % 4 == 1 ? words.b : group % 4 == 2 ? words.c : words.d) >> 16;
 }
 
-// The random words of all groups that a warp steps in parts of a chunk, drawn at once: every thread has two of them.
+// The random numbers of the groups that a warp steps in parts of a chunk, drawn at once: every thread has two of them.
 // A warp takes as many turns of kPart * kWarp elements as there are warps in a block; `threads` of a block are 256.
 template <class P>
 struct GroupNoise {
-  unsigned int even, odd;
+  unsigned int both;  // that of an even group in the lower half
+  unsigned int
+      place;  // where the next number for the calling thread is: 5 bits for the lane, then 16 for the upper half
 
   static constexpr int kPerTurn = kPart * kWarp / (4 * kGroup);  // counters
 
@@ -105,21 +107,24 @@ struct GroupNoise {
     const int counter = lane() % 16, turn = counter / kPerTurn;
     const int element = turn * threads * kPart + thread / kWarp * (kWarp * kPart) + counter % kPerTurn * (4 * kGroup);
     const auto words = words_of_groups(k, element / kGroup);
-    return lane() < 16 ? GroupNoise{words.a, words.b} : GroupNoise{words.c, words.d};
+    const bool lower = lane() < 16;
+    const int mine = lane() / kSharing;
+    return {((lower ? words.a : words.c) >> 16) | ((lower ? words.b : words.d) & 0xffff0000U),
+            static_cast<unsigned int>(mine % 4 / 2 * 16 + mine / 4 + mine % 2 * (16 << 5))};
 #else
     (void)k, (void)thread, (void)threads;
     return {};
 #endif
   }
 
-  // Returns the noise of the first element of a group (noise_of_group), the calling thread's in this turn.
-  NPP_HD unsigned int of(const Constants<P>& k, int turn, int group) const {
+  // Returns the noise of the first element of a group (noise_of_group), the calling thread's in the next turn.
+  NPP_HD unsigned int next(const Constants<P>& k, int group) {
 #if defined(__CUDA_ARCH__)
-    const int mine = lane() / kSharing, from = mine % 4 / 2 * 16 + turn * kPerTurn + mine / 4;
-    const unsigned int first = __shfl_sync(0xffffffffU, even, from), second = __shfl_sync(0xffffffffU, odd, from);
-    return (mine % 2 == 0 ? first : second) >> 16;
+    (void)k, (void)group;
+    const unsigned int word = __shfl_sync(0xffffffffU, both, static_cast<int>(place & 31)) >> (place >> 5);
+    place += kPerTurn;
+    return word & 0xffffU;
 #else
-    (void)turn;
     return noise_of_group(k, group);
 #endif
   }
@@ -272,11 +277,10 @@ template <class P>
 NPP_HD void step_parts(const Pointers<P>& p, const Constants<P>& k, int whole, int thread, int threads) {
   GroupNoise<P> noise{};
   if constexpr (P::kMayHaveSecond) noise = GroupNoise<P>::from(k, thread, threads);
-  int turn = 0;
-  for (int first = thread / kWarp * (kWarp * kPart); first < whole; first += threads * kPart, ++turn) {
+  for (int first = thread / kWarp * (kWarp * kPart); first < whole; first += threads * kPart) {
     const int own = first + lane() * kPart, last = whole - kPart, i = own < last ? own : last;
     unsigned int noise_of_first = 0;
-    if constexpr (P::kMayHaveSecond) noise_of_first = noise.of(k, turn, i / kGroup);
+    if constexpr (P::kMayHaveSecond) noise_of_first = noise.next(k, i / kGroup);
     unsigned int left = lanes_where(!step_part(p, i, own < whole, noise_of_first, k));
     while (left != 0) {
       const int part = lowest_bit(left);

@@ -21,6 +21,7 @@ struct Launch {
   Table table;
   const int64_t* chunks;
   int64_t chunk_count;
+  int64_t elements;      // in all chunks
   const double* rows;    // row_words each
   const double* factor;  // null, or a factor of the gradients in addition to the rows' grad_scale
   int32_t grads;         // ring slots

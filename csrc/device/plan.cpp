@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "../plan/fail.h"
@@ -52,6 +53,7 @@ Group DevicePlan::make_group(Dtypes dtypes, std::vector<size_t> members) {
               {},
               {},
               send(chunks.data(), static_cast<int64_t>(chunks.size()), at::kLong),
+              std::accumulate(sizes.begin(), sizes.end(), int64_t{0}),
               chunk_count_};
   const auto words = static_cast<int64_t>(group.host.all().size());
   group.table = group.kept = at::empty({words}, at::device(device_).dtype(at::kLong));

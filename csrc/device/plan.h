@@ -27,6 +27,7 @@ struct Group {
   at::Tensor table;                // the table that the collected step reads: `kept`, or a graph's own
   std::vector<at::Tensor> unused;  // host memory for the tables of future graphs
   at::Tensor chunks;               // int64
+  int64_t elements;                // in all chunks
   int64_t first_chunk;             // index of this group's first chunk among those of all groups
 };
 

@@ -15,10 +15,12 @@ from torch import Tensor
 Bases = Mapping[int, Tensor]
 """The bases by side; a side without one is not rotated."""
 
-ON_HOST = 128
-"""The longest side of covariances whose eigenvectors are computed on the host.
+IN_BATCH, ON_HOST = 32, 128
+"""The longest side of covariances whose eigenvectors a GPU computes for all matrices at once; and of those for which it
+is slower than the host, since it takes longer ones one after the other.
 
-A matrix of side 64 takes 0.17 ms on a core of an AMD EPYC and 0.48 ms on an H100, one of side 256 takes 2.9 and 2.4 ms.
+A matrix of side 32 takes 0.001 ms on an H200 and 0.09 ms on its host of 16 cores; of side 64, 0.86 and 0.22 ms; of side
+256, 5.2 and 3.4 ms on this machine, but 2.4 and 2.9 ms on an H100 with another host.
 """
 
 
@@ -53,10 +55,9 @@ def first_basis(covariance: Tensor) -> Tensor:
     """Return the eigenvectors as columns, those of the largest eigenvalues first.
 
     LAPACK fails on some matrices of low rank in float32, or returns NaN, so these are taken in float64. If that fails
-    too, the basis begins as the identity. A GPU takes matrices one after the other, which for small ones is slower than
-    on the host.
+    too, the basis begins as the identity.
     """
-    if covariance.is_cuda and covariance.shape[-1] <= ON_HOST:
+    if covariance.is_cuda and IN_BATCH < covariance.shape[-1] <= ON_HOST:
         return first_basis(covariance.cpu()).to(covariance.device)
     for precision in (covariance.dtype, torch.float64):
         try:

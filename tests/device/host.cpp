@@ -75,6 +75,7 @@ int step_on_host(const int64_t* words, int64_t tensors, const int64_t* chunk, in
   const Launch l{{words, tensors},
                  chunk,
                  chunk_count,
+                 chunk_count * kChunk,
                  rows,
                  factor,
                  grads,
