@@ -287,14 +287,17 @@ def spread(values: Sequence[float]) -> str:
 
 
 def slow(out: Path, team: int, microbatches: int) -> dict[str, Any]:
-    """Measure the throughput with and without a worker at a tenth of the speed in the first of two stages."""
+    """Measure the throughput with and without a worker at a tenth of the speed in the first of two stages.
+
+    The workers of the second stage are twice as fast, so that the first one sets the pace.
+    """
     rates: dict[str, float] = {}
     for name, factor in (("equal", 1.0), ("one at a tenth", 10.0)):
         place = out / name.replace(" ", "-")
         place.parent.mkdir(parents=True, exist_ok=True)
         model = ["--layers", "2", "--width", "32", "--context", "32", "--lr", "1e-3"]
         with swarm(place, 2, "--microbatches", str(microbatches), *model) as s:
-            slownesses = [ASLEEP * factor, *[ASLEEP] * (2 * team - 1)]
+            slownesses = [ASLEEP * factor, *[ASLEEP] * (team - 1), *[ASLEEP / 2] * team]
             s.wait_ready([s.join(1 + k // team, slow=slowness) for k, slowness in enumerate(slownesses)])
             s.finish()
         command("replay", str(place))

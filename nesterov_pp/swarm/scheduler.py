@@ -3,11 +3,12 @@
 [note: what is kept when a worker dies]
 A microbatch is settled on a stage when an update of the stage's present line of versions contains its gradient. Until
 then it is on its way (an ``Attempt``) or its gradient waits on a worker for the next update. When a worker dies, what
-was on it is gone: microbatches on their way through it are called back everywhere, gradients that waited on it are
-missed. Such a microbatch is sent again from the start, along living workers; the stages that have its gradient
-already only pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted
-twice on a stage if a worker dies between an update and the news of it; the ``GRACE`` before a microbatch is sent again
-makes this rare, and the trace shows it.
+was on it is gone. Microbatches on their way through it are taken over by a peer, which takes its place on their route
+(``takeover``); if that fails, or there is no peer, they are called back everywhere. Gradients that waited on it are
+missed. A microbatch that was called back or is missed is sent again from the start, along living workers; the stages
+that have its gradient already only pass it on. So a gradient is lost only if microbatches that failed are to be
+dropped. It can be counted twice on a stage if a worker dies between an update and the news of it; the ``GRACE`` before
+a microbatch is sent again makes this rare, and the trace shows it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ GRACE = 1.5
 PATIENCE, USUAL_TIMES = 30.0, 10.0
 """An attempt that takes longer than these seconds and this many times as long as usual is called back."""
 
+TAKEOVER_SECONDS, DOUBT_SECONDS = 10.0, 1.0
+"""Called back is also what a peer has not taken over within so long, and twice as long as usual; and what could not be
+sent to a worker that has not died within so long."""
+
 
 @dataclass
 class Worker:
@@ -41,7 +46,9 @@ class Worker:
 class Attempt:
     """A microbatch on its way, begun at a time. ``count`` says which stages take its gradient.
 
-    ``recalled`` says who has yet to drop it, if it was called back, and ``since`` when that was.
+    ``recalled`` says who has yet to drop it, if it was called back, and ``since`` when that was. ``taken`` is the stage
+    whose worker died and whose peer has still to finish its backward, ``before`` the one that died, and ``returned``
+    says that the microbatch is through all the same. ``doubt`` says since when something could not be sent.
     """
 
     microbatch: int
@@ -52,6 +59,11 @@ class Attempt:
     recalled: set[str] | None = None
     since: float = 0.0
     after: float = 0.0
+    taken: int | None = None
+    before: str = ""
+    taken_since: float = 0.0
+    returned: bool = False
+    doubt: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,15 @@ class Cancel:
     attempt: int
 
 
-Action = Start | Cancel
+@dataclass(frozen=True)
+class Replace:
+    """A worker of ``stage`` has died; the one that is on the attempt's route now takes over."""
+
+    attempt: Attempt
+    stage: int
+
+
+Action = Start | Cancel | Replace
 
 
 @dataclass
@@ -115,7 +135,7 @@ class Scheduler:
         self.lines = [Line() for _ in range(stages)]
         self.attempts: dict[int, Attempt] = {}
         self.lost: set[tuple[int, int]] = set()
-        self.again = 0
+        self.again = self.taken_over = 0
         self._next = self._first = 0
         self._usual = 0.0
         self._tries: Counter[int] = Counter()
@@ -151,29 +171,71 @@ class Scheduler:
         self._miss([key for key, worker in self._waiting.items() if worker == name], now)
         actions: list[Action] = []
         for attempt in list(self.attempts.values()):
-            if any(worker.name == name for worker in attempt.route):
-                actions += self._recall(attempt, now + GRACE)
-                assert attempt.recalled is not None
-                attempt.recalled.discard(name)
-                self._end_if_dropped(attempt)
+            stage = next((s for s, worker in enumerate(attempt.route) if worker.name == name), None)
+            if stage is None:
+                continue
+            if attempt.recalled is None and attempt.taken is None and stage not in self.waits_for:
+                actions.append(self._replace(attempt, stage, now))
+                continue
+            actions += self._recall(attempt, now + GRACE)
+            assert attempt.recalled is not None
+            attempt.recalled.discard(name)
+            self._end_if_dropped(attempt)
         return actions
+
+    def adopted(self, microbatch: int, number: int, now: float = 0.0) -> Attempt | None:
+        """A peer has finished the backward of what it took over; return the attempt if it is still on its way."""
+        attempt = self._attempt(microbatch, number)
+        if attempt is None or attempt.recalled is not None or attempt.taken is None:
+            return None
+        attempt.taken = None
+        self.taken_over += 1
+        if attempt.returned:
+            self._came_back(attempt, now)
+        return attempt
+
+    def beyond(self, microbatch: int, number: int, now: float) -> list[Action]:
+        """There was nothing to take over: the dead worker's backward was done, and an update may have its gradient."""
+        attempt = self._attempt(microbatch, number)
+        if attempt is None or attempt.recalled is not None or attempt.taken is None:
+            return []
+        stage, attempt.taken = attempt.taken, None
+        if attempt.count[stage]:
+            attempt.count[stage] = False
+            if microbatch not in self.lines[stage].counted:
+                self._missed[microbatch, stage] = now + GRACE
+        if attempt.returned:
+            self._came_back(attempt, now)
+        return [Cancel(attempt.route[stage].name, microbatch, number)]
 
     def done(self, microbatch: int, number: int, now: float = 0.0) -> None:
         """An attempt has come back to the first stage: its gradients are settled, or wait for the next updates."""
         attempt = self._attempt(microbatch, number)
         if attempt is None or attempt.recalled is not None:
             return
+        if attempt.taken is not None:
+            attempt.returned = True
+            return
+        self._came_back(attempt, now)
+
+    def _came_back(self, attempt: Attempt, now: float) -> None:
         self._usual += 0.1 * (now - attempt.begun - self._usual)
         self._end(attempt)
         for s, (worker, counts) in enumerate(zip(attempt.route, attempt.count, strict=True)):
             if counts:
-                self._wait(microbatch, s, worker.name)
-        self._settle(microbatch)
+                self._wait(attempt.microbatch, s, worker.name)
+        self._settle(attempt.microbatch)
 
-    def failed(self, microbatch: int, number: int, now: float) -> list[Action]:
-        """An attempt could not go on."""
+    def failed(self, microbatch: int, number: int, now: float, to: str | None = None) -> list[Action]:
+        """An attempt could not go on. ``to``: the address of a worker that could not be reached, and may have died."""
         attempt = self._attempt(microbatch, number)
-        return [] if attempt is None else self._recall(attempt, now + GRACE)
+        if attempt is None:
+            return []
+        if to is not None and attempt.recalled is None:
+            if attempt.doubt is None and to in {worker.address for worker in attempt.route}:
+                attempt.doubt = now
+            return []
+        return self._recall(attempt, now + GRACE)
 
     def cancelled(self, name: str, microbatch: int, number: int, counted: bool) -> None:
         """A worker has dropped an attempt; ``counted``: it has the gradient of its stage already."""
@@ -233,8 +295,11 @@ class Scheduler:
             self._settle(key[0])
         actions: list[Action] = []
         patience = max(PATIENCE, USUAL_TIMES * self._usual)
-        for late in [a for a in self.attempts.values() if a.recalled is None and now - a.begun > patience]:
-            actions += self._recall(late, now)
+        for a in [a for a in self.attempts.values() if a.recalled is None]:
+            unsent = a.doubt is not None and now - a.doubt > DOUBT_SECONDS
+            untaken = a.taken is not None and now - a.taken_since > max(TAKEOVER_SECONDS, 2 * self._usual)
+            if unsent or untaken or now - a.begun > patience:
+                actions += self._recall(a, now + GRACE * (unsent or untaken))
         while not self.waits_for and len(self.attempts) < self.in_flight:
             again = next((m for m, after in self._todo.items() if after <= now), None)
             if again is not None:
@@ -318,6 +383,16 @@ class Scheduler:
         usual = sum(known) / len(known) if known else 1.0
         weights = [((1 + self._load[w.name]) * (w.seconds or usual)) ** -2 for w in team]
         return draw.choices(team, weights)[0]
+
+    def _replace(self, attempt: Attempt, stage: int, now: float) -> Replace:
+        """Put a peer in the place of a worker that has died."""
+        old = attempt.route[stage]
+        peer = self._pick(stage, random.Random(f"{self.seed}/{attempt.microbatch}/{attempt.number}/{old.name}"))
+        attempt.route[stage] = peer
+        attempt.taken, attempt.before, attempt.taken_since, attempt.doubt = stage, old.name, now, None
+        self._load.update([peer.name])
+        self._load.subtract([old.name])
+        return Replace(attempt, stage)
 
     def _end(self, attempt: Attempt) -> None:
         del self.attempts[attempt.microbatch]
