@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import re
 import secrets
 import signal
 import socket
@@ -347,34 +346,33 @@ def loss(out: Path, method: str, stages: int, team: int, kills: int, microbatche
     """Compare the validation loss of a swarm with churn with that of pipelines of the same tokens."""
     out.mkdir(parents=True)
     found = churn(out / "swarm", method, stages, team, kills, microbatches, seed)
+    kept = ("run", "replay", "updates", "load of the machine, at first and at last")
+    return {**pipelines(out, method, stages, microbatches, seed), **{name: found[name] for name in kept}}
+
+
+def pipelines(out: Path, method: str, stages: int, microbatches: int, seed: int) -> dict[str, Any]:
+    """Train pipelines beside the swarm that has run in ``out/swarm``; return the validation losses of all."""
     delays = delays_of(out / "swarm")
     (out / "delays.txt").write_text("".join(" ".join(map(str, row)) + "\n" for row in delays))
     model = ["--layers", str(stages), "--width", "32", "--context", "32", "--lr", "1e-3", "--seed", str(seed)]
     text = out / "swarm-logs" / "text.txt"
     fixed = ",".join(str(stages - 1 - s) for s in range(stages))
-    losses: dict[str, float] = {"swarm with churn": _loss_of(found["run"])}
+    said = (out / "swarm-logs" / "coordinator.txt").read_text().splitlines()[-1]
+    losses = {"swarm with churn": float(said.split("validation loss ")[1].split(";")[0])}
     for name, words in (("virtual, the same delays", f"trace:{out / 'delays.txt'}"), (f"fixed, {fixed}", fixed)):
         more = ["--method", method, "--stages", str(stages), "--microbatches", str(microbatches), "--delays", words]
-        where = ["--data", str(text), "--out", str(out / name.split(",")[0]), "--tokenizer", "bytes"]
+        place = out / name.split(",")[0]
+        where = ["--data", str(text), "--out", str(place), "--tokenizer", "bytes"]
         arguments = [sys.executable, "-m", "nesterov_pp", "train", *more, *model, *where]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=END_SECONDS)
         if done.returncode:
             raise RuntimeError(done.stderr.strip())
-        losses[name] = _loss_of(done.stdout)
+        losses[name] = json.loads((place / "summary.json").read_text())["validation_loss"]
     columns = list(zip(*delays, strict=True))
     return {
         "validation loss": losses,
         "mean and largest delay of each stage": [[round(sum(c) / len(c), 2), max(c)] for c in columns],
-        "updates": found["updates"],
-        "run": found["run"],
-        "replay": found["replay"],
-        "load of the machine, at first and at last": found["load of the machine, at first and at last"],
     }
-
-
-def _loss_of(said: str) -> float:
-    """Return the last validation loss that a command has printed."""
-    return float(re.findall(r"validation loss:? *([0-9.]+)", said)[-1])
 
 
 def main() -> None:

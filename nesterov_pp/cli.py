@@ -150,8 +150,14 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="continue what is in the --out folder; start anew if it is empty"
         )
 
-    add_settings(
-        command("train", _train, "train a small language model through a virtual pipeline; under torchrun, a real one")
+    sub = command(
+        "train", _train, "train a small language model through a virtual pipeline; under torchrun, a real one"
+    )
+    add_settings(sub, "slack")
+    parse = shown["slack"].metadata["parse"]
+    what = f"{shown['slack'].metadata['help']} (default: auto, as many as links of the run that are slow need)"
+    sub.add_argument(
+        "--slack", type=_typed(lambda text: text if text == "auto" else parse(text)), metavar="X", help=what
     )
     sub = command("compare", _compare, "train with several methods and seeds, and put the results into one table")
     sub.add_argument(
