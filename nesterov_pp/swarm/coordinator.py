@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nesterov_pp.swarm.attempts import Action, Attempt, Replace, Start, Worker
 from nesterov_pp.swarm.lineage import ROOT, MalformedError, Update, is_version, number_of
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError
 from nesterov_pp.swarm.nests import pack, unpack
 from nesterov_pp.swarm.peers import Listener
 from nesterov_pp.swarm.protocol import checked
 from nesterov_pp.swarm.quorum import Lighthouse
-from nesterov_pp.swarm.scheduler import Action, Attempt, Replace, Scheduler, Start, Worker
+from nesterov_pp.swarm.scheduler import Scheduler
 from nesterov_pp.swarm.trace import TraceFile, read_state, read_trace, write_state
 
 TICK_SECONDS = 0.02

@@ -6,20 +6,9 @@ import random
 
 import pytest
 
+from nesterov_pp.swarm.attempts import Action, Attempt, Cancel, Replace, Start, Worker
 from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update
-from nesterov_pp.swarm.scheduler import (
-    DOUBT_SECONDS,
-    GRACE,
-    PATIENCE,
-    TAKEOVER_SECONDS,
-    Action,
-    Attempt,
-    Cancel,
-    Replace,
-    Scheduler,
-    Start,
-    Worker,
-)
+from nesterov_pp.swarm.scheduler import DOUBT_SECONDS, GRACE, PATIENCE, TAKEOVER_SECONDS, Scheduler
 
 
 def _scheduler(total: int = 10, *, teams: tuple[int, ...] = (2, 2), resend: bool = True, seed: int = 0) -> Scheduler:

@@ -15,6 +15,8 @@ import torch
 from swarm_task import task
 
 from nesterov_pp.pipeline import Trace, VirtualPipeline
+from nesterov_pp.swarm.attempts import Action, Replace, Start
+from nesterov_pp.swarm.attempts import Worker as Known
 from nesterov_pp.swarm.computer import Computer
 from nesterov_pp.swarm.core import StageCore
 from nesterov_pp.swarm.jobs import Job
@@ -22,8 +24,7 @@ from nesterov_pp.swarm.lineage import Contribution, Update
 from nesterov_pp.swarm.messages import Header, Message
 from nesterov_pp.swarm.protocol import checked
 from nesterov_pp.swarm.replay import replay
-from nesterov_pp.swarm.scheduler import Action, Replace, Scheduler, Start
-from nesterov_pp.swarm.scheduler import Worker as Known
+from nesterov_pp.swarm.scheduler import Scheduler
 from nesterov_pp.swarm.task import Task
 from nesterov_pp.swarm.worker import Worker
 
