@@ -30,7 +30,8 @@ from benchmarks.swarm_planned import delays_of, planned
 from nesterov_pp.planning import Network
 from nesterov_pp.swarm.picture import read_timeline
 
-START_SECONDS, END_SECONDS = 60.0, 600.0
+START_SECONDS, END_SECONDS = 120.0, 600.0
+INTERVAL = (2.0, 6.0)
 
 
 def free_port() -> int:
@@ -211,6 +212,7 @@ def churn(
     microbatches: int,
     seed: int,
     network: Network | None = None,
+    interval: tuple[float, float] = INTERVAL,
 ) -> dict[str, Any]:
     """Kill and start workers at random; return what that cost. With a ``network``, each process has its own host."""
     draw = random.Random(seed)
@@ -223,7 +225,7 @@ def churn(
     with bench as hosts, swarm(out, stages, *more, *model, hosts=hosts) as s:
         s.wait_ready([s.join(stage + 1, slow=SLOWNESS) for stage in range(stages) for _ in range(team)])
         for k in range(kills):
-            time.sleep(draw.uniform(*INTERVAL))
+            time.sleep(draw.uniform(*interval))
             ready = s.workers.keys() & s.ready()
             victim = draw.choice(sorted(ready))
             stage = s.workers[victim][0]
@@ -243,6 +245,7 @@ def churn(
     return {
         "load of the machine, at first and at last": [loaded, load()],
         "microbatches": microbatches,
+        "seconds between kills": list(interval),
         "run": last,
         "replay": command("replay", str(out)),
         "killed": len(killed),
@@ -283,7 +286,6 @@ def load() -> float:
 
 
 SLOWNESS, ASLEEP = 10.0, 30.0
-INTERVAL = (2.0, 6.0)
 AFTER_SECONDS = 2.0
 
 
@@ -387,6 +389,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--network", type=_network, default=None, metavar="MS,MBIT", help="of churn only")
+    what = "seconds between two kills of churn (default: 2,6); more where workers take long to start"
+    parser.add_argument("--interval", type=_interval, default=INTERVAL, metavar="S,S", help=what)
     given = parser.parse_args()
     if given.network is not None and (why := missing()):
         sys.exit(f"no hosts can be made on this machine: {why}")
@@ -398,7 +402,7 @@ def main() -> None:
         found = loss(out, given.method, given.stages, given.team, given.kills, given.microbatches, given.seed)
     elif given.what == "churn":
         run = (given.stages, given.team, given.kills, given.microbatches, given.seed)
-        found = churn(out, given.method, *run, given.network)
+        found = churn(out, given.method, *run, given.network, given.interval)
     else:
         found = slow(out, given.team, given.microbatches)
     for name, value in found.items():
@@ -409,6 +413,11 @@ def main() -> None:
         if given.network is not None:
             name += f", {1e3 * given.network.latency:g} ms, {given.network.bandwidth * 8 / 1e6:g} Mbit/s"
         given.json.write_text(json.dumps({**before, f"{name}, {given.kills} kills": found}, indent=1) + "\n")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    least, most = map(float, text.split(","))
+    return least, most
 
 
 def _network(text: str) -> Network:
