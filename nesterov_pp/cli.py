@@ -104,6 +104,15 @@ def _complain(sentence: str, status: int) -> int:
     return status
 
 
+def _slack(text: str) -> int | str:
+    from nesterov_pp.training.config import whole
+
+    try:
+        return text if text == "auto" else whole(0, 10_000)(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("needs", "needs auto or", 1)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     from nesterov_pp.analysis.command import add_arguments as analysis_arguments
     from nesterov_pp.planning.command import add_arguments as plan_arguments
@@ -150,9 +159,12 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="continue what is in the --out folder; start anew if it is empty"
         )
 
-    add_settings(
-        command("train", _train, "train a small language model through a virtual pipeline; under torchrun, a real one")
+    sub = command(
+        "train", _train, "train a small language model through a virtual pipeline; under torchrun, a real one"
     )
+    add_settings(sub, "slack")
+    what = f"{shown['slack'].metadata['help']} (default: auto, as many as links of the run that are slow need)"
+    sub.add_argument("--slack", type=_typed(_slack), metavar="X", help=what)
     sub = command("compare", _compare, "train with several methods and seeds, and put the results into one table")
     sub.add_argument(
         "--methods",

@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
     add("--failures", _above_0, "HOURS", "with --swarm: mean time until a worker fails, in hours (default: never)")
     add("--rejoin", _at_least_0, "S", "with --swarm: seconds until a worker that failed is back (default: 60)")
     add("--in-flight", _in_flight, "N", "with --swarm: microbatches in flight for each worker (default: 2)")
+    what = "with --swarm: standard deviation of the times of forwards and backwards over their means (default: 0)"
+    add("--variation", _variation, "X", what)
 
 
 def plan(
@@ -85,6 +87,7 @@ def plan(
     failures: float | None = None,
     rejoin: float | None = None,
     in_flight: float | None = None,
+    variation: float | None = None,
     **storage: Any,
 ) -> None:
     """Measure the layers of ``train``'s model on this machine, and print estimates for pipelines or swarms of them.
@@ -114,6 +117,7 @@ def plan(
         "failures": failures,
         "rejoin": rejoin,
         "in-flight": in_flight,
+        "variation": variation,
     }
     if wrong := [name for name, value in (of_pipelines if swarm else of_swarms).items() if value is not None]:
         name = wrong[0]
@@ -137,8 +141,8 @@ def plan(
         often = 3600 * (failures or math.inf)
         team = speeds or Speeds()
         back = _REJOIN_SECONDS if rejoin is None else rejoin
-        flight = in_flight or _IN_FLIGHT
-        swarms = _swarms(layers, recipe, state, devices, speed, network, workers or _WORKERS, team, often, back, flight)
+        size, flight, vary = workers or _WORKERS, in_flight or _IN_FLIGHT, variation or 0.0
+        swarms = _swarms(layers, recipe, state, devices, speed, network, size, team, often, back, flight, vary)
         console.print(swarm_table(swarms, tokens))
         return
     waiting = per_update or (4 if recipe.delayed else recipe.accumulation(1))
@@ -196,6 +200,7 @@ def _swarms(
     failure_seconds: float,
     rejoin_seconds: float,
     in_flight: float,
+    variation: float,
 ) -> list[tuple[int, int, SimulatedSwarm]]:
     """Return the rows of ``swarm_table``. ``state`` is the optimizer's, as a multiple of the weights."""
     from nesterov_pp.swarm.task import Task, check_recipe
@@ -218,6 +223,7 @@ def _swarms(
             rejoin_seconds=rejoin_seconds,
             state_bytes=[c.weight_bytes * (versions + state) for c in costs],
             in_flight=in_flight,
+            variation=variation,
         )
         rows.append((count, workers, found))
     return rows
@@ -273,6 +279,12 @@ def _counts(text: str) -> list[int]:
 def _in_flight(text: str) -> float:
     if not 0.01 <= _number(text) <= 100:
         raise ValueError(f"needs a number from 0.01 to 100, not {text!r}")
+    return _number(text)
+
+
+def _variation(text: str) -> float:
+    if not 0 <= _number(text) <= 10:
+        raise ValueError(f"needs a number from 0 to 10, not {text!r}")
     return _number(text)
 
 

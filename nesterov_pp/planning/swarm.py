@@ -55,6 +55,7 @@ class SimulatedSwarm:
         mean_delays, largest_delays: for each stage, the updates between a gradient's forward and its own update.
         microbatches: those done, in all.
         sent_again: how many times a microbatch was sent again.
+        taken_over: how many times a peer finished a microbatch of a worker that had failed.
         failures: deaths of workers.
         without_worker: the share of the time in which some stage had no worker.
         seconds: time simulated.
@@ -66,6 +67,7 @@ class SimulatedSwarm:
     largest_delays: list[int]
     microbatches: int
     sent_again: int
+    taken_over: int
     failures: int
     without_worker: float
     seconds: float
@@ -139,6 +141,7 @@ def simulate_swarm(
         largest_delays=[team.largest for team in run.teams],
         microbatches=run.done,
         sent_again=run.again,
+        taken_over=run.taken_over,
         failures=run.failures,
         without_worker=run.without_worker / run.now if run.now else 0.0,
         seconds=run.now,

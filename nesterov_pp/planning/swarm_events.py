@@ -24,7 +24,11 @@ _BACKWARD, _FORWARD = 0, 1
 
 @dataclass(eq=False)
 class _Worker:
-    """``held`` has the versions of forwards, ``waiting`` gradients that no update contains yet, with theirs."""
+    """``held`` has the versions of forwards, ``waiting`` gradients that no update contains yet, with theirs.
+
+    ``job`` is the present computation, and ``redo`` has the microbatches whose forward is to run again after a death,
+    and whether their gradients are here.
+    """
 
     stage: int
     place: int
@@ -38,6 +42,8 @@ class _Worker:
     version: int = 0
     load: int = 0
     jobs: list[tuple[int, int, int]] = field(default_factory=list)
+    job: tuple[int, int, int] | None = None
+    redo: dict[int, bool] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
     waiting: list[tuple[int, int]] = field(default_factory=list)
     through: set[int] = field(default_factory=set)
@@ -82,7 +88,7 @@ class Run:
         self.in_flight, self.checkpoint_every = in_flight, checkpoint_every
         self.wiring, self.fate = random.Random(f"{seed}/wiring"), random.Random(f"{seed}/fate")
         self.spread, self.times = math.sqrt(math.log1p(variation**2)), random.Random(f"{seed}/times")
-        self.now, self.done, self.again, self.failures = 0.0, 0, 0, 0
+        self.now, self.done, self.again, self.taken_over, self.failures = 0.0, 0, 0, 0, 0
         self.empty, self.empty_since, self.without = 0, 0.0, 0.0
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order, self._number, self._filling = count(), count(), False
@@ -170,10 +176,15 @@ class Run:
         return m in self.attempts and self.attempts[m][0] == number
 
     def _arrive(self, worker: _Worker, kind: int, m: int, number: int) -> None:
-        if self._current(m, number):
-            heapq.heappush(worker.jobs, (kind, m, number))
-            if not worker.busy:
-                self._work(worker)
+        if not self._current(m, number):
+            return
+        worker = self.attempts[m][1][worker.stage]  # which may have taken over
+        if kind == _BACKWARD and m in worker.redo:
+            worker.redo[m] = True
+            return
+        heapq.heappush(worker.jobs, (kind, m, number))
+        if not worker.busy:
+            self._work(worker)
 
     def _work(self, worker: _Worker) -> None:
         """Begin the next computation of a worker that is free: backwards first, and after all steps so far."""
@@ -185,22 +196,27 @@ class Run:
         worker.free, worker.busy = begin, bool(worker.jobs)
         if not worker.busy:
             return
-        kind, m, number = heapq.heappop(worker.jobs)
-        seconds = cost.backward if kind == _BACKWARD else cost.forward
+        worker.job = kind, m, number = heapq.heappop(worker.jobs)
+        seconds = self._drawn(cost.backward if kind == _BACKWARD else cost.forward)
         if kind == _FORWARD:
             worker.held[m] = worker.version
-            seconds += cost.backward if worker.stage == self.last else 0.0
-        if self.spread:
-            seconds *= self.times.lognormvariate(-(self.spread**2) / 2, self.spread)
+            seconds += self._drawn(cost.backward) if worker.stage == self.last else 0.0
         worker.free = begin + seconds * worker.slowness
         self._at(worker.free, self._computed, worker, worker.life, kind, m, number)
+
+    def _drawn(self, mean: float) -> float:
+        """Return the time of one forward or backward."""
+        return mean * self.times.lognormvariate(-(self.spread**2) / 2, self.spread) if self.spread else mean
 
     def _computed(self, worker: _Worker, life: int, kind: int, m: int, number: int) -> None:
         if worker.life != life:
             return
-        s = worker.stage
+        s, worker.job = worker.stage, None
         if not self._current(m, number):
             worker.held.pop(m, None)
+        elif kind == _FORWARD and m in worker.redo:
+            if worker.redo.pop(m):
+                heapq.heappush(worker.jobs, (_BACKWARD, m, number))
         elif kind == _FORWARD and s < self.last:
             self._send(worker, s + 1, self.costs[s].message_bytes, _FORWARD, m, number)
         else:
@@ -293,20 +309,45 @@ class Run:
                 self.empty_since = self.now
             self.empty += 1
         for m in sorted(worker.through):
-            self._end(m)
-            self._send_again(m)
+            if not team.ready or m in worker.redo:
+                self._end(m)
+                self._send_again(m)
+            else:
+                self._take_over(worker, m)
         for m in lost:
             if self.got[m] == self.all and m not in self.attempts and m not in self.todo:
                 self.done -= 1
             self.got[m] &= ~(1 << worker.stage)
             if m not in self.attempts:
                 self._send_again(m)
-        worker.waiting, worker.jobs, worker.held = [], [], {}
+        worker.waiting, worker.jobs, worker.job, worker.held, worker.redo = [], [], None, {}, {}
         self._weigh(worker)
         team.quorum_after = self.now + DEAD_AFTER
         self._no_round(team)
         self._want(team)
         self._at(self.now + self.rejoin, self._join, worker)
+
+    def _take_over(self, worker: _Worker, m: int) -> None:
+        """Have a peer finish a microbatch of a worker that has died."""
+        number, route = self.attempts[m]
+        s, team = worker.stage, self.teams[worker.stage]
+        here = {kind for kind, *key in [*worker.jobs, worker.job or (None, -1, -1)] if key == [m, number]}
+        if self.got[m] >> s & 1 and not here and m not in worker.held:
+            return  # its backward was done
+        self._weigh(worker)
+        peer = self.wiring.choices(team.workers, team.weights)[0]
+        route[s] = peer
+        for one, more in ((worker, -1), (peer, 1)):
+            self._loaded(one, more)
+        worker.through.discard(m)
+        peer.through.add(m)
+        self.taken_over += 1
+        forward_done = m in worker.held and _FORWARD not in here
+        if forward_done:
+            peer.redo[m] = _BACKWARD in here
+        if forward_done or _FORWARD in here:
+            after = 3 * self.network.latency + (self.costs[s - 1].message_bytes / self.network.bandwidth if s else 0.0)
+            self._at(self.now + after, self._arrive, peer, _FORWARD, m, number)
 
     def _join(self, worker: _Worker) -> None:
         """Have a worker take over the stage's state; there is no update meanwhile."""

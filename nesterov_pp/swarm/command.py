@@ -218,7 +218,8 @@ def _coordinate(arguments: dict[str, Any]) -> None:
         scheduler = coordinator.scheduler
         log(
             f"Finished: validation loss {loss:.4f}; {len(scheduler.lost)} gradients lost, {scheduler.twice} counted "
-            f"twice, {scheduler.again} microbatches sent again. The trace is in {coordinator.trace_path}."
+            f"twice, {scheduler.again} microbatches sent again, {scheduler.taken_over} taken over by a peer. The trace "
+            f"is in {coordinator.trace_path}."
         )
 
 

@@ -18,6 +18,7 @@ from nesterov_pp.swarm.jobs import Job, Jobs, Key
 from nesterov_pp.swarm.lineage import Contribution, Update
 from nesterov_pp.swarm.messages import ClosedError, Header
 from nesterov_pp.swarm.nests import pack
+from nesterov_pp.swarm.takeover import Takeovers, activation
 
 BEHIND_BYTES, MOST_BEHIND = 512 << 20, 256
 """Updates that wait to be applied may take so many bytes and be so many, but four in any case."""
@@ -55,6 +56,7 @@ class Computer:
         self._task, self._stage = core.task, core.stage
         self._jobs, self._gradients = jobs, gradients
         self._send, self._report, self._want = send, report, want
+        self.takeovers = Takeovers(core, jobs, self.held, send, report)
         self._counted: OrderedDict[Key, bool] = OrderedDict()
         self._events: list[list[Any]] = []
         self._seconds: dict[str, float] = {}
@@ -137,10 +139,11 @@ class Computer:
 
     def drop_held(self) -> None:
         """Give up all microbatches between forward and backward. As ``load``, between two computations."""
-        for key in self.core.drop_all():
+        for key in {*self.core.drop_all(), *self.takeovers.drop_all()}:
             self._jobs.cancel(key)
-            if self.held.pop(key, None) is not None:
-                self._report({"kind": "failed", "m": key[0], "a": key[1], "why": "dropped to take over a state"})
+            self.held.pop(key, None)
+            why = "dropped to take over a state"
+            self._report({"kind": "failed", "m": key[0], "a": key[1], "why": why, "to": None})
 
     def cancel(self, key: Key) -> None:
         """Give up one microbatch, and say whether its gradient is here already."""
@@ -150,6 +153,7 @@ class Computer:
     def _cancelled(self, key: Key) -> None:
         self.held.pop(key, None)
         self.core.drop(key)
+        self.takeovers.forget(key)
         counted = self._counted.get(key, False) and key[0] in self._gradients.waiting
         self._report({"kind": "cancelled", "m": key[0], "a": key[1], "counted": counted})
 
@@ -185,27 +189,24 @@ class Computer:
     def _forward(self, job: Job) -> None:
         core, s = self.core, self._stage
         given = self._task.batch(job.microbatch)[0] if job.given is None else job.given
-        output, version = self._slowed(lambda: core.forward(job.key, job.microbatch, given))
+        adopted = self.takeovers.of(job.key)
+        seen = adopted.seen if adopted is not None else []
+        wanted = seen[s] if seen else None
+        output, version = self._slowed(lambda: core.forward(job.key, job.microbatch, given, wanted))
         job.forward, job.given = [*job.forward, version], None
         self.held[job.key] = job
         if core.is_last:
             loss = core.loss(job.key, self._task.batch(job.microbatch)[1])
             job.loss, job.backward = float(loss).hex(), []
-            return
-        header = {
-            "kind": "activation",
-            "m": job.microbatch,
-            "a": job.attempt,
-            "route": job.route,
-            "count": job.counts,
-            "stage": s + 1,
-            "f": job.forward,
-        }
-        self._send(job.route[s + 1][1], header, [output])
+        elif adopted is not None and adopted.gradient is not None:
+            self._jobs.add(adopted.gradient)
+        elif not seen:
+            self._send(self.takeovers.address(job, s + 1), activation(job, s + 1), [output])
 
     def _backward(self, job: Job) -> None:
         core, s = self.core, self._stage
         if self.held.pop(job.key, None) is None:
+            self.takeovers.early(job)
             return
         found = self._slowed(lambda: core.backward(job.key, job.given))
         backward = [[found.graph, found.at], *(job.backward or [])]
@@ -216,18 +217,13 @@ class Computer:
             self._counted[job.key] = True
             while len(self._counted) > _REMEMBERED:
                 self._counted.popitem(last=False)
+        self.takeovers.finished(job.key, found.graph)
+        header: Header = {"m": job.microbatch, "a": job.attempt, "loss": job.loss}
         if found.of_input is None:
-            self._report({"kind": "done", "m": job.microbatch, "a": job.attempt, "loss": job.loss})
+            self._report({**header, "kind": "done"})
         else:
-            header = {
-                "kind": "gradient",
-                "m": job.microbatch,
-                "a": job.attempt,
-                "stage": s - 1,
-                "f": job.forward,
-                "b": backward,
-                "loss": job.loss,
-            }
-            self._send(job.route[s - 1][1], header, [found.of_input])
+            header = {**header, "kind": "gradient", "stage": s - 1, "f": job.forward, "b": backward}
+            self._send(self.takeovers.address(job, s - 1), header, [found.of_input])
+        self.takeovers.passed(job.key, header, found.of_input)
         if job.counts[s]:
             self._want()

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nesterov_pp.swarm.attempts import Action, Attempt, Replace, Start, Worker
 from nesterov_pp.swarm.lineage import ROOT, MalformedError, Update, is_version, number_of
 from nesterov_pp.swarm.messages import ClosedError, Header, Link, Message, RefusedError
 from nesterov_pp.swarm.nests import pack, unpack
 from nesterov_pp.swarm.peers import Listener
 from nesterov_pp.swarm.protocol import checked
 from nesterov_pp.swarm.quorum import Lighthouse
-from nesterov_pp.swarm.scheduler import Action, Scheduler, Start, Worker
+from nesterov_pp.swarm.scheduler import Scheduler
 from nesterov_pp.swarm.trace import TraceFile, read_state, read_trace, write_state
 
 TICK_SECONDS = 0.02
@@ -239,7 +240,18 @@ class Coordinator:
             if name is None:
                 self._hello(link, checked(message, "hello").header)
                 return
-            kinds = ("ready", "update", "done", "cancelled", "failed", "dropped", "status", "state")
+            kinds = (
+                "ready",
+                "update",
+                "done",
+                "cancelled",
+                "failed",
+                "adopted",
+                "beyond",
+                "dropped",
+                "status",
+                "state",
+            )
             header, tensors = checked(message, *kinds)
             if name not in self._desks:
                 return
@@ -255,6 +267,10 @@ class Coordinator:
                     self.scheduler.cancelled(name, header["m"], header["a"], header["counted"])
                 case "failed":
                     self._failed(name, header, now)
+                case "adopted":
+                    self._adopted(name, header, now)
+                case "beyond":
+                    self._act(self.scheduler.beyond(header["m"], header["a"], now))
                 case "dropped":
                     self._act(self.scheduler.dropped(name, header["microbatches"], now))
                 case "status":
@@ -337,7 +353,14 @@ class Coordinator:
         self._failures += 1
         if self._failures > FAILED_LOUDLY:
             self.stop(f"{FAILED_LOUDLY} attempts failed in a row, the last on {name}: {header['why']}")
-        self._act(self.scheduler.failed(header["m"], header["a"], now))
+        self._act(self.scheduler.failed(header["m"], header["a"], now, header["to"]))
+
+    def _adopted(self, name: str, header: Header, now: float) -> None:
+        attempt = self.scheduler.adopted(header["m"], header["a"], now)
+        if attempt is not None:
+            stage = self.scheduler.workers[name].stage
+            what = {"m": header["m"], "a": header["a"], "version": header["version"], "before": header["before"]}
+            self._trace.event(kind="taken over", worker=name, of=attempt.before, stage=stage, **what, t=time.time())
 
     def _status_of(self, name: str, header: Header) -> None:
         worker = self.scheduler.workers.get(name)
@@ -375,17 +398,14 @@ class Coordinator:
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Start):
-                attempt = action.attempt
-                self._tell(
-                    attempt.route[0].name,
-                    {
-                        "kind": "start",
-                        "m": attempt.microbatch,
-                        "a": attempt.number,
-                        "route": [[worker.name, worker.address] for worker in attempt.route],
-                        "count": attempt.count,
-                    },
-                )
+                self._tell(action.attempt.route[0].name, {"kind": "start", **_described(action.attempt)})
+            elif isinstance(action, Replace):
+                route, stage = action.attempt.route, action.stage
+                header = {**_described(action.attempt), "stage": stage}
+                if stage < len(route) - 1:
+                    self._tell(route[stage + 1].name, {"kind": "replace", **header})
+                else:
+                    self._tell(route[stage].name, {"kind": "adopt", "f": [], **header})
             else:
                 self._tell(action.worker, {"kind": "cancel", "m": action.microbatch, "a": action.attempt})
 
@@ -440,13 +460,18 @@ class Coordinator:
         loss = f"{_mean(self._losses):.3f}" if self._losses else "-"
         return (
             f"{seconds:4.0f} s | workers {workers} | {scheduler.settled}/{scheduler.total}, {recent:.1f}/s | "
-            f"delays {delays} | in flight {len(scheduler.attempts)}, again {scheduler.again}, "
-            f"lost {len(scheduler.lost)} | loss {loss}{self._missing()}"
+            f"delays {delays} | in flight {len(scheduler.attempts)}, taken over {scheduler.taken_over}, again "
+            f"{scheduler.again}, lost {len(scheduler.lost)} | loss {loss}{self._missing()}"
         )
 
     def _missing(self) -> str:
         missing = self.scheduler.waits_for
         return f" | waiting for a worker of stage {', '.join(str(s + 1) for s in missing)}" if missing else ""
+
+
+def _described(attempt: Attempt) -> Header:
+    route = [[worker.name, worker.address] for worker in attempt.route]
+    return {"m": attempt.microbatch, "a": attempt.number, "route": route, "count": list(attempt.count)}
 
 
 def _mean(values: deque[Any]) -> float:

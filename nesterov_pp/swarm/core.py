@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class StageCore:
         self.stash = build_stash(task.recipe, self.module, task.versions if task.stashes else 1)
         self.optimizer = task.optimizer(stage, self.module, self.stash)
         self.version, self.counted = ROOT, 0
+        self._names = {0: ROOT}
         self._held: dict[Any, Held] = {}
         self._state = StageState(self.stash, self.optimizer, self.module)
 
@@ -65,26 +67,34 @@ class StageCore:
     def held(self) -> int:
         return len(self._held)
 
-    def forward(self, key: Any, microbatch: int, given: Tensor) -> tuple[Tensor, str]:
-        """Run a microbatch forward and keep it under ``key``; return the output and the version of the weights."""
+    def forward(self, key: Any, microbatch: int, given: Tensor, version: str | None = None) -> tuple[Tensor, str]:
+        """Run a microbatch forward and keep it under ``key``; return the output and the version of the weights.
+
+        The version is the one asked for if the ring has it, otherwise the newest.
+        """
         found = Held(microbatch, given, None, self.version)
-        found.output = self._forward(found)
+        found.output = self._forward(found, version if version in self._names.values() else None)
         self._held[key] = found
         return found.output.detach(), found.version
 
-    def _forward(self, held: Held) -> Tensor:
-        held.version = self.version
+    def _forward(self, held: Held, version: str | None = None) -> Tensor:
+        held.version = version or self.version
         if not self.is_first:
             held.input = held.input.detach().requires_grad_()
-        newest = self.stash.newest
+        number = number_of(held.version)
         with (
-            self.stash.use(newest, linearise_at=self.task.recipe.linearise_at),
+            self.stash.use(number, linearise_at=self.task.recipe.linearise_at),
             random_state(self.module, self.task.seed, self.stage, held.microbatch),
         ):
             output: Tensor = run_stage(self.module, held.input)
         # What is in flight is counted here: a step takes gradients of all versions, and would uncount those of one.
-        self.stash.release(newest)
+        self.stash.release(number)
         return output
+
+    def output(self, key: Any) -> Tensor | None:
+        """Return what the forward of a held microbatch gave; None if its version has left the ring."""
+        output = self._held[key].output
+        return None if output is None else output.detach()
 
     def loss(self, key: Any, targets: Tensor) -> Tensor:
         """Return the loss of a microbatch on the last stage, a 0-d tensor, and keep it as the output."""
@@ -132,7 +142,13 @@ class StageCore:
             raise ValueError(f"an update of version {update.parent} cannot be applied to version {self.version}")
         self._make_room()
         self.counted = self.task.step(self.optimizer, self.stash, update, sums, self.counted)
-        self.version = update.name
+        self._now_at(update.name)
+
+    def _now_at(self, version: str, others: Iterable[str] = ()) -> None:
+        """Make a version the newest. ``others`` are further ones of the ring."""
+        self.version = version
+        self._names.update({number_of(name): name for name in (*others, version)})
+        self._names = {n: name for n, name in self._names.items() if self.stash.oldest <= n <= self.stash.newest}
 
     def _make_room(self) -> None:
         leaving = self.stash.newest + 1 - self.stash.versions
@@ -144,6 +160,7 @@ class StageCore:
     def state(self) -> dict[str, Any]:
         """Return a copy of all that another worker of the stage needs to be its equal."""
         saved = {"version": self.version, "counted": self.counted, "stage": self.stage, **self._state.save()}
+        saved["names"] = list(self._names.values())
         copied: dict[str, Any] = cloned(saved)
         return copied
 
@@ -158,7 +175,9 @@ class StageCore:
         self._state.check(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self._state.load_weights(state)
-        self.version, self.counted = state["version"], state["counted"]
+        self._names.clear()
+        self._now_at(state["version"], state["names"])
+        self.counted = state["counted"]
 
 
 def cloned(value: Any) -> Any:

@@ -45,6 +45,7 @@ class Jobs:
         self._forward: list[tuple[int, int, Job]] = []
         self._order = count()
         self._cancelled: OrderedDict[Key, None] = OrderedDict()
+        self._begun: OrderedDict[Key, None] = OrderedDict()
         self._closed = False
 
     def call(self, act: Callable[[], None]) -> None:
@@ -54,8 +55,16 @@ class Jobs:
             self._changed.notify()
 
     def add(self, job: Job) -> None:
-        """Add a forward, or a backward if the job has a ``backward``. What was cancelled is left out."""
+        """Add a forward, or a backward if the job has a ``backward``.
+
+        What was cancelled is left out, and so is a forward that came before: two workers may send the same one, the
+        second after it has taken over what the first had.
+        """
         with self._changed:
+            if job.backward is None:
+                if job.key in self._begun:
+                    return
+                _remember(self._begun, job.key)
             queue = self._forward if job.backward is None else self._backward
             heapq.heappush(queue, (job.microbatch, next(self._order), job))
             self._changed.notify()
@@ -63,9 +72,20 @@ class Jobs:
     def cancel(self, key: Key) -> None:
         """Have an attempt's jobs, those that are still to come too, left out."""
         with self._changed:
-            self._cancelled[key] = None
-            while len(self._cancelled) > _REMEMBERED:
-                self._cancelled.popitem(last=False)
+            _remember(self._cancelled, key)
+
+    def is_cancelled(self, key: Key) -> bool:
+        return key in self._cancelled
+
+    def waiting(self, key: Key) -> Job | None:
+        """Return a forward that is still to be computed."""
+        with self._changed:
+            return next((job for _, _, job in self._forward if job.key == key), None)
+
+    def has_backward(self, key: Key) -> bool:
+        """Whether a backward is still to be computed."""
+        with self._changed:
+            return any(job.key == key for _, _, job in self._backward)
 
     def close(self) -> None:
         with self._changed:
@@ -94,3 +114,9 @@ class Jobs:
 
     def _ready(self) -> bool:
         return bool(self._closed or self._calls or self._backward or self._forward)
+
+
+def _remember(keys: OrderedDict[Key, None], key: Key) -> None:
+    keys[key] = None
+    while len(keys) > _REMEMBERED:
+        keys.popitem(last=False)

@@ -109,9 +109,12 @@ def join(threads: Iterable[threading.Thread]) -> None:
 
 
 class Peers:
-    """Sends messages to other workers in order, one thread for each; ``failed`` gets the headers that were not sent."""
+    """Sends messages to other workers in order, one thread for each.
 
-    def __init__(self, token: bytes, failed: Callable[[Header, str], None]) -> None:
+    ``failed`` gets the address, the header and the reason of what was not sent.
+    """
+
+    def __init__(self, token: bytes, failed: Callable[[str, Header, str], None]) -> None:
         self._token, self._failed = token, failed
         self._outboxes: dict[str, _Outbox] = {}
         self._lock = threading.Lock()
@@ -132,7 +135,7 @@ class Peers:
 
 
 class _Outbox:
-    def __init__(self, address: str, token: bytes, failed: Callable[[Header, str], None]) -> None:
+    def __init__(self, address: str, token: bytes, failed: Callable[[str, Header, str], None]) -> None:
         self._address, self._token, self._failed = address, token, failed
         self._queue: queue.Queue[tuple[Header, Sequence[Tensor]] | None] = queue.Queue()
         self.ended = False
@@ -153,7 +156,7 @@ class _Outbox:
                 link.send(*item)
             except (ClosedError, RefusedError) as error:
                 link = None
-                self._failed(item[0], str(error))
+                self._failed(self._address, item[0], str(error))
         if link is not None:
             link.close()
         self.ended = True

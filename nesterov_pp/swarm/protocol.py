@@ -77,6 +77,8 @@ KINDS: dict[str, dict[str, Check]] = {
     "poke": {},
     "bundle": {"round": _is_text, "worker": is_worker, "contributions": _list_of(_is_object)},
     "fetch": {},
+    "adopt": {**_MICROBATCH, **_ROUTE, "stage": is_count, "f": _list_of(is_version, 1000)},  # also from the coordinator
+    "again": {**_MICROBATCH, "stage": is_count, "hop": _is_hop},
     # a worker's state, to whoever asked for it
     "state": {"state": lambda _: True},
     # from a worker to the coordinator
@@ -91,7 +93,9 @@ KINDS: dict[str, dict[str, Check]] = {
     "update": {"update": _is_object},
     "done": {**_MICROBATCH, "loss": is_loss},
     "cancelled": {**_MICROBATCH, "counted": _is_bool},
-    "failed": {**_MICROBATCH, "why": _is_text},
+    "failed": {**_MICROBATCH, "why": _is_text, "to": _or_none(is_address)},
+    "adopted": {**_MICROBATCH, "version": is_version, "before": _or_none(is_version)},
+    "beyond": _MICROBATCH,
     "dropped": {"microbatches": _list_of(is_count)},
     "status": {"seconds": _or_none(_is_number), "events": _list_of(_is_span)},
     # from the coordinator to a worker
@@ -106,6 +110,7 @@ KINDS: dict[str, dict[str, Check]] = {
     "team": {"addresses": _list_of(is_address)},
     "start": {**_MICROBATCH, **_ROUTE},
     "cancel": _MICROBATCH,
+    "replace": {**_MICROBATCH, **_ROUTE, "stage": is_count},
     "save": {},
     "finish": {},
 }

@@ -3,11 +3,12 @@
 [note: what is kept when a worker dies]
 A microbatch is settled on a stage when an update of the stage's present line of versions contains its gradient. Until
 then it is on its way (an ``Attempt``) or its gradient waits on a worker for the next update. When a worker dies, what
-was on it is gone: microbatches on their way through it are called back everywhere, gradients that waited on it are
-missed. Such a microbatch is sent again from the start, along living workers; the stages that have its gradient
-already only pass it on. So a gradient is lost only if microbatches that failed are to be dropped. It can be counted
-twice on a stage if a worker dies between an update and the news of it; the ``GRACE`` before a microbatch is sent again
-makes this rare, and the trace shows it.
+was on it is gone. Microbatches on their way through it are taken over by a peer, which takes its place on their route
+(``takeover``); if that fails, or there is no peer, they are called back everywhere. Gradients that waited on it are
+missed. A microbatch that was called back or is missed is sent again from the start, along living workers; the stages
+that have its gradient already only pass it on. So a gradient is lost only if microbatches that failed are to be
+dropped. It can be counted twice on a stage if a worker dies between an update and the news of it; the ``GRACE`` before
+a microbatch is sent again makes this rare, and the trace shows it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from nesterov_pp.swarm.lineage import ROOT, Update
+from nesterov_pp.swarm.attempts import Action, Attempt, Cancel, Line, Replace, Start, Worker
+from nesterov_pp.swarm.lineage import Update
 
 GRACE = 1.5
 """Seconds between a death and the next attempt, in which the survivors report updates that contain its gradients."""
@@ -25,77 +26,9 @@ GRACE = 1.5
 PATIENCE, USUAL_TIMES = 30.0, 10.0
 """An attempt that takes longer than these seconds and this many times as long as usual is called back."""
 
-
-@dataclass
-class Worker:
-    """A living worker: its stage, its address, its seconds a microbatch, and whether it has the stage's weights."""
-
-    name: str
-    stage: int
-    address: str
-    seconds: float | None = None
-    ready: bool = False
-
-
-@dataclass
-class Attempt:
-    """A microbatch on its way, begun at a time. ``count`` says which stages take its gradient.
-
-    ``recalled`` says who has yet to drop it, if it was called back, and ``since`` when that was.
-    """
-
-    microbatch: int
-    number: int
-    route: list[Worker]
-    count: list[bool]
-    begun: float = 0.0
-    recalled: set[str] | None = None
-    since: float = 0.0
-    after: float = 0.0
-
-
-@dataclass(frozen=True)
-class Start:
-    attempt: Attempt
-
-
-@dataclass(frozen=True)
-class Cancel:
-    worker: str
-    microbatch: int
-    attempt: int
-
-
-Action = Start | Cancel
-
-
-@dataclass
-class Line:
-    """The versions of a stage: the parents of all, and the present line, with the microbatches that it has counted."""
-
-    head: str = ROOT
-    counted: Counter[int] = field(default_factory=Counter)
-    _updates: dict[str, Update] = field(default_factory=dict)
-
-    def add(self, update: Update) -> bool:
-        """Take an update; return whether it is new. One that does not follow the head changes the line."""
-        if update.name in self._updates:
-            return False
-        self._updates[update.name] = update
-        if update.parent == self.head:
-            self.head = update.name
-            self.counted.update(one.microbatch for one in update.contributions)
-        else:
-            self.go_on_from(update.name)
-        return True
-
-    def go_on_from(self, version: str) -> None:
-        """Make another version the head, and count again."""
-        self.head, self.counted = version, Counter()
-        while version in self._updates:
-            update = self._updates[version]
-            self.counted.update(one.microbatch for one in update.contributions)
-            version = update.parent
+TAKEOVER_SECONDS, DOUBT_SECONDS = 10.0, 1.0
+"""Called back is also what a peer has not taken over within so long, and twice as long as usual; and what could not be
+sent to a worker that has not died within so long."""
 
 
 class Scheduler:
@@ -115,7 +48,7 @@ class Scheduler:
         self.lines = [Line() for _ in range(stages)]
         self.attempts: dict[int, Attempt] = {}
         self.lost: set[tuple[int, int]] = set()
-        self.again = 0
+        self.again = self.taken_over = 0
         self._next = self._first = 0
         self._usual = 0.0
         self._tries: Counter[int] = Counter()
@@ -151,29 +84,71 @@ class Scheduler:
         self._miss([key for key, worker in self._waiting.items() if worker == name], now)
         actions: list[Action] = []
         for attempt in list(self.attempts.values()):
-            if any(worker.name == name for worker in attempt.route):
-                actions += self._recall(attempt, now + GRACE)
-                assert attempt.recalled is not None
-                attempt.recalled.discard(name)
-                self._end_if_dropped(attempt)
+            stage = next((s for s, worker in enumerate(attempt.route) if worker.name == name), None)
+            if stage is None:
+                continue
+            if attempt.recalled is None and attempt.taken is None and stage not in self.waits_for:
+                actions.append(self._replace(attempt, stage, now))
+                continue
+            actions += self._recall(attempt, now + GRACE)
+            assert attempt.recalled is not None
+            attempt.recalled.discard(name)
+            self._end_if_dropped(attempt)
         return actions
+
+    def adopted(self, microbatch: int, number: int, now: float = 0.0) -> Attempt | None:
+        """A peer has finished the backward of what it took over; return the attempt if it is still on its way."""
+        attempt = self._attempt(microbatch, number)
+        if attempt is None or attempt.recalled is not None or attempt.taken is None:
+            return None
+        attempt.taken = None
+        self.taken_over += 1
+        if attempt.returned:
+            self._came_back(attempt, now)
+        return attempt
+
+    def beyond(self, microbatch: int, number: int, now: float) -> list[Action]:
+        """There was nothing to take over: the dead worker's backward was done, and an update may have its gradient."""
+        attempt = self._attempt(microbatch, number)
+        if attempt is None or attempt.recalled is not None or attempt.taken is None:
+            return []
+        stage, attempt.taken = attempt.taken, None
+        if attempt.count[stage]:
+            attempt.count[stage] = False
+            if microbatch not in self.lines[stage].counted:
+                self._missed[microbatch, stage] = now + GRACE
+        if attempt.returned:
+            self._came_back(attempt, now)
+        return [Cancel(attempt.route[stage].name, microbatch, number)]
 
     def done(self, microbatch: int, number: int, now: float = 0.0) -> None:
         """An attempt has come back to the first stage: its gradients are settled, or wait for the next updates."""
         attempt = self._attempt(microbatch, number)
         if attempt is None or attempt.recalled is not None:
             return
+        if attempt.taken is not None:
+            attempt.returned = True
+            return
+        self._came_back(attempt, now)
+
+    def _came_back(self, attempt: Attempt, now: float) -> None:
         self._usual += 0.1 * (now - attempt.begun - self._usual)
         self._end(attempt)
         for s, (worker, counts) in enumerate(zip(attempt.route, attempt.count, strict=True)):
             if counts:
-                self._wait(microbatch, s, worker.name)
-        self._settle(microbatch)
+                self._wait(attempt.microbatch, s, worker.name)
+        self._settle(attempt.microbatch)
 
-    def failed(self, microbatch: int, number: int, now: float) -> list[Action]:
-        """An attempt could not go on."""
+    def failed(self, microbatch: int, number: int, now: float, to: str | None = None) -> list[Action]:
+        """An attempt could not go on. ``to``: the address of a worker that could not be reached, and may have died."""
         attempt = self._attempt(microbatch, number)
-        return [] if attempt is None else self._recall(attempt, now + GRACE)
+        if attempt is None:
+            return []
+        if to is not None and attempt.recalled is None:
+            if attempt.doubt is None and to in {worker.address for worker in attempt.route}:
+                attempt.doubt = now
+            return []
+        return self._recall(attempt, now + GRACE)
 
     def cancelled(self, name: str, microbatch: int, number: int, counted: bool) -> None:
         """A worker has dropped an attempt; ``counted``: it has the gradient of its stage already."""
@@ -233,8 +208,11 @@ class Scheduler:
             self._settle(key[0])
         actions: list[Action] = []
         patience = max(PATIENCE, USUAL_TIMES * self._usual)
-        for late in [a for a in self.attempts.values() if a.recalled is None and now - a.begun > patience]:
-            actions += self._recall(late, now)
+        for a in [a for a in self.attempts.values() if a.recalled is None]:
+            unsent = a.doubt is not None and now - a.doubt > DOUBT_SECONDS
+            untaken = a.taken is not None and now - a.taken_since > max(TAKEOVER_SECONDS, 2 * self._usual)
+            if unsent or untaken or now - a.begun > patience:
+                actions += self._recall(a, now + GRACE * (unsent or untaken))
         while not self.waits_for and len(self.attempts) < self.in_flight:
             again = next((m for m, after in self._todo.items() if after <= now), None)
             if again is not None:
@@ -318,6 +296,16 @@ class Scheduler:
         usual = sum(known) / len(known) if known else 1.0
         weights = [((1 + self._load[w.name]) * (w.seconds or usual)) ** -2 for w in team]
         return draw.choices(team, weights)[0]
+
+    def _replace(self, attempt: Attempt, stage: int, now: float) -> Replace:
+        """Put a peer in the place of a worker that has died."""
+        old = attempt.route[stage]
+        peer = self._pick(stage, random.Random(f"{self.seed}/{attempt.microbatch}/{attempt.number}/{old.name}"))
+        attempt.route[stage] = peer
+        attempt.taken, attempt.before, attempt.taken_since, attempt.doubt = stage, old.name, now, None
+        self._load.update([peer.name])
+        self._load.subtract([old.name])
+        return Replace(attempt, stage)
 
     def _end(self, attempt: Attempt) -> None:
         del self.attempts[attempt.microbatch]

@@ -225,7 +225,7 @@ class Worker:
                 link.send(header, tensors)
 
     def _obey(self, message: Message) -> None:
-        header, tensors = checked(message, "begin", "team", "start", "cancel", "save", "finish")
+        header, tensors = checked(message, "begin", "team", "start", "cancel", "replace", "adopt", "save", "finish")
         assert self._rounds is not None
         match header["kind"]:
             case "team":
@@ -236,6 +236,10 @@ class Worker:
                 self._jobs.add(Job(header["m"], header["a"], header["route"], header["count"], []))
             case "cancel":
                 self._computer.cancel((header["m"], header["a"]))
+            case "replace":
+                self._replace(header)
+            case "adopt":
+                self._adopt(header)
             case "save":
                 self._computer.send_state(self.report)
             case "finish":
@@ -261,7 +265,7 @@ class Worker:
     # ------------------------------------------------------------------ other workers
 
     def _from_peer(self, link: Link, message: Message) -> None:
-        header, tensors = checked(message, "activation", "gradient", "poke", "bundle", "fetch")
+        header, tensors = checked(message, "activation", "gradient", "adopt", "again", "poke", "bundle", "fetch")
         if self._rounds is None or not self._built:
             return  # whoever sent it has heard of this worker before it was ready, and sends again
         match header["kind"]:
@@ -269,6 +273,10 @@ class Worker:
                 self._activation(header, tensors)
             case "gradient":
                 self._gradient(header, tensors)
+            case "adopt":
+                self._adopt(header)
+            case "again":
+                self._again(header)
             case "poke":
                 self._rounds.wanted.set()
             case "bundle":
@@ -277,11 +285,10 @@ class Worker:
                 self._computer.send_state(link.send)
 
     def _activation(self, header: Header, tensors: list[Tensor]) -> None:
-        stages, s = self._task.stages, self._stage
+        s = self._stage
         if not 0 < header["stage"] == s or len(header["f"]) != s:
             raise RefusedError(f"an activation that is not for stage {s}")
-        if len(header["route"]) != stages or len(header["count"]) != stages:
-            raise RefusedError("a route that does not have every stage once")
+        self._check_route(header)
         self._check(tensors, "an activation")
         self._jobs.add(Job(header["m"], header["a"], header["route"], header["count"], header["f"], tensors[0]))
 
@@ -290,19 +297,45 @@ class Worker:
         if header["stage"] != s or len(header["f"]) != stages or len(header["b"]) != stages - 1 - s or s == stages - 1:
             raise RefusedError(f"a gradient that is not for stage {s}")
         self._check(tensors, "a gradient")
-        held = self._computer.held.get((header["m"], header["a"]))
+        key = header["m"], header["a"]
+        held = self._computer.held.get(key) or self._computer.takeovers.awaited(key)
         if held is not None:
             job = Job(held.microbatch, held.attempt, held.route, held.counts, header["f"], tensors[0])
             job.backward, job.loss = header["b"], header["loss"]
             self._jobs.add(job)
 
+    def _replace(self, header: Header) -> None:
+        if header["stage"] != self._stage - 1:
+            raise RefusedError(f"a takeover that is not before stage {self._stage}")
+        self._check_route(header)
+        self._jobs.call(lambda: self._computer.takeovers.replace(header))
+
+    def _adopt(self, header: Header) -> None:
+        if header["stage"] != self._stage or len(header["f"]) not in (
+            0,
+            *range(self._stage + 1, self._task.stages + 1),
+        ):
+            raise RefusedError(f"a takeover that is not for stage {self._stage}")
+        self._check_route(header)
+        self._computer.takeovers.adopt(header)
+
+    def _again(self, header: Header) -> None:
+        if header["stage"] != self._stage + 1:
+            raise RefusedError(f"a takeover that is not behind stage {self._stage}")
+        self._jobs.call(lambda: self._computer.takeovers.again(header))
+
+    def _check_route(self, header: Header) -> None:
+        if not len(header["route"]) == len(header["count"]) == self._task.stages:
+            raise RefusedError("a route that does not have every stage once")
+
     def _check(self, tensors: list[Tensor], what: str) -> None:
         if len(tensors) != 1 or tensors[0].dtype != torch.float32 or tuple(tensors[0].shape) != self._task.boundary:
             raise RefusedError(f"{what} that is not float32 of shape {self._task.boundary}")
 
-    def _not_sent(self, header: Header, why: str) -> None:
-        if header["kind"] in ("activation", "gradient"):
-            self.report({"kind": "failed", "m": header["m"], "a": header["a"], "why": why[:1000]})
+    def _not_sent(self, address: str, header: Header, why: str) -> None:
+        if header["kind"] in ("activation", "gradient", "adopt", "again"):
+            what = {"kind": "failed", "m": header["m"], "a": header["a"], "why": why[:1000], "to": address}
+            self.report(what)
         elif header["kind"] == "bundle" and self._rounds is not None:
             self._rounds.mailbox.fail(header["round"])
 
@@ -340,9 +373,11 @@ class Worker:
             state = unpack(packed, tensors)
         except MalformedError as error:
             raise RefusedError(str(error)) from None
-        parts = {"version", "counted", "stage", "stash", "optimizer", "buffers"}
-        if not isinstance(state, dict) or not parts <= state.keys() or not is_version(state["version"]):
+        parts = {"version", "names", "counted", "stage", "stash", "optimizer", "buffers"}
+        if not isinstance(state, dict) or not parts <= state.keys() or not isinstance(state["names"], list):
             raise RefusedError("a state that lacks a part")
+        if not all(map(is_version, [state["version"], *state["names"]])):
+            raise RefusedError("a state of no version")
         return state
 
     def _take_over(self, state: dict[str, Any], seconds: float, what: str) -> None:

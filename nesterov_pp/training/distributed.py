@@ -26,6 +26,7 @@ from nesterov_pp.training.driver import (
 )
 from nesterov_pp.training.model import next_token_loss
 from nesterov_pp.training.signals import StopRequest
+from nesterov_pp.training.slack import automatic_slack
 
 T = TypeVar("T")
 
@@ -88,6 +89,9 @@ class StageDriver:
         Machines count their restarts separately, so one that has counted a restart decides for all.
         """
         return any(self.gather(resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+    def slack(self, config: Config, asked: bool) -> tuple[int, str]:
+        return automatic_slack(self.world, self.replicas, config, asked=asked)
 
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         if config.diagnostics is not None:

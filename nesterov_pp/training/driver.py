@@ -46,6 +46,9 @@ class Driver(Protocol):
     def resumes(self, resume: bool) -> bool:
         """Return whether to resume the run in the folder."""
 
+    def slack(self, config: Config, asked: bool) -> tuple[int, str]:
+        """Return the slack for the links of the run, and a sentence if there is something to say about it."""
+
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         """Build the pipeline; raise UserError if it refuses the settings or there is not enough memory."""
 
@@ -109,6 +112,9 @@ class VirtualDriver:
 
     def resumes(self, resume: bool) -> bool:
         return resume
+
+    def slack(self, config: Config, asked: bool) -> tuple[int, str]:
+        return 0, ""
 
     def build(self, config: Config, vocabulary: int, batch: Batch) -> None:
         if config.replicas > 1:

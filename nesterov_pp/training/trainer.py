@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from nesterov_pp.training.outputs import Outputs, Silence
 from nesterov_pp.training.sample import generate, printable
 from nesterov_pp.training.signals import InterruptionError, StopRequest
 from nesterov_pp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+
+AUTO = "auto"
+"""The slack that is chosen for the links of the run; also what a new run has without --slack."""
 
 PROMPT = 32
 """The number of tokens of validation text that the sample continues."""
@@ -96,6 +99,12 @@ def _train(driver: Driver, given: Mapping[str, Any], out: Path, resume: bool, co
                 "its losses may differ from those of an uninterrupted run.",
             )
         torch.set_num_threads(config.threads)
+        if recorded is None and given.get("slack", AUTO) == AUTO:
+            slack, why = driver.slack(config, asked="slack" in given)
+            config = replace(config, slack=slack)
+            driver.agree(config.check)
+            if why:
+                say(console, why)
         text, tokenizer, corpus = driver.agree(lambda: _data(config, recorded, folder))
         record = {
             "nesterov_pp": nesterov_pp.__version__,
@@ -121,7 +130,7 @@ def _settled(
     driver: Driver, given: Mapping[str, Any], folder: RunFolder, resume: bool
 ) -> tuple[Config, dict[str, Any] | None]:
     """Return the configuration, and the record of the run to resume (None for a new run)."""
-    given = driver.settled(given)
+    given = {name: value for name, value in driver.settled(given).items() if (name, value) != ("slack", AUTO)}
     recorded = folder.recorded(resume=resume)
     if recorded is not None and recorded.get("processes", 1) != driver.processes:
         there = recorded.get("processes", 1)

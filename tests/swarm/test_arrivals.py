@@ -19,6 +19,7 @@ ROUTE = [[f"s{s}w0", f"127.0.0.1:{4000 + s}"] for s in range(3)]
 BOTH: dict[str, Any] = {"m": 3, "a": 0, "stage": 1}
 ACTIVATION = {**BOTH, "kind": "activation", "route": ROUTE, "count": [True] * 3, "f": [ROOT]}
 GRADIENT = {**BOTH, "kind": "gradient", "f": [ROOT] * 3, "b": [[ROOT, ROOT]], "loss": "0x1p+0"}
+ADOPT = {**BOTH, "kind": "adopt", "route": ROUTE, "count": [True] * 3, "f": []}
 GOOD = torch.ones(ROWS, WIDTH)
 
 
@@ -28,7 +29,10 @@ def worker() -> Iterator[Worker]:
     found = Worker("127.0.0.1:1", b"a secret of this test", lambda _: task("nesterov", 3))
     found._task, found._stage = task("nesterov", 3), 1
     found._rounds = cast(Any, SimpleNamespace(close=lambda: None))
-    found._computer = cast(Any, SimpleNamespace(held={(3, 0): Job(3, 0, ROUTE, [True] * 3, [ROOT])}))
+    takeovers = SimpleNamespace(awaited=lambda _: None)
+    found._computer = cast(
+        Any, SimpleNamespace(held={(3, 0): Job(3, 0, ROUTE, [True] * 3, [ROOT])}, takeovers=takeovers)
+    )
     found._built = True
     yield found
     found._close()
@@ -78,6 +82,14 @@ def test_other_tensors_are_refused(worker: Worker, header: dict[str, Any], tenso
         {**GRADIENT, "b": [[ROOT, "x"]]},
         {**GRADIENT, "loss": "one"},
         {**GRADIENT, "kind": "start"},
+        {**ADOPT, "stage": 0},
+        {**ADOPT, "f": [ROOT]},
+        {**ADOPT, "f": [ROOT] * 4},
+        {**ADOPT, "route": ROUTE[:2]},
+        {**ADOPT, "count": [True]},
+        {**ADOPT, "kind": "again", "hop": ROUTE[1]},
+        {**ADOPT, "kind": "again", "stage": 2, "hop": ["s1w0", "nowhere"]},
+        {**ADOPT, "kind": "replace", "stage": 0},
     ],
 )
 def test_other_places_and_versions_are_refused(worker: Worker, changed: dict[str, Any]) -> None:

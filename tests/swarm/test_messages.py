@@ -248,7 +248,7 @@ def _good() -> dict[str, dict[str, Any]]:
         "round": "1/2", "worker": "s0w1", "contributions": [{}], "state": None, "address": "10.0.0.1:4000",
         "version": ROOT, "pending": [1], "update": {}, "counted": False, "why": "x", "microbatches": [1],
         "seconds": 0.5, "events": [["forward", 1, 0.5, 1.0]], "run": {}, "lighthouse": 4001,
-        "addresses": ["10.0.0.1:4000"],
+        "addresses": ["10.0.0.1:4000"], "hop": hop, "to": "10.0.0.1:4000", "before": ROOT,
     }  # fmt: skip
     return {kind: {"kind": kind, **{name: values[name] for name in fields}} for kind, fields in KINDS.items()}
 

@@ -59,6 +59,28 @@ def test_one_worker_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_peer_finishes_what_a_killed_worker_held(tmp_path: Path, stage: int) -> None:
+    """The second stage sets the pace: the workers of the first one hold microbatches, those of the second have some."""
+    with swarm(tmp_path / "run", 2, "--method", "nesterov", "--microbatches", "60", *SMALL) as s:
+        teams = {1: [s.join(1), s.join(1)], 2: [s.join(2, slow=12.0), s.join(2, slow=12.0)]}
+        s.wait_ready([*teams[1], *teams[2]])
+        _until(s, lambda: s.updates() > 20)
+        s.kill(teams[stage][0])
+        last = s.finish(60.0)
+        taken, joined = s.events("taken over"), s.events("joined")
+    named = {event["address"]: event["worker"] for event in joined}
+    dead, peer = (named[address] for address in teams[stage])
+    assert {(event["of"], event["worker"]) for event in taken} == {(dead, peer)}
+    assert "0 gradients lost, 0 counted twice, " in last
+    assert f"{len(taken)} taken over by a peer" in last
+    assert "bit for bit" in command("replay", str(tmp_path / "run"))
+    assert _counted(tmp_path / "run") == [list(range(60))] * 2
+    if stage == 1:
+        # The second stage has what the dead worker had sent; its version is in the peer's ring.
+        assert all(event["version"] == event["before"] for event in taken if event["before"] is not None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["swarm", "nesterov", "nesterov-rotated"])
 def test_kills_and_joins(tmp_path: Path, method: str) -> None:

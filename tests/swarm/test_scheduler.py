@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from nesterov_pp.swarm.attempts import Action, Attempt, Cancel, Replace, Start, Worker
 from nesterov_pp.swarm.lineage import ROOT, Contribution, MalformedError, Update
-from nesterov_pp.swarm.scheduler import GRACE, PATIENCE, Action, Attempt, Cancel, Scheduler, Start, Worker
+from nesterov_pp.swarm.scheduler import DOUBT_SECONDS, GRACE, PATIENCE, TAKEOVER_SECONDS, Scheduler
 
 
 def _scheduler(total: int = 10, *, teams: tuple[int, ...] = (2, 2), resend: bool = True, seed: int = 0) -> Scheduler:
@@ -56,19 +57,94 @@ def test_no_more_than_allowed_are_in_flight_and_a_stage_without_workers_waits() 
     assert len(_started(scheduler.tick(0.0))) == scheduler.in_flight == 4
     assert scheduler.tick(0.0) == []
     for action in [*scheduler.died("s1w0", 0.0), *scheduler.died("s1w1", 0.0)]:
-        assert isinstance(action, Cancel)
-        scheduler.cancelled(action.worker, action.microbatch, action.attempt, counted=False)
+        if isinstance(action, Cancel):
+            scheduler.cancelled(action.worker, action.microbatch, action.attempt, counted=False)
     assert scheduler.waits_for == [1]
     assert _started(scheduler.tick(100.0)) == []
     _join(scheduler, 1, "s1w2")
     assert _started(scheduler.tick(100.0))
 
 
-def test_a_microbatch_on_its_way_through_a_dead_worker_is_called_back_and_sent_again() -> None:
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("order", ["adopted first", "returned first"])
+def test_a_peer_takes_over_a_microbatch_on_its_way_through_a_dead_worker(stage: int, order: str) -> None:
+    scheduler = _scheduler(1, teams=(3, 3))
+    (attempt,) = _started(scheduler.tick(0.0))
+    dead = attempt.route[stage].name
+    assert scheduler.died(dead, 5.0) == [Replace(attempt, stage)]
+    peer = attempt.route[stage]
+    assert (peer.stage, peer.name != dead) == (stage, True)
+    assert scheduler.tick(5.0) == []
+    if order == "returned first":  # the peer's news takes longer than the other stages
+        scheduler.done(0, 0)
+        assert scheduler.attempts
+        assert scheduler.adopted(0, 0) is attempt
+    else:
+        assert scheduler.adopted(0, 0) is attempt
+        scheduler.done(0, 0)
+    assert (scheduler.attempts, scheduler.taken_over, scheduler.again) == ({}, 1, 0)
+    assert scheduler.died(peer.name, 6.0) == []  # its gradient waited there
+    _update(scheduler, 1 - stage, [0])
+    (again,) = _started(scheduler.tick(6.0 + GRACE))
+    assert again.count == [s == stage for s in range(2)]
+
+
+def test_what_a_dead_worker_had_finished_is_not_taken_over_but_missed() -> None:
     scheduler = _scheduler(1)
+    (attempt,) = _started(scheduler.tick(0.0))
+    scheduler.died(attempt.route[1].name, 5.0)
+    peer = attempt.route[1].name
+    assert scheduler.beyond(0, 0, 5.0) == [Cancel(peer, 0, 0)]
+    scheduler.done(0, 0)
+    _update(scheduler, 0, [0])
+    assert _started(scheduler.tick(5.0)) == []
+    (again,) = _started(scheduler.tick(5.0 + GRACE))
+    assert again.count == [False, True]
+
+
+def test_a_takeover_that_fails_is_called_back_and_sent_again() -> None:
+    for how in ("a second death", "failed", "too long"):
+        scheduler = _scheduler(1, teams=(3, 3))
+        (attempt,) = _started(scheduler.tick(0.0))
+        scheduler.died(attempt.route[1].name, 1.0)
+        first, second = attempt.route
+        now = 1.0
+        if how == "a second death":
+            cancels = scheduler.died(first.name, now)
+        elif how == "failed":
+            cancels = scheduler.failed(0, 0, now)
+        else:
+            assert scheduler.tick(now + TAKEOVER_SECONDS) == []
+            now += TAKEOVER_SECONDS + 0.1
+            cancels = scheduler.tick(now)
+        told = {action.worker for action in cancels if isinstance(action, Cancel)}
+        assert told == {first.name, second.name} & scheduler.workers.keys()
+        for name in told:
+            scheduler.cancelled(name, 0, 0, counted=False)
+        assert scheduler.adopted(0, 0) is None
+        (again,) = _started(scheduler.tick(now + GRACE))
+        assert (again.number, again.count, scheduler.taken_over) == (1, [True, True], 0)
+
+
+def test_what_could_not_be_sent_waits_for_the_news_of_a_death() -> None:
+    for dies in (True, False):
+        scheduler = _scheduler(1)
+        (attempt,) = _started(scheduler.tick(0.0))
+        second = attempt.route[1]
+        assert scheduler.failed(0, 0, 1.0, to=second.address) == []
+        if dies:
+            assert scheduler.died(second.name, 1.1) == [Replace(attempt, 1)]
+            assert scheduler.failed(0, 0, 1.2, to=second.address) == []  # the same, late
+        found = scheduler.tick(1.1 + DOUBT_SECONDS)
+        assert {type(action) for action in found} == (set() if dies else {Cancel})
+
+
+def test_a_microbatch_on_its_way_through_the_last_worker_of_a_stage_is_called_back_and_sent_again() -> None:
+    scheduler = _scheduler(1, teams=(2, 1))
     (attempt,) = _started(scheduler.tick(0.0))
     first, second = attempt.route
     assert scheduler.died(second.name, 5.0) == [Cancel(first.name, 0, 0)]
+    _join(scheduler, 1, "s1w9")
     assert _started(scheduler.tick(5.0 + GRACE)) == []  # the first has not dropped it yet
     scheduler.cancelled(first.name, 0, 0, counted=False)
     assert _started(scheduler.tick(5.0)) == []
@@ -83,7 +159,8 @@ def test_a_stage_that_has_the_gradient_only_passes_it_on() -> None:
     scheduler = _scheduler(1)
     (attempt,) = _started(scheduler.tick(0.0))
     first, second = attempt.route
-    scheduler.died(first.name, 0.0)
+    scheduler.failed(0, 0, 0.0)
+    scheduler.cancelled(first.name, 0, 0, counted=False)
     scheduler.cancelled(second.name, 0, 0, counted=True)
     (again,) = _started(scheduler.tick(GRACE))
     assert again.count == [True, False]
@@ -206,6 +283,15 @@ def test_everything_is_counted_however_workers_come_and_go(seed: int) -> None:
         for action in actions:
             if isinstance(action, Start):
                 running.append(action.attempt)
+            elif isinstance(action, Replace):
+                attempt = action.attempt
+                what = draw.choice(["adopted", "beyond", "failed", "nothing"])
+                if what == "adopted":
+                    assert scheduler.adopted(attempt.microbatch, attempt.number) is attempt
+                elif what == "beyond":
+                    take(scheduler.beyond(attempt.microbatch, attempt.number, now))
+                elif what == "failed":
+                    take(scheduler.failed(attempt.microbatch, attempt.number, now))
             else:
                 has = any(action.microbatch in ms for (name, _), ms in held.items() if name == action.worker)
                 scheduler.cancelled(action.worker, action.microbatch, action.attempt, has)
