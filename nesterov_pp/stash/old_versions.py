@@ -10,7 +10,7 @@ for the step, the leaves of the next version point there. Then the row is encode
 Where a gradient is no memory of its own (a view, a tensor that others hold, another layout), the step writes to new
 memory.
 
-Backward gets the weights that it saved one tensor at a time, each decoded to memory that autograd frees after use.
+Backward gets the weights that it saved one tensor at a time, each decoded to memory that is free again after its use.
 Only what reads all weights of an older version (a forward, also one that runs again, a correction, a step that does not
 write over gradients) has them decoded to a buffer, which is allocated then and stays. While they are shown, the leaves
 of the version point to the buffer. Leaves whose memory changes between forward and backward are what autograd gets
@@ -62,6 +62,7 @@ class ShortVersions:
         self._position, self._names, self._slots, self._memory = position, names, slots, memory
         self._rows: Form = new_form(form, memory[0], position.versions - 1)
         self._spare: list[Tensor] = []  # the buffer of a ring with one memory, once it is needed
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # for one weight at a time
         # What the buffer holds: a version, and whether it is exact or decoded. None: something else.
         self._held: tuple[int, bool] | None = None
         self._shown: int | None = None  # the slot whose leaves point to the buffer
@@ -72,8 +73,8 @@ class ShortVersions:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the rows, and of a buffer beside the memory of the slots."""
-        return self._rows.nbytes + sum(t.nbytes for t in self._spare)
+        """The bytes of the rows, and of what they are decoded into beside the memory of the slots."""
+        return self._rows.nbytes + sum(t.nbytes for t in self._spare) + self._scratch.nbytes
 
     def places(self, version: int) -> Sequence[Sequence[Tensor]]:
         """Return the lists of tensors in whose memory a forward with a version finds its weights."""
@@ -100,7 +101,7 @@ class ShortVersions:
             self._fill(version, None)
         if self._held == (version, False):
             return self._buffer()[number]
-        out = torch.empty_like(self._memory[0][number])
+        out = self._memory_for_one(self._memory[0][number])
         self._rows.restore_one(number, newest[number], self._rows_since(version), out)
         return out
 
@@ -225,6 +226,23 @@ class ShortVersions:
         return self._slots[(self._position.newest + 1) % len(self._slots)]
 
     @torch.inference_mode(False)
+    def _memory_for_one(self, like: Tensor) -> Tensor:
+        """Return memory for a weight that backward needs for one node; on the CPU the same each time.
+
+        A GPU's allocator keeps what autograd frees, and knows which stream still reads it.
+        """
+        if not like.is_cpu:
+            return torch.empty_like(like)
+        storage = self._scratch.untyped_storage()
+        if self._scratch.nbytes < like.nbytes or torch._C._storage_Use_Count(storage._cdata) > _HOLDERS:
+            memory = torch.empty(like.nbytes, dtype=torch.uint8, device="cpu")
+            if self._scratch.nbytes < memory.nbytes:
+                self._scratch = memory
+        else:
+            memory = self._scratch[: like.nbytes]
+        return torch.as_strided(memory.view(like.dtype), like.shape, like.stride())
+
+    @torch.inference_mode(False)
     def _buffer(self) -> Sequence[Tensor]:
         if self.exact:
             return self._memory[(self._position.newest + 1) % len(self._memory)]
@@ -275,7 +293,7 @@ def _own_memory(grad: Tensor, like: Tensor) -> Tensor | None:
 
 
 _HOLDERS = 2
-"""The holders of the memory of a gradient that is nobody else's: the gradient, and the storage that is asked."""
+"""The holders of memory that is nobody else's: its tensor, and the storage that is asked."""
 
 
 def _target_of(own: Tensor, lent: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 _GRAD: Any = Tensor.grad
 _NO_READS = {
-    getattr(Tensor, name).__get__ for name in ("grad", "requires_grad", "is_leaf", "grad_fn", "shape", "dtype", "device")
+    getattr(Tensor, name).__get__
+    for name in ("grad", "requires_grad", "is_leaf", "grad_fn", "shape", "dtype", "device")
 } | {_GRAD.__set__}
 
 
