@@ -7,6 +7,7 @@ of its ring. Reported are ``memory()`` and the gradients; resident is how far th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -57,6 +58,7 @@ def run(row: str, width: int, blocks: int, delay: int, updates: int) -> dict[str
     npp.NAdam(warm.parameters(), **options).step()
     del warm
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free now would be counted as if it were in use
     base = resident()
     module = nn.Sequential(*(block(width) for _ in range(blocks))).to(dtype)
     stash = npp.WeightStash(module, delay + 1, old_versions=form)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def fresh_scales(p: Tensor) -> Tensor:
     own = torch.zeros(1, groups, dtype=torch.float16, device=local(p).device)
     placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in p.placements]
     return DTensor.from_local(
-        own, p.device_mesh, placements, run_check=False, shape=(shards, groups), stride=(groups, 1)
+        own, p.device_mesh, placements, run_check=False, shape=torch.Size((shards, groups)), stride=(groups, 1)
     )
 
 
