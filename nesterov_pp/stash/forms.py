@@ -136,14 +136,14 @@ def is_short(form: str, versions: int) -> bool:
     return form != "full" and versions > 1
 
 
-def ring_bytes(form: str, versions: int, itemsize: int) -> float:
+def ring_bytes(form: str, versions: int, itemsize: int, *, buffer: bool = False) -> float:
     """Return the bytes of a ring for each weight of ``itemsize`` bytes, the newest version included.
 
-    A buffer that older versions are decoded into, where something reads all weights of one, is not counted.
+    With a ``buffer``, older versions in a short form are also decoded as a whole, to memory of their own.
     """
     if not is_short(form, versions):
         return float(versions * itemsize)
-    return itemsize + (versions - 1) * _CLASSES[form].each
+    return (2 if buffer else 1) * itemsize + (versions - 1) * _CLASSES[form].each
 
 
 def new_form(form: str, tensors: Sequence[Tensor], rows: int) -> Form:
