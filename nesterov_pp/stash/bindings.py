@@ -82,8 +82,7 @@ class Bindings:
         slot = SHADOW if version == SHADOW else max(version, position.oldest) % position.slots
         self._bound.bind(slot, position.newest_slot, follow=follow)
         if self._old is not None:
-            with torch._C.DisableTorchFunction():  # not seen by ReadsOf
-                self._show(self._old)
+            self._show(self._old)
 
     def rest(self) -> None:
         """Let go of an older version that ``WeightStash.show`` has left in the buffer."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_GRAD: Any = Tensor.grad
+_WRITTEN: tuple[Any, ...] = (Tensor.grad, Tensor.data)  # which say nothing of the values that were there
 _NO_READS = {
     getattr(Tensor, name).__get__
     for name in ("grad", "requires_grad", "is_leaf", "grad_fn", "shape", "dtype", "device")
-} | {_GRAD.__set__}
+} | {attribute.__set__ for attribute in _WRITTEN}
 
 
 class Waiting(Protocol):
