@@ -106,6 +106,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "differences-recomputed": {"old_versions": "8bit-differences", "recompute": True},
     "differences-drained": {"old_versions": "8bit-differences", "flush_every": 11},
     "differences-compensated": {"old_versions": "8bit-differences", "method": "dc-asgd"},
+    "differences-eight-bit": {"old_versions": "8bit-differences", "state_dtype": "8bit"},
     "rounded": {"old_versions": "bfloat16"},
     "no-stash-two-per-update": {"method": "nesterov-no-stash", "microbatches_per_update": 2, "correction_updates": 40},
 }
@@ -180,7 +181,14 @@ def run(world: World, name: str) -> dict[str, Any]:
         if m % 50 == 49:
             validation = pipe.evaluate(*microbatch(-1))
             validations += [] if validation is None else [float(validation)]
-    return {"losses": losses, "validations": validations, "weights": pipe.module.state_dict(), "waited": pipe.waited}
+    return {
+        "losses": losses,
+        "validations": validations,
+        "weights": pipe.module.state_dict(),
+        "waited": pipe.waited,
+        "memory": pipe.memory(),
+        "delay": pipe.delay,
+    }
 
 
 def run_replicas(world: World, name: str) -> dict[str, Any]:

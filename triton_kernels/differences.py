@@ -55,7 +55,7 @@ def decode(newest: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor, scale
                 scales,
                 _sent(tuple(rows), codes.device),
                 len(rows),
-                codes.shape[1],
+                codes.stride(0),
                 S=_DTYPES[launch.dtype],
                 BLOCK=BLOCK,
                 num_warps=WARPS,

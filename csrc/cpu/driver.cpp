@@ -40,7 +40,11 @@ Pointer advance(Pointer base, int64_t bytes) {
 }
 
 // Returns whether the new version goes to memory that the pass does not read: another slot, or the copy of a master.
-bool writes_unread(const Task& task) { return task.run.weight_out != task.run.weight || task.run.copy != nullptr; }
+bool writes_unread(const Task& task) {
+  const Run& run = task.run;
+  const void* next = run.copy != nullptr ? run.copy : run.weight_out;
+  return next != run.weight && next != run.grad;
+}
 
 void run_part(const Task& task, const std::vector<StepRow>& rows, int64_t begin, int64_t end, bool streaming, Isa isa) {
   const Dtypes& dtypes = task.spec.dtypes;

@@ -8,7 +8,7 @@ namespace nesterov_pp {
 
 // One contiguous run of elements; a pointer is null if the pass does not have it. `weight_out` may be `weight`. `late`
 // may be `weight`, or the one of `weight_out`, `copy` and `ahead` that goes to the ring, whose newest version replaces
-// its oldest. No other pointers overlap.
+// its oldest. That one may also be `grad`: each element is read before it is written. No other pointers overlap.
 struct Run {
   const void* weight;
   void* weight_out;

@@ -82,7 +82,7 @@ std::vector<cpu::Differing> differing(at::TensorList a, at::TensorList b, const 
   }
   if (codes.dim() != 2 || scales.dim() != 2 || codes.size(1) != places || scales.size(1) != places / cpu::kGroup ||
       scales.size(0) != codes.size(0) || codes.scalar_type() != at::kChar || scales.scalar_type() != at::kBFloat16 ||
-      !codes.is_contiguous() || !scales.is_contiguous() || !codes.is_cpu() || !scales.is_cpu())
+      codes.stride(1) != 1 || scales.stride(1) != 1 || !codes.is_cpu() || !scales.is_cpu())
     throw std::invalid_argument("the codes of these tensors must be int8 of shape [rows, " + std::to_string(places) +
                                 "], and their scales bfloat16 of shape [rows, " + std::to_string(places / cpu::kGroup) +
                                 "], on the CPU");
@@ -91,8 +91,8 @@ std::vector<cpu::Differing> differing(at::TensorList a, at::TensorList b, const 
 
 cpu::CodeRow row_of(const at::Tensor& codes, const at::Tensor& scales, int64_t row) {
   if (row < 0 || row >= codes.size(0)) throw std::invalid_argument("there is no row " + std::to_string(row));
-  return {static_cast<int8_t*>(codes.mutable_data_ptr()) + row * codes.size(1),
-          static_cast<uint16_t*>(scales.mutable_data_ptr()) + row * scales.size(1)};
+  return {static_cast<int8_t*>(codes.mutable_data_ptr()) + row * codes.stride(0),
+          static_cast<uint16_t*>(scales.mutable_data_ptr()) + row * scales.stride(0)};
 }
 
 void encode_differences(at::TensorList version, at::TensorList next, const at::Tensor& codes, const at::Tensor& scales,

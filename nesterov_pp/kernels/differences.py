@@ -12,6 +12,7 @@ A row holds one difference of a whole list of tensors, 1.0625 bytes for each ele
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
@@ -98,7 +99,28 @@ def _compiled(tensors: Sequence[Tensor]) -> bool:
 
 def _triton(tensors: Sequence[Tensor]) -> ModuleType | None:
     """Return the module of the Triton kernels if the tensors are on a GPU and Triton works."""
-    return _triton_kernels() if tensors and all(t.is_cuda for t in tensors) else None
+    on_gpu = bool(tensors) and all(t.is_cuda for t in tensors)
+    return _triton_kernels() if on_gpu and why_not_triton(tensors[0].device) is None else None
+
+
+@cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why plain torch works on tensors of a device instead of Triton, as a sentence's end; None if Triton does.
+
+    Triton compiles a kernel when it is first launched, and may find no C compiler then: so one is launched here, once.
+    """
+    kernels = _triton_kernels()
+    if kernels is None:
+        return "Triton cannot be imported"
+    one = [torch.zeros(1, device=device)]
+    codes, scales = new_rows(one, 1)
+    try:
+        kernels.encode(one, one, codes[0], scales[0])
+    except Exception as error:  # Triton, its compilers and its drivers raise errors of many kinds
+        reason = f"Triton cannot run its kernels ({(str(error) or type(error).__name__).splitlines()[0]})"
+        warnings.warn(f"older versions are encoded by plain torch, which is slower: {reason}", RuntimeWarning, 2)
+        return reason
+    return None
 
 
 @cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, overload
 
@@ -113,6 +113,8 @@ class FusedOptimizer(StatefulOptimizer):
             finally:
                 if self._prepared is not None:
                     self._prepared.plan.forget()  # drop the gradients of a step that was not run
+                if self.options.stash is not None:
+                    self.options.stash.drop_step()
 
     def _locked_pass(self, version: int | None, microbatches: int) -> None:
         stash = self.options.stash
@@ -123,7 +125,7 @@ class FusedOptimizer(StatefulOptimizer):
                     "torch.amp.GradScaler sees the gradients of one weight version only; "
                     "use bfloat16, which needs no scaling, with a WeightStash"
                 )
-            slots = StepSlots(*stash.begin_step(version, microbatches))
+            slots = StepSlots(*stash.begin_step(version, microbatches, over_gradients=not self.options.corrects))
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         if in_fake_mode():
@@ -177,7 +179,8 @@ class FusedOptimizer(StatefulOptimizer):
                 getattr(self, "found_inf", None),
             )
             prepared.masters.follow(slots.source)
-            prepared.plan.apply_rows(on_device)
+            with self._writing():
+                prepared.plan.apply_rows(on_device)
             count()
         else:
             rows, products = [], []
@@ -186,12 +189,22 @@ class FusedOptimizer(StatefulOptimizer):
                 rows.append(row)
                 products.append(product)
             prepared.masters.follow(slots.source)
+            corrections: list[Correction] = []
             if self.options.corrects:
                 pairs = zip(classes, rows, strict=True)
                 corrections = [self._correction_of(group, int(steps) + 1, row) for (group, steps, _), row in pairs]
+            with self._writing():
                 prepared.plan.apply(rows, products, corrections)
-            else:
-                prepared.plan.apply(rows, products)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell the ring if the pass fails half way, as it does where there is no memory for what it computes."""
+        try:
+            yield
+        except BaseException:
+            if self.options.stash is not None:
+                self.options.stash.drop_step(half_way=True)
+            raise
 
     def _collect(self, slots: StepSlots) -> tuple[Prepared, list[StepClass]]:
         """Return the parameters as they are now, with the gradients of this step checked and collected."""

@@ -2,12 +2,17 @@
 
 The codes of a moment are the entry of that name; ``exp_avg_scale`` and ``exp_avg_sq_scale`` hold the scales.
 ``master_residual`` completes bfloat16 weights to 24 bits. ``kernels/codes.py`` describes the codes.
+
+The groups of a ``DTensor`` are those of its shards. Its scales are a ``DTensor`` of shape ``[shards, n]``, with a row
+for each shard and ``n`` enough for the largest one. So a checkpoint holds the scales of all shards, and another number
+of shards does not fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +28,10 @@ from nesterov_pp.kernels.codes import (
     root,
     split,
 )
+from nesterov_pp.optim.local import is_dtensor, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SCALE_OF = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
@@ -37,7 +46,32 @@ def is_coded(entries: Mapping[str, Any]) -> bool:
 
 def fresh_scales(p: Tensor) -> Tensor:
     """Return the scales of a moment that is 0."""
-    return torch.zeros(group_count(p.numel()), dtype=torch.float16, device=p.device)
+    if not is_dtensor(p):
+        return torch.zeros(group_count(p.numel()), dtype=torch.float16, device=p.device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    shards, groups = _shards(p)
+    own = torch.zeros(1, groups, dtype=torch.float16, device=local(p).device)
+    placements = [Replicate() if placement.is_replicate() else Shard(0) for placement in p.placements]
+    return DTensor.from_local(
+        own, p.device_mesh, placements, run_check=False, shape=torch.Size((shards, groups)), stride=(groups, 1)
+    )
+
+
+def local_scales(scales: Tensor, p: Tensor) -> Tensor:
+    """Return the scales of the elements of a parameter in this process, sharing their memory."""
+    return local(scales).view(-1)[: group_count(local(p).numel())] if is_dtensor(scales) else scales
+
+
+def _shards(p: DTensor) -> tuple[int, int]:
+    """Return how many shards a parameter has, and how many groups its largest one."""
+    sizes, shards = list(p.shape), 1
+    for count, placement in zip(p.device_mesh.shape, p.placements, strict=True):
+        if not placement.is_replicate():
+            dim = placement.dim  # type: ignore[attr-defined]
+            sizes[dim] = -(-sizes[dim] // count)
+            shards *= count
+    return shards, group_count(math.prod(sizes))
 
 
 def check_saved(what: str, name: str, entries: Mapping[str, Any], p: Tensor) -> None:
@@ -46,8 +80,18 @@ def check_saved(what: str, name: str, entries: Mapping[str, Any], p: Tensor) -> 
     Raises:
         ValueError: the scales are missing, or of another dtype or number.
     """
-    scales, count = entries.get(SCALE_OF[name]), group_count(p.numel())
-    if not isinstance(scales, Tensor) or scales.dtype != torch.float16 or scales.shape != (count,):
+    scales = entries.get(SCALE_OF[name])
+    known = isinstance(scales, Tensor) and scales.dtype == torch.float16
+    if is_dtensor(p):
+        shards, groups = _shards(p)
+        if not known or not is_dtensor(scales) or scales.shape != (shards, groups):
+            raise ValueError(
+                f"{what} is in eight bits and needs the scales of {shards} shards of up to {groups} groups; for "
+                "another number of shards, save what widened_state_dict() returns"
+            )
+        return
+    count = group_count(p.numel())
+    if not known or scales is None or scales.shape != (count,):
         raise ValueError(f"{what} is in eight bits and needs {count} float16 scales, one for 32 elements")
 
 
@@ -61,10 +105,12 @@ def encode_entries(entries: dict[str, Any], p: Tensor) -> None:
         laid_out = torch.empty_like(p, dtype=CODES[name], memory_format=torch.preserve_format, requires_grad=False)
         if value.dtype == CODES[name] and value.stride() == laid_out.stride():
             continue
-        wide = _widened(entries, name) if value.dtype == CODES[name] else value
-        values = torch.empty_like(laid_out, dtype=torch.float32).copy_(wide)
-        codes, entries[scale_name] = encode_first(values) if name == "exp_avg" else encode_second(root(values))
-        entries[name] = laid_out.copy_(codes)
+        wide = _widened(entries, name, p) if value.dtype == CODES[name] else _placed_as(p, value)
+        values = torch.empty_like(local(laid_out), dtype=torch.float32).copy_(wide)
+        codes, scales = encode_first(values) if name == "exp_avg" else encode_second(root(values))
+        local(laid_out).copy_(codes)
+        entries[name], entries[scale_name] = laid_out, fresh_scales(p)
+        local_scales(entries[scale_name], p).copy_(scales)
 
 
 @torch.no_grad()
@@ -73,18 +119,35 @@ def widened_entries(entries: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     wide = dict(entries)
     if is_coded(entries):
         for name in CODES.keys() & entries.keys():
-            wide[name] = _widened(entries, name)
+            wide[name] = _as_shard_of(p, _widened(entries, name, p))
             del wide[SCALE_OF[name]]
     if RESIDUAL in wide:
-        wide["master_weight"] = joined(p.detach(), wide.pop(RESIDUAL))
+        wide["master_weight"] = _as_shard_of(p, joined(local(p).detach(), local(wide.pop(RESIDUAL))))
     return wide
 
 
 def residual_of(master: Tensor) -> Tensor:
     """Return the residual of a float32 master weight."""
-    return split(master)[1]
+    return _as_shard_of(master, split(local(master))[1])
 
 
-def _widened(entries: Mapping[str, Any], name: str) -> Tensor:
-    coded = Coded(entries[name], entries[SCALE_OF[name]])
+def _widened(entries: Mapping[str, Any], name: str, p: Tensor) -> Tensor:
+    """Return the float32 values of a moment in this process."""
+    coded = Coded(local(entries[name]), local_scales(entries[SCALE_OF[name]], p))
     return decode_first(coded) if name == "exp_avg" else decode_second(coded)
+
+
+def _placed_as(p: Tensor, value: Tensor) -> Tensor:
+    """Return the elements of a tensor that are those of a parameter in this process."""
+    if is_dtensor(p) and is_dtensor(value):
+        return local(value.redistribute(placements=p.placements))
+    return value
+
+
+def _as_shard_of(p: Tensor, values: Tensor) -> Tensor:
+    """Return values of this process as a tensor that is placed like a parameter."""
+    if not is_dtensor(p):
+        return values
+    whole = torch.empty_like(p, dtype=values.dtype, requires_grad=False)
+    local(whole).copy_(values)
+    return whole

@@ -14,6 +14,7 @@ from torch import Tensor
 from nesterov_pp.kernels.raw import is_subclass
 from nesterov_pp.kernels.scalars import CorrectionKind
 from nesterov_pp.optim.corrections import DelayCompensation, Discrepancy, GapAware, Prediction
+from nesterov_pp.optim.local import is_dtensor
 from nesterov_pp.stash import WeightStash
 
 ON_NONFINITE = ("ignore", "raise")
@@ -145,8 +146,10 @@ class Options:
         wide = p.dtype in (torch.float64, torch.complex128)
         if self.state_dtype is not None and (wide or p.is_complex()):
             raise ValueError(f"state_dtype={self.state_dtype} cannot hold the moments of {_name(p.dtype)} parameters")
-        if self.state_dtype == EIGHT_BIT and is_subclass(p):
-            raise ValueError(f"state_dtype={EIGHT_BIT!r} is for plain tensors; a parameter is a {type(p).__name__}")
+        if self.state_dtype == EIGHT_BIT and is_subclass(p) and not is_dtensor(p):
+            raise ValueError(
+                f"state_dtype={EIGHT_BIT!r} is for plain tensors and DTensors; a parameter is a {type(p).__name__}"
+            )
         if self.master_weights == SPLIT and p.dtype == torch.float16:
             raise ValueError(
                 f"master_weights={SPLIT!r} is for bfloat16, but a parameter is float16; use master_weights=True"

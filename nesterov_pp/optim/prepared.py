@@ -15,7 +15,7 @@ from torch import Tensor
 from nesterov_pp.kernels import Normaliser, StepClass, StepSlots, Tensors, choose_backend, extension, make_plan
 from nesterov_pp.kernels.raw import answers_for_itself, has_memory, is_subclass, why_not_raw
 from nesterov_pp.optim import counts, saved_state
-from nesterov_pp.optim.coded import RESIDUAL, SCALE_OF, is_coded
+from nesterov_pp.optim.coded import RESIDUAL, SCALE_OF, is_coded, local_scales
 from nesterov_pp.optim.device_counts import DeviceCounts
 from nesterov_pp.optim.fresh import MasterWeights, fresh_residual, masters_of
 from nesterov_pp.optim.local import is_dtensor, is_plain, is_resolved, local, local_gradient, materialised, write_back
@@ -105,8 +105,8 @@ class Prepared:
             means=[] if options.mean_name is None else [local(s[options.mean_name]) for s in states],
             shadows=[local(p) for p in shadows],
             ring_predicts=swapped,
-            exp_avg_scales=_scales(states, "exp_avg"),
-            exp_avg_sq_scales=_scales(states, "exp_avg_sq"),
+            exp_avg_scales=_scales(parameters, states, "exp_avg"),
+            exp_avg_sq_scales=_scales(parameters, states, "exp_avg_sq"),
             residuals=[None if r is None else local(r) for r in residuals]
             if any(map(options.has_residual, parameters))
             else [],
@@ -242,9 +242,10 @@ def _counts_on_device(groups: list[int], states: list[dict[str, Any]], entries: 
     return DeviceCounts(groups, found["step"], found.get("mu_product"))
 
 
-def _scales(states: list[dict[str, Any]], name: str) -> list[Tensor | None]:
+def _scales(parameters: list[Tensor], states: list[dict[str, Any]], name: str) -> list[Tensor | None]:
     """Return the scales of a moment of every parameter, None for a moment that has none; empty if none has any."""
-    found = [s.get(SCALE_OF[name]) if is_coded(s) and name in s else None for s in states]
+    pairs = zip(parameters, states, strict=True)
+    found = [local_scales(s[SCALE_OF[name]], p) if is_coded(s) and name in s else None for p, s in pairs]
     return found if any(scales is not None for scales in found) else []
 
 

@@ -88,7 +88,11 @@ class RotatedOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._lock:
-            self._locked_step(version, microbatches)
+            try:
+                self._locked_step(version, microbatches)
+            finally:
+                if self.options.stash is not None:
+                    self.options.stash.drop_step()
         return loss
 
     def _locked_step(self, version: int | None, microbatches: int) -> None:
@@ -98,6 +102,8 @@ class RotatedOptimizer(StatefulOptimizer):
         elif version is not None:
             raise ValueError(f"step(version={version}) needs an optimizer built with stash=WeightStash(...)")
         prepared = self._prepare()
+        prepared.follow(slots.source)
+        prepared.follow(slots.target)
         self._check_gradients(prepared, slots.grads)
         prepared.tell(slots.grads)
         classes = prepared.plan.collect(slots)
@@ -120,6 +126,7 @@ class RotatedOptimizer(StatefulOptimizer):
             prepared.masters.written(slots.target)
             if stash is not None:
                 stash.end_step(version, microbatches)
+                prepared.follow(slots.target)
 
     def _check_gradients(self, prepared: RotatedTensors, slot: int) -> None:
         """Refuse gradients that the products could not take, before anything is written."""

@@ -83,10 +83,7 @@ class RotatedTensors:
         stash = options.stash
         self.leaves = [self.parameters] if stash is None else stash.leaves(self.parameters)
         self.stacks = _stacks(self.parameters, group_of, groups, state)
-        # Leaves may point elsewhere for a while (see stash/old_versions.py).
-        memory = self.leaves if stash is None else stash.memory(self.parameters)
-        own = [memory[s % len(memory)] for s in range(len(self.leaves))]
-        passed = [[p.detach() for p in slot] for slot in own]
+        passed = [[p.detach() for p in slot] for slot in self.leaves]
         self._gradients: dict[int, Tensor] = {}
         rotated = set()
         for stack in self.stacks:
@@ -98,9 +95,10 @@ class RotatedTensors:
                 for slot in passed:
                     slot[n] = step
         self._passed = passed
-        self.cut_weights = [
-            {m.number: m.cut(slot[m.number].detach()) for stack in self.stacks for m in stack.matrices} for slot in own
-        ]
+        self._rotated = rotated
+        self.cut_weights: list[dict[int, Tensor]] = [{} for _ in self.leaves]
+        for number in range(len(self.leaves)):
+            self.follow(number)
         states = [state[p] for p in self.parameters]
         newest = self.leaves[0] if stash is None else self.leaves[stash.slot_of(stash.newest)]
         masters = masters_of(states, newest, options)
@@ -127,6 +125,15 @@ class RotatedTensors:
         )
         self.plan = make_plan(self.backend, tensors)
         self.snapshot = Snapshot(groups, state, [p for slot in self.leaves for p in slot])
+
+    def follow(self, slot: int) -> None:
+        """Take the memory that the leaves of a slot have now; a ring may lend them other (stash/old_versions.py)."""
+        leaves = self.leaves[slot]
+        for n, (leaf, passed) in enumerate(zip(leaves, self._passed[slot], strict=True)):
+            if n not in self._rotated and passed.data_ptr() != leaf.data_ptr():
+                passed.data = leaf.detach()
+        matrices = [matrix for stack in self.stacks for matrix in stack.matrices]
+        self.cut_weights[slot] = {m.number: m.cut(leaves[m.number].detach()) for m in matrices}
 
     def tell(self, slot: int) -> None:
         """Give the plan the gradients of a slot, and the rotated ones where the parameters have one."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nesterov_pp.optim.base import FusedOptimizer
 from nesterov_pp.pipeline.delay_models import Delays, Fixed, one_forward_one_backward, stage_delays
 from nesterov_pp.stash import LineariseAt, OldVersions, Shadow
 
@@ -134,6 +135,15 @@ class Recipe:
         if self.slack:
             return Fixed(stage_delays(stages, microbatches_per_update, self.slack))
         return self.delays(stages, microbatches_per_update)
+
+    @property
+    def decodes_whole_versions(self) -> bool:
+        """Whether a ring that keeps older versions in a short form also needs the memory of a whole one.
+
+        So it is for corrections, which read older weights, and for rules that do not step in one pass over everything.
+        """
+        in_one_pass = isinstance(self.rule, type) and issubclass(self.rule, FusedOptimizer)
+        return not in_one_pass or not {"correction", "prediction"}.isdisjoint(self.options)
 
     def check_forward(self, *, recompute: bool, autocast: bool) -> None:
         """Check that the recipe's backward can reach the weights that it differentiates at.

@@ -57,8 +57,8 @@ class StageState:
     def memory(self) -> dict[str, int]:
         """Return the bytes held: ``weights`` (one version), ``stash`` (the other versions), ``moments``, ``masters``.
 
-        ``stash`` includes the shadow and, if older versions are kept in another form, the memory that a step writes
-        next. ``moments`` are all tensors of the optimizer's state but the masters.
+        ``stash`` includes the shadow and, if older versions are kept in another form, what they have been decoded into.
+        ``moments`` are all tensors of the optimizer's state but the masters.
         """
         ring = set(self.stash.names)
         one = sum(map(_bytes, self.stash.parameters(self.stash.newest).values()))

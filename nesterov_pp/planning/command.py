@@ -168,6 +168,7 @@ def plan(
                     k,
                     stash=stash,
                     old_versions=cast("OldVersions", config.stash),
+                    buffer=recipe.decodes_whole_versions,
                     itemsize=weights.itemsize,
                     state=state,
                     delays=delays,

@@ -16,6 +16,7 @@ def memory_per_stage(
     *,
     stash: bool = True,
     old_versions: OldVersions = "full",
+    buffer: bool = False,
     itemsize: int = 4,
     state: float = 2.0,
     delays: Sequence[int] | None = None,
@@ -23,7 +24,8 @@ def memory_per_stage(
 ) -> list[int]:
     """Return the bytes of each stage: weight versions, gradients, state, activations of microbatches in flight.
 
-    ``old_versions`` is the form of versions older than the newest, for weights of ``itemsize`` bytes. ``state`` is the
+    ``old_versions`` is the form of versions older than the newest, for weights of ``itemsize`` bytes, and ``buffer``
+    says whether one of them is also decoded as a whole (``Recipe.decodes_whole_versions``). ``state`` is the
     size of the optimizer's state (moments, masters, a predicted copy) as a multiple of one version of
     the weights: 2 for two moments of their dtype, 6 for bfloat16 weights with two moments and a master in float32.
 
@@ -37,13 +39,13 @@ def memory_per_stage(
         delays = [0] * stages
     elif delays is None:
         delays = stage_delays(stages, per_update, slack)
+    rings = [ring_bytes(old_versions, tau + 1 if stash else 1, itemsize, buffer=buffer) / itemsize for tau in delays]
     in_flight = [ahead + 1 for ahead in forwards_ahead(stages, slack if schedule == "async" else 0)]
     if schedule == "1f1b":
         in_flight = [min(per_update, n) for n in in_flight]
     if schedule == "gpipe":
         in_flight = [per_update] * stages
     return [
-        round(c.weight_bytes * (ring_bytes(old_versions, tau + 1 if stash else 1, itemsize) / itemsize + 1 + state))
-        + n * c.activation_bytes
-        for c, tau, n in zip(costs, delays, in_flight, strict=True)
+        round(c.weight_bytes * (ring + 1 + state)) + n * c.activation_bytes
+        for c, ring, n in zip(costs, rings, in_flight, strict=True)
     ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nesterov_pp.stash.bound import SHADOW, Bound
 from nesterov_pp.stash.old_versions import ShortVersions
 from nesterov_pp.stash.position import Position
+from nesterov_pp.stash.reads import ReadsOf
 from nesterov_pp.stash.watch import Ending, Watch
 
 
@@ -30,6 +31,7 @@ class Binding:
         task: autograd's id of the backward; None for a block.
         backward: whether the module only runs again inside, for a backward.
         weights: the weights of ``version``, for a ring that has them no more exactly.
+        waits: whether an older version is decoded for the module only once something reads it.
         counted: whether the block counts as a microbatch in flight.
         ran_backward: whether a backward of this version ran inside the block.
         nodes: number of autograd nodes before the block.
@@ -43,9 +45,10 @@ class Binding:
         *,
         backward: bool = False,
         weights: Mapping[str, Tensor] | None = None,
+        waits: bool = False,
     ) -> None:
         self.version, self.linearise_at, self.task = version, linearise_at, task
-        self.backward, self.weights = backward or task is not None, weights
+        self.backward, self.weights, self.waits = backward or task is not None, weights, waits
         self.counted = self.ran_backward = False
         self.nodes = _nodes()
 
@@ -57,6 +60,7 @@ class Bindings:
         self._position, self._bound, self._old = position, bound, old
         self._all: list[Binding] = []
         self.watch = Watch(self)
+        self._is_compiled = False  # whether compiled code of the module has run
 
     @property
     def version(self) -> int:
@@ -92,7 +96,20 @@ class Bindings:
             return None
         # Other backwards read no weights of the version, and an exact forward does not need the buffer.
         reads = binding.linearise_at == "version" if binding.backward else not old.exact
-        return binding.version if reads else None
+        return binding.version if reads and not binding.waits else None
+
+    def read(self) -> None:
+        """Decode the older version that the module is bound to, since something reads its weights now."""
+        if self._all and self._all[-1].waits:
+            self._all[-1].waits = False
+            self.rebind(follow=False)
+
+    def waiting(self) -> Sequence[nn.Parameter]:
+        """Return the leaves that the module is bound to, if they do not have the values of their version yet."""
+        old, binding = self._old, self._all[-1] if self._all else None
+        if old is None or binding is None or not binding.waits:
+            return ()
+        return self._bound.leaves(binding.version % self._position.slots)
 
     @contextmanager
     def block(self, binding: Binding, *, counts: bool = False) -> Iterator[None]:
@@ -100,14 +117,16 @@ class Bindings:
         outer = self._innermost_block()
         if outer is not None and self.watch.ran_compiled:
             self._tally(outer)
-        self.watch.ran_compiled = False
+        self._took_compiled()
+        binding.waits = binding.waits and self._can_wait(binding)
         failed = True
         # Removes the binding if leaving the block is interrupted itself.
         ending = Ending(partial(_end, weakref.ref(self), binding))
         try:
             self._all.append(binding)
             self.rebind()
-            yield
+            with ReadsOf(self) if binding.waits else nullcontext():
+                yield
             if counts:
                 self._tally(binding)
             failed = False
@@ -169,7 +188,7 @@ class Bindings:
         task = torch._C._current_graph_task_id()
         binding = next((b for b in self._all if b.task == task), None)
         if binding is None:
-            binding = Binding(version, linearise_at, task)
+            binding = Binding(version, linearise_at, task, waits=block is not None and block.waits)
             # Autograd drops its callbacks at the end of a backward, also when the backward fails.
             ending = Ending(partial(_end, weakref.ref(self), binding))
             torch.autograd.Variable._execution_engine.queue_callback(ending)
@@ -198,8 +217,21 @@ class Bindings:
                 f"linearise_at={binding.linearise_at!r} needs the activations of version {binding.version}; "
                 'turn checkpointing off, or use linearise_at="version"'
             )
+        self.read()
 
     # ------------------------------------------------------------------ inside
+
+    def _can_wait(self, binding: Binding) -> bool:
+        """Return whether a version is decoded, and all that may read it is seen; compiled code is not."""
+        old, newest = self._old, self._position.newest
+        decoded = old is not None and not old.exact and binding.version != newest and binding.linearise_at == "version"
+        return decoded and not self._is_compiled
+
+    def _took_compiled(self) -> bool:
+        """Return whether the module ran in compiled code since this was last asked."""
+        ran, self.watch.ran_compiled = self.watch.ran_compiled, False
+        self._is_compiled |= ran
+        return ran
 
     def _show(self, old: ShortVersions) -> None:
         version = self.shows()
@@ -213,7 +245,7 @@ class Bindings:
 
     def _tally(self, block: Binding) -> None:
         """Count a block as a microbatch if a forward ran in it that no hook has seen."""
-        compiled, self.watch.ran_compiled = self.watch.ran_compiled, False
+        compiled = self._took_compiled()
         unseen = not block.ran_backward and _nodes() > block.nodes
         if not block.counted and (compiled or unseen):
             block.counted = True

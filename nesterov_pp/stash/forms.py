@@ -34,6 +34,9 @@ class Form(Protocol):
     def restore(self, newest: Sequence[Tensor], rows: Sequence[int], out: Sequence[Tensor]) -> None:
         """Write the version in the last of ``rows``, which are those of all since too, newest first, to ``out``."""
 
+    def restore_one(self, number: int, newest: Tensor, rows: Sequence[int], out: Tensor) -> None:
+        """Write one tensor of that version, the one with this number in the list, to ``out``."""
+
     def row(self, row: int) -> SavedRow:
         """Return the tensors of a row, not copied."""
 
@@ -50,12 +53,19 @@ class Differences:
 
     def __init__(self, tensors: Sequence[Tensor], rows: int) -> None:
         self._codes, self._scales = differences.new_rows(tensors, rows)
+        self._places = differences.places(tensors)
 
     def keep(self, row: int, version: Sequence[Tensor], following: Sequence[Tensor]) -> None:
         differences.encode(version, following, self._codes, self._scales, row)
 
     def restore(self, newest: Sequence[Tensor], rows: Sequence[int], out: Sequence[Tensor]) -> None:
         differences.decode(newest, out, self._codes, self._scales, rows)
+
+    def restore_one(self, number: int, newest: Tensor, rows: Sequence[int], out: Tensor) -> None:
+        begin, end = self._places[number : number + 2]
+        codes = self._codes[:, begin:end]
+        scales = self._scales[:, begin // differences.GROUP : end // differences.GROUP]
+        differences.decode([newest], [out], codes, scales, rows)
 
     def row(self, row: int) -> SavedRow:
         return {"codes": self._codes[row], "scales": self._scales[row]}
@@ -87,6 +97,11 @@ class Rounded:
         for values, to in zip(torch.split(self._values[rows[-1]], self._sizes), out, strict=True):
             flat(to).copy_(values)
 
+    @torch.no_grad()
+    def restore_one(self, number: int, newest: Tensor, rows: Sequence[int], out: Tensor) -> None:
+        begin = sum(self._sizes[:number])
+        flat(out).copy_(self._values[rows[-1], begin : begin + self._sizes[number]])
+
     def row(self, row: int) -> SavedRow:
         return {"values": self._values[row]}
 
@@ -117,18 +132,18 @@ def check_form(form: str, named: Mapping[str, Tensor]) -> None:
 
 
 def is_short(form: str, versions: int) -> bool:
-    """Return whether a ring of so many versions keeps older ones in another form than in full.
+    """Return whether a ring of so many versions keeps older ones in another form than in full."""
+    return form != "full" and versions > 1
 
-    It needs two full versions in any case.
+
+def ring_bytes(form: str, versions: int, itemsize: int, *, buffer: bool = False) -> float:
+    """Return the bytes of a ring for each weight of ``itemsize`` bytes, the newest version included.
+
+    With a ``buffer``, older versions in a short form are also decoded as a whole, to memory of their own.
     """
-    return form != "full" and versions > 2
-
-
-def ring_bytes(form: str, versions: int, itemsize: int) -> float:
-    """Return the bytes of a ring for each weight of ``itemsize`` bytes, the newest version included."""
     if not is_short(form, versions):
         return float(versions * itemsize)
-    return 2 * itemsize + (versions - 1) * _CLASSES[form].each
+    return (2 if buffer else 1) * itemsize + (versions - 1) * _CLASSES[form].each
 
 
 def new_form(form: str, tensors: Sequence[Tensor], rows: int) -> Form:

@@ -26,13 +26,13 @@ def check_linearisable(leaves: Sequence[Tensor], linearise_at: str, gathered: bo
 
 
 def saved_elsewhere(
-    places: Sequence[Sequence[Tensor]], elsewhere: Callable[[], Sequence[Tensor]]
+    places: Sequence[Sequence[Tensor]], elsewhere: Callable[[int], Tensor]
 ) -> AbstractContextManager[Any]:
     """Return hooks that swap the weights autograd saves, and views of them, for other weights when backward runs.
 
     Args:
         places: lists of the parameters; the weights of the forward lie in the memory of one of the lists.
-        elsewhere: function that returns the weights to use instead, called when backward runs.
+        elsewhere: function that returns the weight to use instead of one of them, called when backward runs.
     """
     # Weights that fully_shard keeps are gathered again for the backward, as the newest weights.
     owner = {
@@ -52,7 +52,7 @@ def saved_elsewhere(
         if isinstance(packed, Tensor):
             return packed
         i, shape, stride, offset = packed
-        current = elsewhere()[i].detach()
+        current = elsewhere(i).detach()
         offset += int(current.storage_offset())
         return torch.as_strided(current, shape, stride, offset)
 

@@ -51,10 +51,11 @@ class WeightStash:
             "8bit-differences": each as its difference to the next version, an int8 code for each weight and a bfloat16
             scale for 32 of them, 1.0625 bytes a weight; for weights of float32, bfloat16 and float16. "bfloat16":
             rounded, 2 bytes a weight; for weights of float32 (and bfloat16, which lose nothing). docs/memory.md has
-            the errors of both. Either way two versions are kept in full: the newest one, and the memory that the next
-            step writes, into which older versions are decoded until then; so a ring of two is always full. Weights of
-            an older version can be read inside ``use`` and ``bind``, and after ``show``. With differences, what is
-            written to the newest version outside of a step moves the older versions as well.
+            the errors of both. One version is kept in full, the newest: backward decodes the weights that it saved one
+            at a time, and a step of these optimizers writes the next version over the gradients that it takes, before
+            it clears them. Weights of an older version can be read inside ``use`` and ``bind``, and after ``show``;
+            that takes the memory of a second version from then on. With differences, what is written to the newest
+            version outside of a step moves the older versions as well.
         exact_forward: also keep every version in full, for forwards that run late in an emulation of a pipeline.
             Backward uses the decoded weights all the same (default: False).
 
@@ -106,8 +107,8 @@ class WeightStash:
         self._names = list(named)
         first = list(named.values())
         short = is_short(old_versions, versions) and bool(first)
-        # Besides the newest version, the memory that a step writes next and that older versions are decoded into.
-        self._owning = versions if not short else versions + 1 if exact_forward else 2
+        # A short ring that also has all versions in full has one more memory, which older versions are decoded into.
+        self._owning = versions if not short else versions + 1 if exact_forward else 1
         self._slots = [first] + [new_leaves(first) for _ in range(self._owning - 1)]
         self._memory: list[list[Tensor]] = [list(slot) for slot in self._slots]
         if short:
@@ -163,7 +164,7 @@ class WeightStash:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all that the ring keeps besides the newest version: the older ones, a buffer, a shadow."""
+        """The bytes of all that the ring keeps besides the newest version: the older ones, a shadow, a buffer."""
         one = sum(p.nbytes for p in self._slots[0])
         others = self._owning - 1 + (self.shadow is not None)
         return others * one + (0 if self._old is None else self._old.nbytes)
@@ -264,7 +265,7 @@ class WeightStash:
         if torch.is_grad_enabled() and (linearise_at != "version" or self._old is not None):
             if linearise_at != "version":
                 check_linearisable(self._slots[slot], linearise_at, self._gathered)
-            places = [self._slots[slot]] if self._old is None else self._old.places
+            places = [self._slots[slot]] if self._old is None else self._old.places(version)
             hooks = saved_elsewhere(places, self._for_backward(version, linearise_at))
         # A forward inside a backward runs for the second time.
         counts = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
@@ -274,13 +275,16 @@ class WeightStash:
     def bind(self, version: int, *, linearise_at: LineariseAt = "version") -> AbstractContextManager[None]:
         """Bind the module to a version inside the block, for a backward; unlike ``use``, never count a microbatch.
 
+        With ``old_versions`` other than "full", an older version is decoded as a whole once a torch function or a part
+        of the module reads weights of it.
+
         Raises:
             ValueError: as for ``use``.
         """
         self._settle()
         self._position.slot_of(version)
         self._follow(thorough=True)
-        return self._bindings.block(Binding(version, linearise_at, backward=True))
+        return self._bindings.block(Binding(version, linearise_at, backward=True, waits=True))
 
     @contextmanager
     def use_stepped(self) -> Iterator[None]:
@@ -369,11 +373,20 @@ class WeightStash:
         """Return the shadows of ``parameters``, which may be leaves of any version."""
         return [self._shadows[self._index[id(p)]] for p in parameters]
 
-    def begin_step(self, version: int | None, microbatches: int) -> tuple[int, int, int]:
+    def begin_step(
+        self, version: int | None, microbatches: int, *, over_gradients: bool = False
+    ) -> tuple[int, int, int]:
         """Check a step that takes the gradients of ``version``; return its slots (gradients, source, target).
 
         The weights of all three can be read. ``None`` stands for the newest version, unless that is ambiguous. Takes
         over changes made to the module's parameters; changes nothing else.
+
+        Args:
+            version: the version whose gradients are taken.
+            microbatches: how many microbatches are in them.
+            over_gradients: the step reads each element of a gradient before it writes that of the next weights, and
+                does not read the weights of ``version``. Then the leaves of the target may lie in the memory of the
+                gradients. ``drop_step`` lets go of it if the step is not run.
 
         Raises:
             ValueError: the version is not in the ring; the step would overwrite a version that other microbatches in
@@ -389,9 +402,7 @@ class WeightStash:
         self._position.check_step(version, microbatches)
         self._bound.drop_frozen_gradients(grads_of)
         if self._old is not None:
-            if version != self.newest:
-                self._old.show(version)
-            self._old.forget()  # the step writes its target to the buffer
+            self._old.begin_step(version, over_gradients=over_gradients)
         self._position.begin_step()
         return grads_of, self._position.newest_slot, (self.newest + 1) % self._position.slots
 
@@ -402,6 +413,16 @@ class WeightStash:
         """
         self._position.end_step(version, microbatches)
         self._settle()
+
+    def drop_step(self, *, half_way: bool = False) -> None:
+        """Let go of what ``begin_step`` prepared, if the step has not been counted.
+
+        ``half_way``: the step failed while it wrote; then its gradients are gone if they could be written over.
+        """
+        if self._old is not None:
+            if half_way:
+                self._old.spoil_step()
+            self._old.drop_step()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -493,23 +514,23 @@ class WeightStash:
         if self._old is not None:
             self._old.follow()
 
-    def _for_backward(self, version: int, linearise_at: LineariseAt) -> Callable[[], Sequence[Tensor]]:
-        """Return a function that returns the weights at which the backward of a forward differentiates."""
+    def _for_backward(self, version: int, linearise_at: LineariseAt) -> Callable[[int], Tensor]:
+        """Return a function that returns a weight, by its number, at which the backward of a forward differentiates."""
         loads = self._position.loads
 
-        def weights() -> Sequence[Tensor]:
+        def weight(number: int) -> Tensor:
             if linearise_at == "shadow":
-                return self._shadows
+                return self._shadows[number]
             if linearise_at == "newest" or self._old is None:
-                return self._slots[self._position.newest_slot]
+                return self._slots[self._position.newest_slot][number]
             if loads != self._position.loads:
                 raise RuntimeError(
                     "this backward belongs to a forward from before the WeightStash was loaded; run that forward again"
                 )
             self._settle()
-            return self._old.weights(version)
+            return self._old.weight(version, number)
 
-        return weights
+        return weight
 
     def _exchanged(self, follow: bool) -> Pair | None:
         """Return the newest leaves and the shadows; None while the module is bound to other weights."""

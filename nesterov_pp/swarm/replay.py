@@ -206,7 +206,7 @@ class _Replay:
         versions = self.stages[stage].weights
         given = _leaf(self._input(path, stage), stage > 0)
         leaves = [_leaf(w) for w in versions[graph]]
-        with nullcontext() if graph == at else saved_elsewhere([leaves], lambda: versions[at]):
+        with nullcontext() if graph == at else saved_elsewhere([leaves], versions[at].__getitem__):
             output = self._run(path.microbatch, stage, leaves, given)
         if stage == self.task.stages - 1:
             output = loss_of(self.task.loss_fn(output, self.task.batch(path.microbatch)[1])).mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,3 +224,40 @@ def test_the_kernel_refuses_what_does_not_fit():
         encode([torch.zeros(100)], [torch.zeros(100)], codes, scales, 0)
     with pytest.raises(ValueError, match="no row 2"):
         encode([torch.zeros(40)], [torch.zeros(40)], codes, scales, 2)
+
+
+@pytest.fixture
+def asked_again() -> Iterator[None]:
+    differences.why_not_triton.cache_clear()
+    yield
+    differences.why_not_triton.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_again")
+def test_plain_torch_takes_over_where_triton_cannot_compile(monkeypatch):
+    def encode(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nsecond line")
+
+    def refused(device: torch.device) -> str | None:
+        monkeypatch.setattr(differences, "_triton_kernels", lambda: SimpleNamespace(encode=encode))
+        return differences.why_not_triton(device)
+
+    with pytest.warns(RuntimeWarning, match="encoded by plain torch, which is slower: Triton cannot run its kernels"):
+        reason = refused(torch.device("cpu"))
+    assert reason == (
+        "Triton cannot run its kernels (Failed to find C compiler. Please specify via CC environment variable.)"
+    )
+    on_gpu = [SimpleNamespace(is_cuda=True, device=torch.device("cpu"))]
+    assert differences._triton(on_gpu) is None  # type: ignore[arg-type]
+    differences.why_not_triton.cache_clear()
+    monkeypatch.setattr(differences, "_triton_kernels", lambda: None)
+    assert differences.why_not_triton(torch.device("cpu")) == "Triton cannot be imported"
+
+
+@pytest.mark.usefixtures("asked_again")
+def test_triton_is_taken_where_it_runs(monkeypatch):
+    kernels = SimpleNamespace(encode=lambda *_: None)
+    monkeypatch.setattr(differences, "_triton_kernels", lambda: kernels)
+    on_gpu = [SimpleNamespace(is_cuda=True, device=torch.device("cpu"))]
+    assert differences._triton(on_gpu) is kernels  # type: ignore[arg-type]
+    assert differences._triton([torch.zeros(1)]) is None

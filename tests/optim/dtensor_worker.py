@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dist_checkpoint
 import torch.distributed.checkpoint.state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -87,6 +89,90 @@ def fsdp_nag(mesh: DeviceMesh) -> None:
 
 def fsdp_masters(mesh: DeviceMesh) -> None:
     fsdp(mesh, lambda ps: npp.NAdam(ps, lr=1e-2, master_weights=True), torch.bfloat16)
+
+
+SMALL = [{"state_dtype": "8bit"}, {"master_weights": "24bit"}, {"state_dtype": "8bit", "master_weights": "24bit"}]
+
+
+def deep(dtype: torch.dtype) -> torch.nn.Sequential:
+    """Build a model whose shards end within a group of 32 elements."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 41), torch.nn.Tanh(), torch.nn.Linear(41, 1)).to(dtype)
+
+
+def gradient(p: torch.Tensor, seed: int) -> torch.Tensor:
+    drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+    return distribute_tensor(drawn, p.device_mesh, p.placements) if isinstance(p, DTensor) else drawn
+
+
+def fsdp_small_state(mesh: DeviceMesh) -> None:
+    """Check that shards are stepped with the bits of plain tensors like them, groups beginning with the shard."""
+    for kind in (npp.NAdam, npp.AdamW, npp.NAG, npp.Lion):
+        for options in SMALL:
+            sharded = shard(deep(torch.bfloat16), mesh)
+            plain = [torch.nn.Parameter(p.to_local().detach().clone()) for p in sharded.parameters()]
+            ours, theirs = kind(sharded.parameters(), lr=1e-2, **options), kind(plain, lr=1e-2, **options)
+            assert ours.backend == "cpu"
+            for t in range(STEPS):
+                for p, q in zip(sharded.parameters(), plain, strict=True):
+                    p.grad = gradient(p, t)
+                    q.grad = p.grad.to_local().clone()
+                ours.step()
+                theirs.step()
+            for p, q in zip(sharded.parameters(), plain, strict=True):
+                assert torch.equal(p.to_local(), q)
+                for name, value in theirs.state[q].items():
+                    found = ours.state[p][name]
+                    found = found.to_local() if isinstance(found, DTensor) else found
+                    assert torch.equal(found.flatten()[: value.numel()], value.flatten()), name
+
+
+def fsdp_small_state_saved(mesh: DeviceMesh) -> None:
+    """Check checkpoints: of shards, bit for bit; from and to wide state; and of another number of shards, refused."""
+    for options in SMALL:
+        sharded = shard(deep(torch.bfloat16), mesh)
+        first = npp.NAdam(sharded.parameters(), lr=1e-2, **options)
+        train(sharded, first, range(STEPS), torch.bfloat16)
+        saved = copy.deepcopy(dcp.get_optimizer_state_dict(sharded, first))
+        own, weights = copy.deepcopy(first.state_dict()), [p.detach().clone() for p in sharded.parameters()]
+        with tempfile.TemporaryDirectory() as folder:
+            path = [folder]
+            dist.broadcast_object_list(path, src=0)
+            dist_checkpoint.save(saved, checkpoint_id=f"{path[0]}/state")
+            train(sharded, first, range(STEPS, 2 * STEPS), torch.bfloat16)
+            expected = [whole(p) for p in sharded.parameters()]
+            read = npp.NAdam(sharded.parameters(), lr=1e-2, **options)
+            empty = dcp.get_optimizer_state_dict(sharded, read)
+            dist_checkpoint.load(empty, checkpoint_id=f"{path[0]}/state")
+            dist.barrier()
+        for how in ("dcp", "from disk", "state_dict"):
+            with torch.no_grad():
+                for p, w in zip(sharded.parameters(), weights, strict=True):
+                    p.copy_(w)
+            again = npp.NAdam(sharded.parameters(), lr=1e-2, **options)
+            if how == "state_dict":
+                again.load_state_dict(copy.deepcopy(own))
+            else:
+                dcp.set_optimizer_state_dict(sharded, again, copy.deepcopy(saved) if how == "dcp" else empty)
+            train(sharded, again, range(STEPS, 2 * STEPS), torch.bfloat16)
+            assert all(torch.equal(whole(p), e) for p, e in zip(sharded.parameters(), expected, strict=True)), how
+        wide = first.widened_state_dict()
+        other = npp.NAdam(sharded.parameters(), lr=1e-2, master_weights=True)
+        other.load_state_dict(copy.deepcopy(wide))
+        back = npp.NAdam(sharded.parameters(), lr=1e-2, **options)
+        back.load_state_dict(copy.deepcopy(other.state_dict()))
+        for p in sharded.parameters():
+            assert back.state[p].keys() == first.state[p].keys()
+            assert torch.equal(whole(back.state[p]["exp_avg"]), whole(first.state[p]["exp_avg"]))
+        if "state_dtype" in options:
+            of_more = copy.deepcopy(own)
+            key = next(iter(of_more["state"]))
+            scales = of_more["state"][key]["exp_avg_scale"]
+            of_more["state"][key]["exp_avg_scale"] = DTensor.from_local(
+                torch.cat([scales.to_local()] * 2), mesh, scales.placements, run_check=False
+            )
+            with pytest.raises(ValueError, match=r"needs the scales of 2 shards .* save what widened_state_dict"):
+                back.load_state_dict(of_more)
 
 
 def fsdp_stochastic(mesh: DeviceMesh) -> None:
@@ -243,6 +329,8 @@ SCENARIOS = {
         fsdp_nadam,
         fsdp_nag,
         fsdp_masters,
+        fsdp_small_state,
+        fsdp_small_state_saved,
         fsdp_stochastic,
         clipping,
         tensor_parallel,

@@ -16,6 +16,8 @@ SCENARIOS = [
     "fsdp_nadam",
     "fsdp_nag",
     "fsdp_masters",
+    "fsdp_small_state",
+    "fsdp_small_state_saved",
     "fsdp_stochastic",
     "clipping",
     "tensor_parallel",

@@ -95,6 +95,15 @@ def test_equals_the_virtual_pipeline(outcomes: Callable[[int], Path], stages: in
         assert all(torch.equal(value, theirs[key]) for key, value in found[rank]["weights"].items())
 
 
+def test_only_forwards_that_run_again_decode_whole_versions(outcomes: Callable[[int], Path]) -> None:
+    for rank in range(4):
+        plain, again = (
+            torch.load(outcomes(4) / f"{name}-{rank}.pt") for name in ("differences", "differences-recomputed")
+        )
+        more = again["memory"]["stash"] - plain["memory"]["stash"]
+        assert 0 < more <= plain["memory"]["weights"] if plain["delay"] else more == 0
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_any_kind_of_stage(of_shapes: Path, name: str) -> None:
     """Several tensors between stages, a stage without trainable parameters, bfloat16, a cut ``nn.Sequential``."""

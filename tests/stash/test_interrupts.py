@@ -10,45 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from backends import BACKENDS
+from interrupted import Interrupted
 from layers import data, layer, objective
 from torch import nn
 
 import nesterov_pp as npp
-import nesterov_pp.stash
 from nesterov_pp import WeightStash
 from nesterov_pp.optim.wrapped import StepsCopies
-
-STASH = nesterov_pp.stash.__path__[0]
-
-
-class Interrupted:
-    """A context that raises KeyboardInterrupt at the n-th line (from 0) that is run in the stash's files."""
-
-    def __init__(self, n: int) -> None:
-        self.left, self.raised = n, False
-
-    def __enter__(self) -> Interrupted:
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(STASH):
-            return None
-        if event == "line" and not self.raised:
-            if self.left == 0:
-                self.raised = True
-                raise KeyboardInterrupt
-            self.left -= 1
-        return self._trace
 
 
 def ring(frozen: bool = False) -> tuple[nn.Module, WeightStash, npp.NAdam]:

@@ -19,6 +19,8 @@ from nesterov_pp.training.trainer import train
 
 LOW = {"weights_dtype": "bfloat16", "master_weights": True, "no_decay": True, "weight_decay": 0.3}
 
+SMALL = {**LOW, "master_weights": "24bit", "state_dtype": "8bit", "stash": "8bit-differences"}
+
 
 def given(text_file: Path, stages: int, method: str, **more: Any) -> dict[str, Any]:
     model = {"stages": stages, "layers": 5, "width": 16, "heads": 2, "context": 16, "batch": 4}
@@ -39,6 +41,7 @@ def half_way(text_file: Path, out: Path, stages: int, method: str, **more: Any) 
         (1, 5, "gpipe-1", {}),
         (5, 2, "gpipe-1", {}),
         (2, 3, "gpipe-1", {**LOW, "state_dtype": "bfloat16"}),
+        (2, 3, "gpipe-1", {**LOW, "master_weights": "24bit"}),
         (2, 3, "gpipe-1-nadam", {"no_decay": True, "weight_decay": 0.3, "betas": "0.9,0.95"}),
         (5, 2, "gpipe-1-rotated-nadam", {}),
         (2, 5, "gpipe-1-rotated", LOW),
@@ -63,6 +66,7 @@ def test_without_delay_the_losses_do_not_change(
         ("nesterov", {"slack": 3}),
         ("xpipe", LOW),
         ("nesterov", {"stash": "8bit-differences"}),
+        ("nesterov", SMALL),
         *(pytest.param(m, {}, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "xpipe", "pipemare")),
         *(pytest.param(m, LOW, marks=pytest.mark.slow) for m in ("nesterov-no-stash", "nesterov-rotated")),
     ],
