@@ -59,7 +59,7 @@ test: check ## run make check and the tests
 
 test-all: check ## run make check and all tests, including the slow ones and those of other frameworks
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[frameworks]'
-	$(BIN)/python -m pytest -m ""
+	NPP_SANITIZE=1 $(BIN)/python -m pytest -m ""
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "" $(INTERPRETED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/optim tests/stash tests/kernels -k triton
 
@@ -95,6 +95,7 @@ sanitize: setup ## run the C++ under the address and undefined-behaviour sanitiz
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		../../$(BIN)/python -m pytest $(SIDE_BY_SIDE) -p no:cacheprovider tests/kernels tests/optim tests/stash -k "not compile"
+	NPP_SANITIZE=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/device
 
 # The C++ is covered in a copy of the tree that is built for it, Python by the tests as they are.
 COVERED := build/coverage
