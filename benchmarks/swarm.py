@@ -198,7 +198,9 @@ def demo(out: Path) -> None:
                 _, what, act = acts.pop(0)
                 print(f"--- {what} ---", flush=True)
                 act()
-        print(s.finish())
+        s.finish()
+        for line in (s.logs / "coordinator.txt").read_text().splitlines()[shown:]:
+            print(line)
     print(command("replay", str(out)))
     print(command("picture", str(out)))
 
