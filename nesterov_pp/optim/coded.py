@@ -78,7 +78,7 @@ def check_saved(what: str, name: str, entries: Mapping[str, Any], p: Tensor) -> 
     """Refuse saved codes without the scales that go with them.
 
     Raises:
-        ValueError: the scales are missing, or of another dtype or number.
+        ValueError: the scales are missing, or of another dtype or number, or those of other shards.
     """
     scales = entries.get(SCALE_OF[name])
     known = isinstance(scales, Tensor) and scales.dtype == torch.float16
@@ -88,6 +88,13 @@ def check_saved(what: str, name: str, entries: Mapping[str, Any], p: Tensor) -> 
             raise ValueError(
                 f"{what} is in eight bits and needs the scales of {shards} shards of up to {groups} groups; for "
                 "another number of shards, save what widened_state_dict() returns"
+            )
+        codes = entries[name]
+        if not is_dtensor(codes) or tuple(codes.placements) != tuple(p.placements):
+            placed = tuple(codes.placements) if is_dtensor(codes) else "no DTensor"
+            raise ValueError(
+                f"{what} is in eight bits and placed as {placed}, but its parameter as {tuple(p.placements)}; for "
+                "another placement, save what widened_state_dict() returns"
             )
         return
     count = group_count(p.numel())

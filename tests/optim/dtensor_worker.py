@@ -128,7 +128,7 @@ def fsdp_small_state(mesh: DeviceMesh) -> None:
 
 
 def fsdp_small_state_saved(mesh: DeviceMesh) -> None:
-    """Check checkpoints: of shards, bit for bit; from and to wide state; and of another number of shards, refused."""
+    """Check checkpoints: of shards, bit for bit; from and to wide state; and of other shards, refused."""
     for options in SMALL:
         sharded = shard(deep(torch.bfloat16), mesh)
         first = npp.NAdam(sharded.parameters(), lr=1e-2, **options)
@@ -173,6 +173,14 @@ def fsdp_small_state_saved(mesh: DeviceMesh) -> None:
             )
             with pytest.raises(ValueError, match=r"needs the scales of 2 shards .* save what widened_state_dict"):
                 back.load_state_dict(of_more)
+            elsewhere = copy.deepcopy(own)
+            for entries in elsewhere["state"].values():
+                if entries["exp_avg"].dim() == 2:
+                    entries["exp_avg"] = entries["exp_avg"].redistribute(placements=[Shard(1)])
+            with pytest.raises(
+                ValueError, match=r"placed as \(Shard\(dim=1\),\), but its parameter as .*widened_state"
+            ):
+                back.load_state_dict(elsewhere)
 
 
 def fsdp_stochastic(mesh: DeviceMesh) -> None:
