@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser, typed: Typed) -> None:
     add("--speeds", _speeds, "X[,...]", what)
     add("--failures", _above_0, "HOURS", "with --swarm: mean time until a worker fails, in hours (default: never)")
     add("--rejoin", _at_least_0, "S", "with --swarm: seconds until a worker that failed is back (default: 60)")
-    add("--in-flight", _in_flight, "N", "with --swarm: microbatches in flight for each worker (default: 2)")
+    add("--in-flight", _between(0.01, 100), "N", "with --swarm: microbatches in flight for each worker (default: 2)")
     what = "with --swarm: standard deviation of the times of forwards and backwards over their means (default: 0)"
-    add("--variation", _variation, "X", what)
+    add("--variation", _between(0, 10), "X", what)
 
 
 def plan(
@@ -277,16 +277,13 @@ def _counts(text: str) -> list[int]:
     return [_count(part.strip()) for part in text.split(",")]
 
 
-def _in_flight(text: str) -> float:
-    if not 0.01 <= _number(text) <= 100:
-        raise ValueError(f"needs a number from 0.01 to 100, not {text!r}")
-    return _number(text)
+def _between(least: float, most: float) -> Callable[[str], float]:
+    def parsed(text: str) -> float:
+        if not least <= _number(text) <= most:
+            raise ValueError(f"needs a number from {least:g} to {most:g}, not {text!r}")
+        return _number(text)
 
-
-def _variation(text: str) -> float:
-    if not 0 <= _number(text) <= 10:
-        raise ValueError(f"needs a number from 0 to 10, not {text!r}")
-    return _number(text)
+    return parsed
 
 
 def _speeds(text: str) -> Speeds:
