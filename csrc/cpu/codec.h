@@ -95,6 +95,30 @@ NPP_INLINE void largest_lanes(const typename Lanes<N>::I (&x)[count], int* to) {
   }
 }
 
+// Numbers of 16 bits become numbers of 32 and back. GCC would convert each half of a vector and join them.
+template <int N>
+NPP_INLINE typename Lanes<N>::U widened(const typename Lanes<N>::H& x) {
+#if NPP_X86
+  if constexpr (N >= 8) {
+    typename Lanes<N>::U words;
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "vm"(x));
+    return words;
+  }
+#endif
+  return __builtin_convertvector(x, typename Lanes<N>::U);
+}
+template <int N>
+NPP_INLINE typename Lanes<N>::H lower_halves(const typename Lanes<N>::U& x) {
+#if NPP_X86
+  if constexpr (N == 16) {
+    typename Lanes<N>::H halves;
+    asm("vpmovdw %1, %0" : "=v"(halves) : "v"(x));
+    return halves;
+  }
+#endif
+  return __builtin_convertvector(x, typename Lanes<N>::H);
+}
+
 // N bytes in memory, wherever they lie.
 template <int N>
 struct Bytes {
@@ -179,12 +203,10 @@ struct Element<BFloat16, N> {
   using Value = typename Lanes<N>::F;
   using Stored = typename Lanes<N>::H;
   using U = typename Lanes<N>::U;
-  NPP_INLINE Value widen(const Stored& x) { return bits_of<Value>(__builtin_convertvector(x, U) << 16); }
-  NPP_INLINE Stored narrow(const Value& x) { return __builtin_convertvector(rounded(x) >> 16, Stored); }
+  NPP_INLINE Value widen(const Stored& x) { return bits_of<Value>(widened<N>(x) << 16); }
+  NPP_INLINE Stored narrow(const Value& x) { return lower_halves<N>(rounded(x) >> 16); }
 
-  NPP_INLINE Stored narrow(const Value& x, const U& noise) {
-    return __builtin_convertvector(rounded(x, noise) >> 16, Stored);
-  }
+  NPP_INLINE Stored narrow(const Value& x, const U& noise) { return lower_halves<N>(rounded(x, noise) >> 16); }
 
   // The upper half of a lane is the result; the lower half is to be discarded.
   NPP_INLINE U rounded(const Value& x) {
@@ -222,7 +244,7 @@ struct Element<Half, N> {
   using U = typename Lanes<N>::U;
 
   NPP_INLINE Value widen(const Stored& x) {
-    const U h = __builtin_convertvector(x, U);
+    const U h = widened<N>(x);
     const U magnitude = h & 0x7fffU;
     const U normal = (magnitude << 13) + (112U << 23);
     const U special = (magnitude << 13) | 0x7f800000U;                                               // infinity, NaN
@@ -240,7 +262,7 @@ struct Element<Half, N> {
     U bits = choose_lanes(bits_of<U>(magnitude < 0x38800000U), small, normal);
     bits = choose_lanes(bits_of<U>(magnitude >= 0x477ff000U), U{} + 0x7c00U, bits);
     bits = choose_lanes(bits_of<U>(magnitude > 0x7f800000U), U{} + 0x7e00U, bits);
-    return __builtin_convertvector(bits | ((u >> 16) & 0x8000U), Stored);
+    return lower_halves<N>(bits | ((u >> 16) & 0x8000U));
   }
 };
 

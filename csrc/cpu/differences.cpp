@@ -16,31 +16,10 @@ namespace {
 // With fewer elements than this, waking the other threads costs more than it saves.
 constexpr int64_t kParallelElements = 131072;
 constexpr float kLargestCode = 127.0f;
-// Adding and subtracting it rounds a float of at most 2^22 in magnitude to a whole number, ties to even.
-constexpr float kRounder = 12582912.0f;
 
-template <int N>
-using Codes __attribute__((vector_size(N))) = signed char;
-template <int N>
-using Shorts __attribute__((vector_size(2 * N))) = short;
-template <int N>
-using Words __attribute__((vector_size(4 * N))) = int;
+NPP_INLINE float number_of(uint16_t bfloat16) { return bits_of<float>(static_cast<uint32_t>(bfloat16) << 16); }
 
-// GCC converts vectors by instructions of their own only to twice or half the width.
-template <int N>
-NPP_INLINE typename Lanes<N>::F numbers(const Codes<N>& q) {
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(q, Shorts<N>), Words<N>),
-                                 typename Lanes<N>::F);
-}
-template <int N>
-NPP_INLINE Codes<N> codes_of(const typename Lanes<N>::F& whole) {
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(whole, Words<N>), Shorts<N>),
-                                 Codes<N>);
-}
-
-NPP_INLINE float widened(uint16_t bfloat16) { return bits_of<float>(static_cast<uint32_t>(bfloat16) << 16); }
-
-NPP_INLINE uint16_t narrowed(float x) {
+NPP_INLINE uint16_t nearest_bfloat16(float x) {
   const auto u = bits_of<uint32_t>(x);
   return static_cast<uint16_t>(x == x ? (u + 0x7fffU + ((u >> 16) & 1U)) >> 16 : 0x7fc0U);
 }
@@ -69,16 +48,14 @@ NPP_INLINE void encode_group(const S* version, const S* next, int8_t* codes, uin
   }
   uint32_t largest = 0;
   for (int k = 0; k < N; ++k) largest = std::max(largest, static_cast<uint32_t>(most[k]));
-  *scale = narrowed(bits_of<float>(largest) / kLargestCode);
-  const float s = widened(*scale);
+  *scale = nearest_bfloat16(bits_of<float>(largest) / kLargestCode);
+  const float s = number_of(*scale);
   const bool finite = s > 0.0f && s < __builtin_inff();
   for (int k = 0; k < kParts; ++k) {
     F x = finite ? d[k] / s : F{};
     x = x > kLargestCode ? F{} + kLargestCode : x;
     x = x < -kLargestCode ? F{} - kLargestCode : x;
-    x = (x + kRounder) - kRounder;
-    const Codes<N> q = codes_of<N>(x);
-    __builtin_memcpy(codes + k * N, &q, sizeof(q));
+    store_nearest<N>(codes + k * N, x);
   }
 }
 
@@ -88,12 +65,8 @@ NPP_INLINE void decode_group(const S* newest, const std::vector<CodeRow>& rows, 
   constexpr int kParts = kGroup / N;
   F total[kParts] = {};
   for (const CodeRow& row : rows) {
-    const float s = widened(row.scales[place / kGroup]);
-    for (int k = 0; k < kParts; ++k) {
-      Codes<N> q;
-      __builtin_memcpy(&q, row.codes + place + k * N, sizeof(q));
-      total[k] += s * numbers<N>(q);
-    }
+    const float s = number_of(row.scales[place / kGroup]);
+    for (int k = 0; k < kParts; ++k) total[k] += s * load_signed<N>(row.codes + place + k * N);
   }
   for (int k = 0; k < kParts; ++k) {
     const auto result = Element<S, N>::narrow(load<S, N>(newest + k * N) - total[k]);

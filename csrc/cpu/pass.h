@@ -86,7 +86,7 @@ NPP_INLINE void block_of_lanes(const Pointers<P>& p, long long i, const Constant
   store_weights<P, kStreaming, N>(p, next, weight_noise);
 }
 
-// The number of elements that a block steps.
+// The number of elements that are stepped together.
 template <class P, int N>
 constexpr int kBlock = P::kCodes   ? kGroups * kGroup
                        : kPairs<P> ? 2 * N
@@ -95,15 +95,10 @@ constexpr int kBlock = P::kCodes   ? kGroups * kGroup
 // Steps the elements of a block, from element i of the run on.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block(const Pointers<P>& p, long long i, const Constants<T>& k) {
-  if constexpr (P::kCodes) {
-    Stepped<N> x;
-    step_groups<P, kStreaming, N>(p, i, k, x);
-    encode_groups<P, N>(p, x);
-  } else if constexpr (kPairs<P>) {
+  if constexpr (kPairs<P>)
     block_of_pairs<P, kStreaming, N>(p, i, k);
-  } else {
+  else
     block_of_lanes<P, kStreaming, N>(p, i, k);
-  }
 }
 
 // Steps as many whole blocks as there are in `count` elements.
@@ -111,23 +106,18 @@ template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
   constexpr int kElements = kBlock<P, N>;
   if constexpr (P::kCodes) {
-    Stepped<N> x[2];
-    long long i = 0;
-    for (; i + kElements <= count; i += kElements) {
-      step_groups<P, kStreaming, N>(p.at(i), i, k, x[i / kElements % 2]);
-      if (i > 0) encode_groups<P, N>(p.at(i - kElements), x[(i / kElements + 1) % 2]);
-    }
-    if (i > 0) encode_groups<P, N>(p.at(i - kElements), x[(i / kElements + 1) % 2]);
+    for (long long i = 0; i + kElements <= count; i += kElements)
+      block_of_groups<P, kStreaming, N>(p.at(i), i, kGroups, i + 2 * kElements <= count, k);
   } else {
     for (long long i = 0; i + kElements <= count; i += kElements) block<P, kStreaming, N>(p.at(i), i, k);
   }
 }
 
 // Like `blocks`, with a separate loop for each of the usual cases, so that there are no branches on scalars between
-// vectors.
+// vectors. Groups have enough other work beside them.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void usual_blocks(const Pointers<P>& p, long long count, const Constants<T>& k) {
-  if constexpr (P::kMayHaveSecond && !P::kStochastic && !P::kCorrects) {
+  if constexpr (P::kMayHaveSecond && !P::kStochastic && !P::kCorrects && !P::kCodes) {
     if (!k.c.has_l2 && k.c.first.is_small) {
       Constants<T> known = k;
       known.c.has_l2 = false;
@@ -150,11 +140,10 @@ NPP_INLINE void copy(S* to, const S* from, long long count) {
   if (to != nullptr && from != nullptr) __builtin_memcpy(to, from, static_cast<unsigned long>(count) * sizeof(S));
 }
 
-// Steps the elements left after the whole blocks, from element i on, as one block filled up with zeros.
-template <class P, int N, class T>
-NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
-  constexpr int kElements = kBlock<P, N>;
-  constexpr int kScales = kElements / kGroup + 1;
+// Elements of a run that do not fill a block, copied and filled up with zeros.
+template <class P, int kElements>
+struct Filled {
+  static constexpr int kScales = (kElements + kGroup - 1) / kGroup;
   using W = typename P::W;
   using G = typename P::G;
   using M = typename P::M;
@@ -163,33 +152,65 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
   M m[kElements] = {}, v[kElements] = {}, mean[kElements] = {};
   signed char residual[kElements] = {};
   unsigned short m_scale[kScales] = {}, v_scale[kScales] = {};
-  const long long groups = (count + kGroup - 1) / kGroup;
-  copy<W>(w, from.w, count);
-  copy<G>(grad, from.grad, count);
-  copy<M>(m, from.m, count);
-  if constexpr (P::kMayHaveSecond) copy<M>(v, from.v, count);
-  if constexpr (P::kCorrects) {
-    copy<G>(late, from.late, count);
-    copy<M>(mean, from.mean, count);
+
+  NPP_INLINE_METHOD Pointers<P> pointers() {
+    return {w, w, grad, late, m, v, mean, copied, ahead, residual, m_scale, v_scale};
   }
-  if constexpr (P::kSplit) copy<signed char>(residual, from.residual, count);
+
+  NPP_INLINE_METHOD void take(const Pointers<P>& from, long long count) {
+    copy<W>(w, from.w, count);
+    copy<G>(grad, from.grad, count);
+    copy<M>(m, from.m, count);
+    if constexpr (P::kMayHaveSecond) copy<M>(v, from.v, count);
+    if constexpr (P::kCorrects) {
+      copy<G>(late, from.late, count);
+      copy<M>(mean, from.mean, count);
+    }
+    if constexpr (P::kSplit) copy<signed char>(residual, from.residual, count);
+    if constexpr (P::kCodes) {
+      copy<unsigned short>(m_scale, from.m_scale, kScales);
+      copy<unsigned short>(v_scale, from.v_scale, kScales);
+    }
+  }
+
+  NPP_INLINE_METHOD void give(const Pointers<P>& to, long long count) const {
+    copy<W>(to.out, w, count);
+    copy<M>(to.m, m, count);
+    if constexpr (P::kMayHaveSecond) copy<M>(to.v, v, count);
+    if constexpr (P::kCopies) copy<G>(to.copy, copied, count);
+    if constexpr (P::kCorrects) {
+      copy<M>(to.mean, mean, count);
+      copy<G>(to.ahead, ahead, count);
+    }
+    if constexpr (P::kSplit) copy<signed char>(to.residual, residual, count);
+    if constexpr (P::kCodes) {
+      copy<unsigned short>(to.m_scale, m_scale, kScales);
+      copy<unsigned short>(to.v_scale, v_scale, kScales);
+    }
+  }
+};
+
+// Steps the elements left after the whole blocks, from element i on.
+template <class P, int N, class T>
+NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, const Constants<T>& k) {
   if constexpr (P::kCodes) {
-    copy<unsigned short>(m_scale, from.m_scale, groups);
-    copy<unsigned short>(v_scale, from.v_scale, groups);
-  }
-  block<P, false, N>(Pointers<P>{w, w, grad, late, m, v, mean, copied, ahead, residual, m_scale, v_scale}, i, k);
-  copy<W>(from.out, w, count);
-  copy<M>(from.m, m, count);
-  if constexpr (P::kMayHaveSecond) copy<M>(from.v, v, count);
-  if constexpr (P::kCopies) copy<G>(from.copy, copied, count);
-  if constexpr (P::kCorrects) {
-    copy<M>(from.mean, mean, count);
-    copy<G>(from.ahead, ahead, count);
-  }
-  if constexpr (P::kSplit) copy<signed char>(from.residual, residual, count);
-  if constexpr (P::kCodes) {
-    copy<unsigned short>(from.m_scale, m_scale, groups);
-    copy<unsigned short>(from.v_scale, v_scale, groups);
+    // Whole groups where they lie, then the others in a copy; by one loop, so that there is one piece of code for both.
+    const long long whole = count - count % kGroup, left = count - whole;
+    const Pointers<P> last = from.at(whole);
+    Filled<P, kGroup> filled;
+    if (left > 0) filled.take(last, left);
+#pragma GCC unroll 1
+    for (long long begin = 0; begin < count; begin += begin < whole ? whole : kGroup) {
+      const bool here = begin < whole;
+      block_of_groups<P, false, N>(here ? from : filled.pointers(), i + begin,
+                                   here ? static_cast<int>(whole / kGroup) : 1, false, k);
+    }
+    if (left > 0) filled.give(last, left);
+  } else {
+    Filled<P, kBlock<P, N>> filled;
+    filled.take(from, count);
+    block<P, false, N>(filled.pointers(), i, k);
+    filled.give(from, count);
   }
 }
 
@@ -232,33 +253,39 @@ NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
   if (whole < r.count) rest<P, N>(p.at(whole), whole, r.count - whole, k);
 }
 
+// Adds the squares of a vector of elements to each of the sums.
+template <class S, int N, int vectors>
+NPP_INLINE void add_squares(typename Element<S, N>::Value (&sums)[vectors], const S* from) {
+  for (int j = 0; j < vectors; ++j) {
+    const auto value = load<S, N>(from + j * N);
+    sums[j] += value * value;
+  }
+}
+
 // Returns the sum of squares from 32 partial sums for every width of vectors, so that the order of additions does not
-// depend on the width. There are two vectors of sums because an addition that waited for the previous one would take
-// longer than the values take to arrive.
-template <class S>
+// depend on the width. There are at least two vectors of sums because an addition that waited for the previous one
+// would take longer than the values take to arrive.
+template <class S, int kBytes>
 NPP_INLINE double sum_of_squares(const void* values, long long count) {
-  constexpr int N = 16;
+  constexpr int N = kBytes / static_cast<int>(sizeof(typename Compute<S>::type));
+  constexpr int kSums = 32, kVectors = kSums / N;
   using V = typename Element<S, N>::Value;
   const auto* x = static_cast<const S*>(values);
   double total = 0;
   for (long long begin = 0; begin < count; begin += kSquaresRun) {
     const long long end = count - begin < kSquaresRun ? count : begin + kSquaresRun;
-    V even{}, odd{};
+    V sums[kVectors]{};
     long long i = begin;
-    for (; i + 2 * N <= end; i += 2 * N) {
-      const V first = load<S, N>(x + i), second = load<S, N>(x + i + N);
-      even += first * first;
-      odd += second * second;
-    }
+    for (; i + kSums <= end; i += kSums) add_squares<S, N>(sums, x + i);
     if (i < end) {
-      S left[2 * N] = {};
+      S left[kSums] = {};
       __builtin_memcpy(left, x + i, static_cast<unsigned long>(end - i) * sizeof(S));
-      const V first = load<S, N>(left), second = load<S, N>(left + N);
-      even += first * first;
-      odd += second * second;
+      add_squares<S, N>(sums, left);
     }
-    const V sums = even + odd;
-    for (int k = 0; k < N; ++k) total += static_cast<double>(sums[k]);
+    for (int j = 0; j < kVectors / 2; ++j) {
+      const V pairs = sums[j] + sums[j + kVectors / 2];
+      for (int k = 0; k < N; ++k) total += static_cast<double>(pairs[k]);
+    }
   }
   return total;
 }

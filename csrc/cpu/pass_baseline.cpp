@@ -13,7 +13,7 @@ void pass_baseline(const Run& run, const StepRow& row, bool streaming) {
 }
 template <class S>
 double sum_of_squares_baseline(const void* values, long long count) {
-  return sum_of_squares<S>(values, count);
+  return sum_of_squares<S, 16>(values, count);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ NPP_TARGET_V3 void pass_v3(const Run& run, const StepRow& row, bool streaming) {
 }
 template <class S>
 NPP_TARGET_V3 double sum_of_squares_v3(const void* values, long long count) {
-  return sum_of_squares<S>(values, count);
+  return sum_of_squares<S, 32>(values, count);
 }
 
 }  // namespace

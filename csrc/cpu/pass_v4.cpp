@@ -14,7 +14,7 @@ NPP_TARGET_V4 void pass_v4(const Run& run, const StepRow& row, bool streaming) {
 }
 template <class S>
 NPP_TARGET_V4 double sum_of_squares_v4(const void* values, long long count) {
-  return sum_of_squares<S>(values, count);
+  return sum_of_squares<S, 64>(values, count);
 }
 
 }  // namespace

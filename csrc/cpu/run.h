@@ -157,7 +157,7 @@ NPP_INLINE void store_weights(const Pointers<P>& p, const V& next, const typenam
     using U = typename Lanes<N>::U;
     const U bits = Round::rounded(next) & 0xffff0000U;
     store_nearest<N>(p.residual, codes::residual_of<U>(next, bits_of<typename Lanes<N>::F>(bits)));
-    store_next<kStreaming>(p.out, __builtin_convertvector(bits >> 16, typename Lanes<N>::H));
+    store_next<kStreaming>(p.out, lower_halves<N>(bits >> 16));
   } else if constexpr (P::kCopies) {
     store<typename P::W, N>(p.out, next);
     if (!P::kCorrects || p.copy != nullptr) store_next<kStreaming>(p.copy, Element<G, N>::narrow(next));
