@@ -36,29 +36,45 @@ def test_threads_with_optimizers_of_their_own_do_not_disturb_each_other():
         assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["NAdam", "AdamW", "NAG"])
-def test_one_thread_and_two_give_the_same_bits(name):
+SMALL = {"state_dtype": "8bit", "master_weights": "24bit"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        pytest.param("NAdam", torch.float32, {}, id="NAdam"),
+        pytest.param("AdamW", torch.float32, {}, id="AdamW"),
+        pytest.param("NAG", torch.float32, {}, id="NAG"),
+        pytest.param("NAdam", torch.float32, {"state_dtype": "8bit"}, id="8bit"),
+        pytest.param("NAdam", torch.bfloat16, {"stochastic_rounding": True}, id="stochastic"),
+        pytest.param("NAdam", torch.bfloat16, SMALL, id="24bit-8bit"),
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bits(name, dtype, options):
     """Compare the norm, weights and state of tensors that are large enough to be split in the middle of one of them.
 
-    The magnitudes of the gradients are far apart, so that sums in another order would differ.
+    The magnitudes of the gradients are far apart, so that sums in another order would differ. Three threads begin at odd
+    multiples of 64 elements, between groups of codes that share random words.
     """
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             generator = torch.Generator().manual_seed(0)
-            ps = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (3, 1_000_001, 70_000, 17)]
-            optimizer = getattr(npp, name)(ps, lr=1e-2, max_grad_norm=1.0)
+            sizes = (3, 1_000_001, 70_000, 17)
+            ps = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
+            optimizer = getattr(npp, name)(ps, lr=1e-2, max_grad_norm=1.0, **options)
             for _ in range(3):
                 for p in ps:
                     spread = torch.randn(p.shape, generator=generator).mul_(4).exp_()
-                    p.grad = torch.randn(p.shape, generator=generator) * spread
+                    p.grad = (torch.randn(p.shape, generator=generator) * spread).to(dtype)
                 optimizer.step()
-            state = [value for p in ps for value in optimizer.state[p].values()]
+            state = [value for p in ps for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
             results.append([*(p.detach() for p in ps), *state, optimizer.last_grad_norm])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("half", ["the norm", "the pass"])
