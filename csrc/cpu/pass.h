@@ -216,7 +216,7 @@ NPP_INLINE void rest(const Pointers<P>& from, long long i, long long count, cons
 
 // Steps a run with vectors of kBytes.
 template <class P, int kBytes>
-NPP_INLINE void pass(const Run& r, const StepRow& row, bool streaming) {
+NPP_INLINE void pass(const Run& r, const StepRow& row, [[maybe_unused]] bool streaming) {
   using T = typename P::T;
   using W = typename P::W;
   using G = typename P::G;
