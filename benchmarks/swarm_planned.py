@@ -40,7 +40,9 @@ def planned(out: Path, kills: int, network: Network) -> dict[str, Any]:
     if kills:
         left = [event["t"] for event in trace.events if event["kind"] == "left"][:kills]
         ready = {event["worker"]: event["t"] for event in trace.events if event["kind"] == "ready"}
-        back = [ready[event["worker"]] - event["t"] for event in begun[-kills:] if event["worker"] in ready]
+        # The k-th of the workers that were started later takes the place of the k-th that was killed.
+        pairs = zip(begun[-kills:], left, strict=False)
+        back = [ready[event["worker"]] - death for event, death in pairs if event["worker"] in ready]
         rejoin, failure = fmean(back), stages * team * (seconds if len(left) < kills else left[-1] - left[0]) / kills
     delays = delays_of(out)
     found = [

@@ -44,7 +44,8 @@ class Run:
         for k in range(len(hosts.names)):
             launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(hosts.names)), "--nproc-per-node", "1"]
             launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address(0)}:29400", "--local-addr", address(k)]
-            launcher += ["--rdzv-conf", f"is_host={str(k == 0).lower()},join_timeout=60", *(torchrun or ())]
+            launcher += ["--rdzv-conf", f"is_host={str(k == 0).lower()},join_timeout=600,read_timeout=600"]
+            launcher += torchrun or ()
             command = train if torchrun is None else [*launcher, *train]
             self.processes.append(hosts.start(k, command, **pipes))
 
