@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -28,6 +29,16 @@ def delays_of(out: Path) -> list[list[int]]:
     return found
 
 
+def seconds_back(events: Sequence[dict[str, Any]], kills: int) -> float:
+    """Return the mean time from a worker's death until the one that was started in its place computes."""
+    times: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("joined", "left", "ready")}
+    for event in events:
+        times.setdefault(event["kind"], []).append(event)
+    ready = {event["worker"]: event["t"] for event in times["ready"]}
+    pairs = zip(times["joined"][-kills:], times["left"], strict=False)
+    return fmean(ready[one["worker"]] - dead["t"] for one, dead in pairs if one["worker"] in ready)
+
+
 def planned(out: Path, kills: int, network: Network) -> dict[str, Any]:
     """Compare a run with simulations of it, whose workers fail as often as they were killed."""
     trace = read_trace(out / "trace.jsonl")
@@ -39,11 +50,8 @@ def planned(out: Path, kills: int, network: Network) -> dict[str, Any]:
     failure, rejoin = math.inf, 0.0
     if kills:
         left = [event["t"] for event in trace.events if event["kind"] == "left"][:kills]
-        ready = {event["worker"]: event["t"] for event in trace.events if event["kind"] == "ready"}
-        # The k-th of the workers that were started later takes the place of the k-th that was killed.
-        pairs = zip(begun[-kills:], left, strict=False)
-        back = [ready[event["worker"]] - death for event, death in pairs if event["worker"] in ready]
-        rejoin, failure = fmean(back), stages * team * (seconds if len(left) < kills else left[-1] - left[0]) / kills
+        rejoin = seconds_back(trace.events, kills)
+        failure = stages * team * (seconds if len(left) < kills else left[-1] - left[0]) / kills
     delays = delays_of(out)
     found = [
         simulate_swarm(
