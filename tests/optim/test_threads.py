@@ -53,8 +53,8 @@ SMALL = {"state_dtype": "8bit", "master_weights": "24bit"}
 def test_any_number_of_threads_gives_the_same_bits(name, dtype, options):
     """Compare the norm, weights and state of tensors that are large enough to be split in the middle of one of them.
 
-    The magnitudes of the gradients are far apart, so that sums in another order would differ. Three threads begin at odd
-    multiples of 64 elements, between groups of codes that share random words.
+    The magnitudes of the gradients are far apart, so that sums in another order would differ. Three threads begin at
+    odd multiples of 64 elements, between groups of codes that share random words.
     """
     threads, results = torch.get_num_threads(), []
     try:
