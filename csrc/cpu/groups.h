@@ -250,7 +250,8 @@ NPP_INLINE void encode_groups(const Pointers<P>& p, int groups, const Stepped& x
   }
 }
 
-// Steps a block's groups, from element i of a run on; `followed` by as many in the same run, or perhaps not.
+// Steps a block's groups, from element i of a run on. If it is `followed` by a whole block, the memory of that one is
+// asked for.
 template <class P, bool kStreaming, int N, class T>
 NPP_INLINE void block_of_groups(const Pointers<P>& p, long long i, int groups, bool followed, const Constants<T>& k) {
   Stepped x;
