@@ -129,7 +129,7 @@ def test_the_coordinator_dies_and_goes_on(tmp_path: Path) -> None:
         s.coordinator.kill()
         s.coordinator.wait()
         time.sleep(1.0)
-        assert all(process.poll() is None for _, process, _ in s.workers.values())
+        assert all(process.poll() is None for _, process, *_ in s.workers.values())
         s.again()
         last = s.finish(120.0)
     assert "0 gradients lost" in last
