@@ -53,6 +53,9 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 # What Triton's interpreter runs where there is no GPU.
 INTERPRETED := $(addprefix tests/device/test_,backends.py capturable.py corrections.py)
 
+# Threads that wait must not keep the cores from the processes beside them.
+test test-all sanitize coverage: export OMP_WAIT_POLICY = passive
+
 test: check ## run make check and the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(INTERPRETED)

@@ -68,7 +68,7 @@ def quick(_: int) -> float:
     return 0.005
 
 
-@pytest.mark.parametrize("slack", [0, 3])
+@pytest.mark.parametrize("slack", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_link_that_comes_back_and_loses_packets(tmp_path: Path, slack: int) -> None:
     with Hosts(3, latency=0.01, bandwidth=10e6) as hosts:
         run = Run(hosts, tmp_path, 80, slack, quick)
@@ -82,7 +82,7 @@ def test_a_link_that_comes_back_and_loses_packets(tmp_path: Path, slack: int) ->
         run.goes_on()
 
 
-@pytest.mark.parametrize(("slack", "host"), [(0, 0), (3, 2)])
+@pytest.mark.parametrize(("slack", "host"), [(0, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_link_that_is_gone_ends_every_process(tmp_path: Path, slack: int, host: int) -> None:
     """Also those that can no longer reach the store, which is on the first host."""
     with Hosts(3, latency=0.01) as hosts:

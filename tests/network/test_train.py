@@ -105,6 +105,7 @@ def test_a_link_that_is_down_for_five_seconds(slow_hosts: Hosts, text: Path, tmp
     run.is_undisturbed(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_link_that_is_down_for_longer_than_the_timeout(slow_hosts: Hosts, text: Path, tmp_path: Path) -> None:
     run = Run(slow_hosts, text, tmp_path / "run", "--microbatches", "3000", "--timeout", "4")
     run.reach(40)

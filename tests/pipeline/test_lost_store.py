@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -37,7 +38,9 @@ class Server(NamedTuple):
     port: int
 
     def freeze(self) -> None:
+        """Stop the process, and wait until all of its threads have stopped."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
 
 @pytest.fixture
