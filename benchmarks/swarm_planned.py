@@ -31,11 +31,9 @@ def delays_of(out: Path) -> list[list[int]]:
 
 def seconds_back(events: Sequence[dict[str, Any]], kills: int) -> float:
     """Return the mean time from a worker's death until the one that was started in its place computes."""
-    times: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("joined", "left", "ready")}
-    for event in events:
-        times.setdefault(event["kind"], []).append(event)
-    ready = {event["worker"]: event["t"] for event in times["ready"]}
-    pairs = zip(times["joined"][-kills:], times["left"], strict=False)
+    joined, left = ([event for event in events if event["kind"] == kind] for kind in ("joined", "left"))
+    ready = {event["worker"]: event["t"] for event in events if event["kind"] == "ready"}
+    pairs = zip(joined[-kills:], left, strict=False)  # more workers leave than are replaced: at the end all do
     return fmean(ready[one["worker"]] - dead["t"] for one, dead in pairs if one["worker"] in ready)
 
 
